@@ -1,0 +1,36 @@
+# Every target sets up what it needs in .venv, from the pins of requirements.lock.
+PYTHON ?= python3
+MODEL ?=
+ARGS ?=
+.PHONY: run test lint format types check bench image
+
+run: .venv/ready  ## serve MODEL, a folder or a hub id; without one, the embedded demo model
+	.venv/bin/megatron-gpt2 serve $(MODEL) $(ARGS)
+
+test: .venv/ready  ## the tests
+	.venv/bin/pytest
+
+lint: .venv/ready
+	.venv/bin/ruff check . && .venv/bin/ruff format --check .
+
+types: .venv/ready
+	.venv/bin/mypy
+
+format: .venv/ready
+	.venv/bin/ruff check --fix . && .venv/bin/ruff format .
+
+check: lint types test  ## what CI runs
+
+bench: .venv/ready  ## milliseconds a step of the bare runner beside transformers, on this machine
+	.venv/bin/python -m bench.decode $(ARGS)
+
+image:  ## the container image, megatron-gpt2
+	docker build -t megatron-gpt2 .
+
+.venv: .venv/ready
+
+.venv/ready: requirements.lock pyproject.toml
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.lock
+	.venv/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch .venv/ready

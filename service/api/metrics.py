@@ -1,0 +1,137 @@
+"""Prometheus metrics of one API process, in a registry of their own. The routes and the engine's stats feed them."""
+
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from service.engine.client import EngineClient
+from service.engine.request import EngineStats
+
+_PREFIX = "megatron_gpt2"
+# Seconds; a step of a 345M model takes 0.4 to 2 ms on a GPU and a full answer a minute on a CPU.
+_SECONDS = (
+    0.001,
+    0.002,
+    0.003,
+    0.005,
+    0.0075,
+    0.01,
+    0.015,
+    0.02,
+    0.03,
+    0.05,
+    0.075,
+    0.1,
+    0.2,
+    0.3,
+    0.5,
+    1,
+    2,
+    5,
+    10,
+    30,
+    60,
+)
+_STEP_SECONDS = (0.00025, 0.0005, *_SECONDS)
+_SEQUENCES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"})
+
+
+class Metrics:
+    """All metrics. Labels are bounded: routes by their template, methods and statuses of HTTP, four finish reasons."""
+
+    def __init__(self, client: EngineClient, *, version: str) -> None:
+        self._client = client
+        self._last_stats = EngineStats()
+        self._last_restarts = 0
+        self.registry = CollectorRegistry()
+        self.registry.register(_ClientCollector(client, version))
+        self.finished = self._counter("requests_finished", "Choices that ended, by reason.", "finish_reason")
+        self.aborted = self._counter("requests_aborted", "Requests whose client left before the end.")
+        self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of accepted requests.")
+        self.generated_tokens = self._counter("generated_tokens", "Generated tokens that belong to an answer.")
+        self.dropped_tokens = self._counter("dropped_tokens", "Tokens computed past a stop and never sent.")
+        self.first_token = self._histogram("time_to_first_token_seconds", "From submission to a choice's first token.")
+        self.between_tokens = self._histogram(
+            "time_between_tokens_seconds", "Between a choice's deliveries, divided by the tokens delivered."
+        )
+        self.end_to_end = self._histogram("request_seconds", "From submission to the end of a finished request.")
+        self.queue = self._histogram("queue_seconds", "From submission until the engine starts on a prompt.")
+        self._responses = self._counter("http_responses", "HTTP answers.", "method", "route", "status")
+        self._steps = self._counter("steps", "Steps of the engine.")
+        self._preemptions = self._counter("preemptions", "Sequences that gave up their blocks and began again.")
+        self._prefix_queries = self._counter("prefix_cache_queries", "Prompt tokens looked up in shared blocks.")
+        self._prefix_hits = self._counter("prefix_cache_hits", "Prompt tokens found in shared blocks.")
+        self._step_seconds = self._histogram("step_seconds", "Time of a step.", buckets=_STEP_SECONDS)
+        self._batch_size = self._histogram("batch_size", "Sequences in a step.", buckets=_SEQUENCES)
+        for reason in ("stop", "length", "abort", "error"):
+            self.finished.labels(reason)
+
+    def http_response(self, *, method: str, route: str, status: int) -> None:
+        """`route` is a template such as /v1/models/{id}, never a raw path."""
+        self._responses.labels(method if method in _METHODS else "other", route, str(status)).inc()
+
+    def take_stats(self, stats: EngineStats) -> None:
+        """Add what the engine did since the last stats. A new engine counts from zero; our totals never go down."""
+        if self._client.num_restarts != self._last_restarts:
+            self._last_restarts = self._client.num_restarts
+            self._last_stats = EngineStats()
+        last = self._last_stats
+        self._last_stats = stats
+        self._steps.inc(stats.num_steps - last.num_steps)
+        self._preemptions.inc(stats.num_preemptions - last.num_preemptions)
+        self.dropped_tokens.inc(stats.num_dropped_tokens - last.num_dropped_tokens)
+        self._prefix_queries.inc(stats.num_prefix_queries - last.num_prefix_queries)
+        self._prefix_hits.inc(stats.num_prefix_hits - last.num_prefix_hits)
+        for seconds in stats.step_seconds:
+            self._step_seconds.observe(seconds)
+        for size in stats.batch_sizes:
+            self._batch_size.observe(size)
+
+    def render(self) -> bytes:
+        """The text exposition format."""
+        return generate_latest(self.registry)
+
+    def _counter(self, name: str, help: str, *labels: str) -> Counter:
+        return Counter(f"{_PREFIX}_{name}", help, labels, registry=self.registry)
+
+    def _histogram(self, name: str, help: str, *, buckets: tuple[float, ...] = _SECONDS) -> Histogram:
+        return Histogram(f"{_PREFIX}_{name}", help, registry=self.registry, buckets=buckets)
+
+
+class _ClientCollector(Collector):
+    """What the client knows at the moment of a scrape."""
+
+    def __init__(self, client: EngineClient, version: str) -> None:
+        self._client = client
+        self._version = version
+
+    def collect(self) -> Iterator[Metric]:
+        client, stats = self._client, self._client.stats
+        gauges = {
+            "requests_running": ("Sequences that the engine works on.", stats.num_running),
+            "requests_waiting": ("Sequences in the engine's queue.", stats.num_waiting),
+            "kv_cache_usage_ratio": ("Share of the KV blocks in use.", stats.num_blocks_used / (stats.num_blocks or 1)),
+            "last_step_age_seconds": ("Silence of the engine while work is open.", client.last_message_age_seconds),
+            "ready": ("1 when requests are taken.", client.ready),
+            "draining": ("1 when the service is shutting down.", client.phase == "drain"),
+        }
+        for name, (help, value) in gauges.items():
+            yield GaugeMetricFamily(f"{_PREFIX}_{name}", help, value=float(value))
+        yield CounterMetricFamily(
+            f"{_PREFIX}_engine_restarts", "Engine processes started after the first.", value=client.num_restarts
+        )
+        yield InfoMetricFamily(f"{_PREFIX}_build", "The service.", value={"version": self._version})
+        if (model := client.model) is not None:
+            about = {
+                "dtype": model.dtype,
+                "device": model.device,
+                "context_length": str(model.context_length),
+                "vocab_size": str(model.vocab_size),
+                "num_blocks": str(model.num_blocks),
+                "block_size": str(model.block_size),
+                "max_num_seqs": str(model.max_num_seqs),
+            }
+            yield InfoMetricFamily(f"{_PREFIX}_model", "What the engine loaded.", value=about)

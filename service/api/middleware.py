@@ -1,0 +1,89 @@
+"""Around every request: its id, a bound on its body, one log line, one count, and an answer to what nobody expected."""
+
+import logging
+import re
+import time
+import uuid
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.api.errors import ApiError, to_api_error
+from service.api.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+_REQUEST_ID = re.compile(rb"[\x20-\x7e]{1,128}")
+# Asked for every few seconds by machines: logged at debug.
+_QUIET_ROUTES = frozenset({"/livez", "/readyz", "/health", "/ping", "/metrics"})
+
+
+class RequestMiddleware:
+    """Pure ASGI. Routes may add figures for the log line to `request.state.summary`; no text of a request does."""
+
+    def __init__(self, app: ASGIApp, *, metrics: Metrics, max_body_bytes: int) -> None:
+        self._app = app
+        self._metrics = metrics
+        self._max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started_at = time.monotonic()
+        headers = dict(scope["headers"])
+        request_id = headers.get(b"x-request-id", b"").strip()
+        if not _REQUEST_ID.fullmatch(request_id):
+            request_id = uuid.uuid4().hex.encode()
+        summary: dict[str, Any] = {}
+        scope.setdefault("state", {})["summary"] = summary
+        status = 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message = {**message, "headers": [*message["headers"], (b"x-request-id", request_id)]}
+            await send(message)
+
+        try:
+            await self._app(scope, self._bounded(receive, headers.get(b"content-length")), send_with_id)
+        except Exception as error:
+            answer = to_api_error(error)
+            if status:  # too late for an answer; the server breaks the connection off
+                raise
+            await answer.response()(scope, receive, send_with_id)
+        finally:
+            route = getattr(scope.get("route"), "path", "other")
+            self._metrics.http_response(method=scope["method"], route=route, status=status)
+            figures = {
+                "request_id": request_id.decode(),
+                "method": scope["method"],
+                "route": route,
+                "status": status,
+                "milliseconds": round(1000 * (time.monotonic() - started_at), 1),
+                **summary,
+            }
+            level = logging.DEBUG if route in _QUIET_ROUTES else logging.INFO
+            line = " ".join(f"{name}={value}" for name, value in figures.items())
+            log.log(level, "request %s", line, extra={"figures": figures})
+
+    def _bounded(self, receive: Receive, content_length: bytes | None) -> Receive:
+        """`receive` that raises ApiError (413) at the first byte too many, or at once where the length is declared."""
+        num_bytes = 0
+
+        async def bounded() -> Message:
+            nonlocal num_bytes
+            if content_length is not None and int(content_length) > self._max_body_bytes:
+                raise self._too_large()
+            message = await receive()
+            if message["type"] == "http.request":
+                num_bytes += len(message.get("body", b""))
+                if num_bytes > self._max_body_bytes:
+                    raise self._too_large()
+            return message
+
+        return bounded
+
+    def _too_large(self) -> ApiError:
+        return ApiError(413, f"The body is larger than {self._max_body_bytes} bytes.", code="request_too_large")

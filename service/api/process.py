@@ -1,0 +1,125 @@
+"""The API process: uvicorn over the supervisor's listening socket, one engine client, the supervisor's words.
+
+Spawned by serve.py, which passes engines' sockets over the control channel. It ignores SIGINT and SIGTERM, and ends
+when told to, or with its parent.
+"""
+
+import asyncio
+import contextlib
+import logging
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import uvicorn
+
+from service.api.app import create_app
+from service.api.text import load_tokenizer
+from service.engine.client import EngineClient
+from service.engine.process import start_child
+
+log = logging.getLogger(__name__)
+
+# The supervisor's words, one a datagram; ENGINE brings a socket along.
+ENGINE, DRAIN, STOP, FAILED = b"engine", b"drain", b"stop", b"failed"
+# The API's words.
+STALLED = b"stalled"
+
+_CLOSE_SECONDS = 5  # for answers on their way out, once no request is open
+
+
+@dataclass(frozen=True, slots=True)
+class ApiConfig:
+    """What serve.py tells the API process; the fields are those of Settings."""
+
+    model_names: tuple[str, ...]
+    max_body_bytes: int
+    stream_keep_alive_seconds: float
+    http_keep_alive_seconds: int
+    drain_seconds: float
+    stall_seconds: float
+    version: str
+    log_level: str
+    json_lines: bool
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without signal handlers: signals are the supervisor's."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def main(config: ApiConfig, listener: socket.socket, control: socket.socket) -> None:
+    """The process: serve until the supervisor says stop, or drained after it said drain."""
+    start_child(level=config.log_level, json_lines=config.json_lines)
+    with asyncio.Runner(
+        loop_factory=uvicorn.Config("", log_config=None).get_loop_factory()
+    ) as runner:  # uvloop where there is one
+        runner.run(_serve(config, listener, control))
+
+
+async def _serve(config: ApiConfig, listener: socket.socket, control: socket.socket) -> None:
+    control.setblocking(False)
+    client = EngineClient(
+        api_number=0,
+        stall_seconds=config.stall_seconds,
+        on_stall=lambda: _say(control, STALLED),
+    )
+    app = create_app(
+        client=client,
+        model_names=config.model_names,
+        max_body_bytes=config.max_body_bytes,
+        stream_keep_alive_seconds=config.stream_keep_alive_seconds,
+        version=config.version,
+        load_tokenizer=lambda model: load_tokenizer(
+            Path(model.folder), vocab_size=model.vocab_size, end_of_text_id=model.end_of_text_id
+        ),
+    )
+    server = _Server(
+        uvicorn.Config(
+            app,
+            access_log=False,  # the app writes a line a request itself
+            log_config=None,
+            timeout_keep_alive=config.http_keep_alive_seconds,
+            timeout_graceful_shutdown=_CLOSE_SECONDS,
+            server_header=False,
+        )
+    )
+    draining: set[asyncio.Task[None]] = set()
+
+    def hear() -> None:
+        word, descriptors, _, _ = socket.recv_fds(control, 64, 1)
+        if word == ENGINE:
+            client.attach(socket.socket(fileno=descriptors[0]))
+        elif word == FAILED:
+            client.fail()
+        elif word == DRAIN:
+            client.drain()
+            draining.add(asyncio.ensure_future(_drain(client, server, config.drain_seconds)))
+        elif word == STOP:
+            client.drain()
+            client.abandon("the service was stopped")
+            server.should_exit = True
+
+    asyncio.get_running_loop().add_reader(control, hear)
+    await server.serve(sockets=[listener])
+    asyncio.get_running_loop().remove_reader(control)
+    await client.close()
+
+
+async def _drain(client: EngineClient, server: uvicorn.Server, drain_seconds: float) -> None:
+    """Answer what is open, for `drain_seconds` at most; the rest ends with an error. Then close the listener."""
+    try:
+        await asyncio.wait_for(client.wait_idle(), drain_seconds)
+    except TimeoutError:
+        log.warning("requests are still open after %g s of draining; ending them", drain_seconds)
+        client.abandon("the service is shutting down")
+    server.should_exit = True
+
+
+def _say(control: socket.socket, word: bytes) -> None:
+    with contextlib.suppress(OSError):
+        control.send(word)

@@ -1,0 +1,98 @@
+"""The command `megatron-gpt2`: serve, generate."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from service.settings import ENV_PREFIX, Settings, SettingsError, load
+from service.version import VERSION
+
+# Settings of the HTTP service mean nothing to `generate`.
+_GENERATE_SETTINGS = (
+    "revision",
+    "offline",
+    "device",
+    "dtype",
+    "kv_memory",
+    "gpu_memory_utilization",
+    "cpu_threads",
+    "log_level",
+    "log_format",
+    "config",
+)
+_EPILOG = (
+    f"Each setting is also an environment variable ({ENV_PREFIX}LOG_LEVEL for --log-level) and a line of the --config "
+    "file (log_level: info). A flag beats a variable, a variable beats the file."
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the process's exit code. 2 is a mistake in what was asked, told in one line."""
+    given = vars(_parser().parse_args(arguments))
+    command = given.pop("command")
+    text = given.pop("text", "")
+    sampling = {name: given.pop(name) for name in _SAMPLING if name in given}
+    try:
+        settings = load(given)
+        # Imported here: each command pays only for what it needs.
+        if command == "serve":
+            from service.serve import serve
+
+            return serve(settings)
+        from service.generate import generate
+
+        return generate(settings, text=text, sampling=sampling)
+    except SettingsError as error:
+        print(f"megatron-gpt2: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:  # `serve` drains by itself once it listens
+        return 130
+
+
+_SAMPLING: dict[str, tuple[type, str]] = {
+    "max_tokens": (int, "Tokens to generate at most (default 50)."),
+    "temperature": (float, "0 takes the best token each time (default 1)."),
+    "top_k": (int, "Draw from the K best tokens."),
+    "top_p": (float, "Draw from the best tokens that hold this share of the probability."),
+    "min_p": (float, "Draw from tokens at least this likely, measured by the best."),
+    "seed": (int, "The same seed gives the same text."),
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="megatron-gpt2", description="MegatronGPT2 345M over HTTP.")
+    parser.add_argument("--version", action="version", version=VERSION)
+    commands = parser.add_subparsers(dest="command", required=True)
+    serve = commands.add_parser("serve", help="serve /v1/completions over HTTP", epilog=_EPILOG, allow_abbrev=False)
+    serve.add_argument("model", nargs="?", default=argparse.SUPPRESS, help=Settings.model_fields["model"].description)
+    _add_settings(serve, [name for name in Settings.model_fields if name != "model"])
+    generate = commands.add_parser(
+        "generate", help="complete a text, without a server", epilog=_EPILOG, allow_abbrev=False
+    )
+    generate.add_argument("text", help="the text to go on from")
+    generate.add_argument("--model", default=argparse.SUPPRESS, help=Settings.model_fields["model"].description)
+    for name, (kind, description) in _SAMPLING.items():
+        generate.add_argument(_flag(name), type=kind, default=argparse.SUPPRESS, help=description)
+    _add_settings(generate, _GENERATE_SETTINGS)
+    return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
+    """A flag for each setting, checked by Settings itself; what is not given is left to the environment and file."""
+    for name in names:
+        field = Settings.model_fields[name]
+        options: dict[str, Any] = {"metavar": name.split("_")[-1].upper()}
+        if field.annotation is bool:
+            options = {"action": argparse.BooleanOptionalAction}
+        default = "" if field.default in (None, ()) else f" Default: {field.default}."
+        description = f"{field.description}{default}".replace("%", "%%")
+        parser.add_argument(_flag(name), default=argparse.SUPPRESS, help=description, **options)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""Length-prefixed msgpack over a socket pair: the engine process's blocking end, and the framing both ends share."""
+
+import select
+import socket
+
+import msgspec
+
+HEADER_BYTES = 4
+# A full submit (1,024 prompts of 1,023 ids) is about 3 MB; anything near this bound is a broken peer.
+MAX_MESSAGE_BYTES = 256 * 1024 * 1024
+_READ_BYTES = 256 * 1024
+
+
+class ChannelClosed(Exception):
+    """The other process has closed its end, or is gone."""
+
+
+class MalformedMessage(Exception):
+    """A frame that is no message of this channel."""
+
+
+def frame(message: object, encoder: msgspec.msgpack.Encoder) -> bytes:
+    """`message` as a length (big-endian, 4 bytes) and its msgpack bytes."""
+    body = encoder.encode(message)
+    return len(body).to_bytes(HEADER_BYTES, "big") + body
+
+
+class Channel:
+    """The engine's end. Receives messages of type `receives`; sends never block: what does not fit waits here."""
+
+    def __init__(self, sock: socket.socket, receives: object) -> None:
+        sock.setblocking(False)
+        self._socket = sock
+        self._decoder: msgspec.msgpack.Decoder[object] = msgspec.msgpack.Decoder(receives)
+        self._encoder = msgspec.msgpack.Encoder()
+        self._inbox = bytearray()
+        self._outbox = bytearray()
+
+    def send(self, message: object) -> None:
+        """Queue `message` and send what the socket takes now. Raises ChannelClosed."""
+        self._outbox += frame(message, self._encoder)
+        self.flush()
+
+    def flush(self) -> None:
+        """Send what the socket takes now. Raises ChannelClosed."""
+        while self._outbox:
+            try:
+                sent = self._socket.send(self._outbox)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                raise ChannelClosed from error
+            del self._outbox[:sent]
+
+    def wait(self) -> None:
+        """Block until there is something to read, sending meanwhile what still waits. Raises ChannelClosed."""
+        while True:
+            self.flush()
+            poll = select.poll()
+            poll.register(self._socket, select.POLLIN | (select.POLLOUT if self._outbox else 0))
+            if any(event & ~select.POLLOUT for _, event in poll.poll()):
+                return
+
+    def receive(self) -> list[object]:
+        """Every whole message that has arrived, without waiting. Raises ChannelClosed, MalformedMessage."""
+        while True:
+            try:
+                data = self._socket.recv(_READ_BYTES)
+            except BlockingIOError:
+                break
+            except OSError as error:
+                raise ChannelClosed from error
+            if not data:
+                raise ChannelClosed
+            self._inbox += data
+            if len(data) < _READ_BYTES:
+                break
+        messages = []
+        offset = 0
+        while len(self._inbox) - offset >= HEADER_BYTES:
+            start = offset + HEADER_BYTES
+            size = int.from_bytes(self._inbox[offset:start], "big")
+            if size > MAX_MESSAGE_BYTES:
+                raise MalformedMessage(f"a message of {size} bytes")
+            if len(self._inbox) < start + size:
+                break
+            try:
+                messages.append(self._decoder.decode(self._inbox[start : start + size]))
+            except msgspec.MsgspecError as error:
+                raise MalformedMessage(str(error)) from error
+            offset = start + size
+        del self._inbox[:offset]
+        return messages

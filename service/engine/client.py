@@ -1,0 +1,336 @@
+"""The engine as the API process sees it: submit requests, stream their deltas, abort by leaving.
+
+Errors:
+    EngineUnavailable          the request was not taken; try again later
+    ├── EngineNotReady         loading, or being restarted
+    ├── EngineDraining         the service is shutting down
+    └── EngineFailed           the supervisor has given up on the engine
+A sequence that fails after it was taken ends with a Delta whose finish is ERROR.
+"""
+
+import asyncio
+import logging
+import socket
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from types import TracebackType
+from typing import Self
+
+import msgspec
+
+from service.engine.channel import HEADER_BYTES, MAX_MESSAGE_BYTES, frame
+from service.engine.request import (
+    Abort,
+    Delta,
+    EngineStats,
+    Finish,
+    ModelInfo,
+    Publish,
+    Ready,
+    Request,
+    Status,
+    Submit,
+    ToApi,
+)
+
+log = logging.getLogger(__name__)
+
+
+class EngineUnavailable(Exception):
+    """The engine takes no requests now."""
+
+
+class EngineNotReady(EngineUnavailable):
+    """Loading, or being restarted."""
+
+
+class EngineDraining(EngineUnavailable):
+    """The service is shutting down."""
+
+
+class EngineFailed(EngineUnavailable):
+    """The supervisor has given up on the engine."""
+
+
+class Stream:
+    """The deltas of a group of requests: an async context manager, and an async iterator over lists of Deltas.
+
+    Leaving the context aborts whatever has not finished. Deltas that arrive before the reader takes them are merged,
+    so the mailbox holds at most one Delta a sequence. Iteration ends when every sequence has had its last Delta.
+    """
+
+    def __init__(self, client: "EngineClient", requests: Sequence[Request]) -> None:
+        self._client = client
+        self._request_ids = [request.id for request in requests]
+        self._open = {(request.id, choice) for request in requests for choice in range(request.n)}
+        self._mailbox: dict[tuple[int, int], Delta] = {}
+        self._arrived = asyncio.Event()
+        self._unstarted = {request.id: request for request in requests}
+        self._resubmitted = False
+        self.submitted_at = time.monotonic()
+        self.started_at: dict[int, float] = {}  # request id -> when it left the engine's queue (monotonic seconds)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for request_id in {request_id for request_id, _ in self._open}:
+            self._client._abort(request_id, None)
+        self._open.clear()
+        self._client._forget(self)
+
+    async def __aiter__(self) -> AsyncIterator[list[Delta]]:
+        while self._open or self._mailbox:
+            if not self._mailbox:
+                self._arrived.clear()
+                await self._arrived.wait()
+            deltas = list(self._mailbox.values())
+            self._mailbox.clear()
+            yield deltas
+
+    def abort(self, request_id: int, choice: int) -> None:
+        """End one sequence: nothing more of it is delivered. Used when a stop string is found in its text."""
+        if (request_id, choice) in self._open:
+            self._open.discard((request_id, choice))
+            self._client._abort(request_id, choice)
+        self._mailbox.pop((request_id, choice), None)
+        self._arrived.set()
+
+    def _deliver(self, delta: Delta) -> None:
+        key = (delta.request_id, delta.choice)
+        if key not in self._open:
+            return
+        self._unstarted.pop(delta.request_id, None)
+        if delta.finish is not None:
+            self._open.discard(key)
+        earlier = self._mailbox.get(key)
+        if earlier is not None:
+            delta = msgspec.structs.replace(
+                delta,
+                token_ids=earlier.token_ids + delta.token_ids,
+                cached_tokens=earlier.cached_tokens,
+            )
+        self._mailbox[key] = delta
+        self._arrived.set()
+
+    def _mark_started(self, request_id: int) -> None:
+        if self._unstarted.pop(request_id, None) is not None:
+            self.started_at[request_id] = time.monotonic()
+
+    def _engine_lost(self, error: str) -> None:
+        """End what the lost engine had begun. What it had not begun stays, to be submitted again, once."""
+        if self._resubmitted:
+            self._unstarted.clear()
+        for request_id, choice in list(self._open):
+            if request_id not in self._unstarted:
+                self._deliver(Delta(request_id, choice, (), Finish.ERROR, error))
+
+    def _take_unstarted(self) -> list[Request]:
+        self._resubmitted = True
+        return list(self._unstarted.values())
+
+
+class EngineClient:
+    """One engine's face in the API process. All methods belong to the event loop's thread."""
+
+    def __init__(self, *, api_number: int, stall_seconds: float, on_stall: Callable[[], None]) -> None:
+        self._next_id = api_number << 48
+        self._stall_seconds = stall_seconds
+        self._on_stall = on_stall
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(ToApi)
+        self._streams: dict[int, Stream] = {}  # request id -> its stream
+        self._writer: asyncio.StreamWriter | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._watcher: asyncio.Task[None] | None = None
+        self._work_open = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._last_message = time.monotonic()
+        self._draining = False
+        self._failed = False
+        self.model: ModelInfo | None = None  # the last engine's; kept over a restart
+        self.status = Status(phase="start", progress=0.0)
+        self.stats = EngineStats()
+        self.on_stats: Callable[[EngineStats], None] = lambda _: None
+        self.on_ready: Callable[[ModelInfo], Awaitable[None]] | None = None  # awaited before requests are taken
+        self.num_restarts = 0
+
+    # What the routes ask
+
+    @property
+    def phase(self) -> str:
+        """start, download, load, warmup, ready, restart, drain or failed."""
+        if self._failed:
+            return "failed"
+        if self._draining:
+            return "drain"
+        return self.status.phase
+
+    @property
+    def ready(self) -> bool:
+        return self.phase == "ready"
+
+    @property
+    def last_message_age_seconds(self) -> float:
+        """Seconds since the engine last said anything; 0 while no work is open."""
+        return time.monotonic() - self._last_message if self._work_open.is_set() else 0.0
+
+    def new_request_id(self) -> int:
+        self._next_id += 1
+        return self._next_id
+
+    def check_ready(self) -> ModelInfo:
+        """The model, if requests are taken now. Raises EngineUnavailable."""
+        if self._failed:
+            raise EngineFailed("the engine failed too often and is not being restarted")
+        if self._draining:
+            raise EngineDraining("the service is shutting down")
+        if self.status.phase != "ready" or self.model is None:
+            raise EngineNotReady(f"the model is not ready yet (phase: {self.status.phase})")
+        return self.model
+
+    def submit(self, requests: Sequence[Request]) -> Stream:
+        """Hand `requests` to the engine as one group. Raises EngineUnavailable."""
+        self.check_ready()
+        stream = Stream(self, requests)
+        for request in requests:
+            self._streams[request.id] = stream
+        if not self._work_open.is_set():
+            self._last_message = time.monotonic()
+            self._work_open.set()
+            self._idle.clear()
+        self._send(Submit(tuple(requests)))
+        return stream
+
+    # What the supervisor's words lead to
+
+    def attach(self, sock: socket.socket) -> None:
+        """Speak to a new engine process over `sock`; ends by itself when that process closes its end."""
+        if self.model is not None:
+            self.num_restarts += 1
+        self.status = Status(phase="start" if self.model is None else "restart", progress=0.0)
+        self._spawn(self._serve(sock))
+
+    def drain(self) -> None:
+        """Take no more requests."""
+        self._draining = True
+
+    async def wait_idle(self) -> None:
+        """Return when no request is open."""
+        await self._idle.wait()
+
+    def abandon(self, error: str) -> None:
+        """End everything open with an error."""
+        for stream in self._unique_streams():
+            for request_id in stream._request_ids:
+                self._abort(request_id, None)
+        self._lost(error, resubmit=False)
+
+    def fail(self) -> None:
+        """The supervisor has given up: everything open ends with an error."""
+        self._failed = True
+        self._lost("the engine failed too often and is not being restarted", resubmit=False)
+
+    async def close(self) -> None:
+        """Close the channel, which ends the engine process."""
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    # Inside
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _serve(self, sock: socket.socket) -> None:
+        reader, writer = await asyncio.open_connection(sock=sock)
+        self._writer = writer
+        try:
+            while True:
+                header = await reader.readexactly(HEADER_BYTES)
+                size = int.from_bytes(header, "big")
+                if size > MAX_MESSAGE_BYTES:
+                    raise msgspec.DecodeError(f"a message of {size} bytes")
+                message = self._decoder.decode(await reader.readexactly(size))
+                if isinstance(message, Ready) and self.on_ready is not None:
+                    await self.on_ready(message.model)
+                self._take(message)
+        except (asyncio.IncompleteReadError, OSError):
+            log.warning("the engine process closed its channel")
+        except msgspec.MsgspecError:
+            log.exception("malformed message from the engine process")
+        finally:
+            if self._watcher is not None:
+                self._watcher.cancel()
+            writer.close()
+            self._writer = None
+            self.status = Status(phase="restart", progress=0.0)
+            self.stats = EngineStats()
+            self._lost("the engine stopped while it worked on this request", resubmit=True)
+
+    async def _watch(self) -> None:
+        """Call on_stall when work has been open for stall_seconds without a word from the ready engine."""
+        await self._work_open.wait()
+        while (wait_seconds := self._last_message + self._stall_seconds - time.monotonic()) > 0:
+            await asyncio.sleep(wait_seconds)
+            await self._work_open.wait()
+        log.error(
+            "the engine has not said a word for %g s while work is open",
+            self._stall_seconds,
+        )
+        self._on_stall()
+
+    def _take(self, message: ToApi) -> None:
+        self._last_message = time.monotonic()
+        match message:
+            case Publish(started, deltas, stats):
+                for request_id in started:
+                    if request_id in self._streams:
+                        self._streams[request_id]._mark_started(request_id)
+                for delta in deltas:
+                    if delta.request_id in self._streams:
+                        self._streams[delta.request_id]._deliver(delta)
+                if stats is not None:
+                    self.stats = stats
+                    self.on_stats(stats)
+            case Status():
+                self.status = message
+            case Ready(model):
+                self.model = model
+                self.status = Status(phase="ready", progress=1.0)
+                self._watcher = self._spawn(self._watch())
+                again = [request for stream in self._unique_streams() for request in stream._take_unstarted()]
+                if again:
+                    self._send(Submit(tuple(again)))
+
+    def _lost(self, error: str, *, resubmit: bool) -> None:
+        for stream in self._unique_streams():
+            stream._resubmitted = stream._resubmitted or not resubmit
+            stream._engine_lost(error)
+
+    def _unique_streams(self) -> list[Stream]:
+        return list(dict.fromkeys(self._streams.values()))
+
+    def _abort(self, request_id: int, choice: int | None) -> None:
+        self._send(Abort(request_id, choice))
+
+    def _forget(self, stream: Stream) -> None:
+        for request_id in stream._request_ids:
+            self._streams.pop(request_id, None)
+        if not self._streams:
+            self._work_open.clear()
+            self._idle.set()
+
+    def _send(self, message: Submit | Abort) -> None:
+        # Without an engine there is nothing to tell: a new one starts empty, and unstarted requests are sent again.
+        if self._writer is not None:
+            self._writer.write(frame(message, self._encoder))

@@ -1,0 +1,22 @@
+"""What the engine process is told as it is spawned. Made by serve.py and cli.py; imports nothing heavy."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """What serve.py tells the engine; the fields are those of Settings."""
+
+    model: str
+    revision: str | None
+    offline: bool
+    device: str
+    dtype: str
+    max_num_seqs: int
+    max_num_batched_tokens: int | None
+    block_size: int
+    kv_memory: int | None
+    gpu_memory_utilization: float
+    cpu_threads: int | None
+    log_level: str
+    json_lines: bool

@@ -1,0 +1,174 @@
+"""From a model's name to a runner on a device: resolve, read, place, warm up. Called by the engine process and the CLI.
+
+Imports torch: the API process never imports this.
+"""
+
+import logging
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Never, Self
+
+import torch
+from tqdm import tqdm
+
+from service.checkpoint.download import resolve
+from service.checkpoint.hub import CheckpointError, read_config, read_state
+from service.checkpoint.tokenizer import read_tokenizer
+from service.engine.config import EngineConfig
+from service.engine.request import ModelInfo
+from service.engine.scheduler import Scheduler
+from service.model.gpt2 import GPT2
+from service.model.runner import KVMemoryError, TorchRunner, count_blocks, measure_kv_memory, warm_up
+
+log = logging.getLogger(__name__)
+
+Report = Callable[[str, float], None]  # phase, progress from 0 to 1
+
+_CPU_KV_MEMORY = 2**30
+_CPU_BATCHED_TOKENS = 256
+_GPU_BATCHED_TOKENS = 2048
+
+
+class Reporter:
+    """Tells progress to `tell`, a hundredth at a time, and shows it as bars on a terminal."""
+
+    def __init__(self, tell: Report) -> None:
+        self._tell = tell
+        self._phase = ""
+        self._told = 0.0
+        self._bar: tqdm[Never] | None = None
+
+    def __call__(self, phase: str, progress: float) -> None:
+        if phase != self._phase:
+            self.close()
+            self._phase, self._told = phase, 0.0
+            if sys.stderr.isatty() and phase != "download":  # the hub's client draws its own
+                self._bar = tqdm(
+                    total=100, desc=phase, unit="%", leave=False, bar_format="{desc}: {percentage:3.0f}%|{bar}|"
+                )
+        elif progress - self._told < 0.01:
+            return
+        if self._bar is not None:
+            self._bar.update(round(progress * 100) - self._bar.n)
+        self._told = progress
+        self._tell(phase, progress)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take the bar off the terminal."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+class DeviceError(ValueError):
+    """The device that was asked for is not there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """An engine ready to step."""
+
+    model: ModelInfo
+    runner: TorchRunner
+    scheduler: Scheduler
+
+
+def load(config: EngineConfig, report: Report) -> Loaded:
+    """Everything before the first request. Raises CheckpointError, DeviceError, KVMemoryError."""
+    started = time.monotonic()
+    device = _device(config.device)
+    if config.cpu_threads is not None:
+        torch.set_num_threads(config.cpu_threads)
+    report("download", 0.0)
+    folder = resolve(config.model, revision=config.revision, offline=config.offline)
+    model = _read(folder, config, device, report)
+    report("warmup", 0.0)
+    max_num_batched_tokens = config.max_num_batched_tokens or (
+        _GPU_BATCHED_TOKENS if device.type == "cuda" else _CPU_BATCHED_TOKENS
+    )
+    max_num_batched_tokens = max(max_num_batched_tokens, config.max_num_seqs)
+    if config.kv_memory is not None or device.type == "cpu":
+        kv_memory = config.kv_memory or _CPU_KV_MEMORY
+    else:
+        kv_memory = measure_kv_memory(
+            model,
+            block_size=config.block_size,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            utilization=config.gpu_memory_utilization,
+        )
+    num_blocks = count_blocks(model, block_size=config.block_size, kv_memory=kv_memory)
+    runner = TorchRunner(model, num_blocks=num_blocks, block_size=config.block_size)
+    if device.type == "cuda":
+        warm_up(runner, max_num_seqs=config.max_num_seqs, max_num_batched_tokens=max_num_batched_tokens)
+    else:  # only first calls are slow on a CPU; memory is no concern
+        warm_up(runner, max_num_seqs=1, max_num_batched_tokens=16)
+    report("warmup", 1.0)
+    log.info(
+        "model loaded in %.1f s: %s on %s in %s, %d KV blocks of %d tokens",
+        time.monotonic() - started,
+        config.model,
+        device,
+        str(model.dtype).removeprefix("torch."),
+        num_blocks,
+        config.block_size,
+    )
+    scheduler = Scheduler(
+        num_blocks=num_blocks,
+        block_size=config.block_size,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        context_length=model.config.context_length,
+        end_of_text_id=model.config.end_of_text_id,
+    )
+    info = ModelInfo(
+        folder=str(folder),
+        context_length=model.config.context_length,
+        vocab_size=model.config.vocab_size,
+        end_of_text_id=model.config.end_of_text_id,
+        num_blocks=num_blocks,
+        block_size=config.block_size,
+        max_num_seqs=config.max_num_seqs,
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=str(device),
+    )
+    return Loaded(info, runner, scheduler)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise DeviceError(f"device: {name} was asked for, and this torch ({torch.__version__}) sees no GPU")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise DeviceError(f"device: {name} was asked for, and there are {torch.cuda.device_count()} GPUs")
+    return device
+
+
+def _read(folder: Path, config: EngineConfig, device: torch.device, report: Report) -> GPT2:
+    report("load", 0.0)
+    model_config = read_config(folder, vocab_size=read_tokenizer(folder).get_vocab_size())
+    name = config.dtype
+    if name == "auto":
+        name = model_config.dtype if device.type == "cuda" else "float32"
+    state = read_state(
+        folder,
+        model_config,
+        dtype=getattr(torch, name),
+        device=device,
+        on_tensor=lambda done, total: report("load", done / total),
+    )
+    return GPT2(model_config, state)
+
+
+Unusable = (CheckpointError, DeviceError, KVMemoryError)  # what another try would not mend

@@ -1,0 +1,203 @@
+"""The engine process: receive, schedule, launch, collect, publish. Spawned by serve.py; speaks to the API process.
+
+It ignores SIGINT and SIGTERM, and ends when its channel closes or its parent is gone.
+"""
+
+import logging
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+
+from service.engine.channel import Channel, ChannelClosed
+from service.engine.config import EngineConfig
+from service.engine.request import Abort, Delta, EngineStats, Publish, Ready, Status, Submit, ToEngine
+from service.engine.scheduler import Scheduler
+from service.logs import configure_logging
+from service.model.batch import Batch, DeviceLost, OutOfMemory, Runner
+
+log = logging.getLogger(__name__)
+
+EXIT_UNUSABLE = 3  # the model, the device or a setting cannot be used: another try would not mend it
+_STATS_SECONDS = 0.25  # while work is open, the API hears from the engine at least this often, or once a step
+_PUBLISH_SECONDS_A_STREAM = 20e-6  # an event costs the API about as much, so publishing leaves it half its time
+_PUBLISH_AT_ONCE = 4  # streams, up to which every token goes out as it comes
+_MAX_PUBLISH_SECONDS = 0.01
+
+
+def start_child(*, level: str, json_lines: bool) -> None:
+    """What every child process does first: leave signals to the parent, end with it, and log."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+    configure_logging(level=level, json_lines=json_lines)
+
+
+def _end_with(sentinel: int) -> None:
+    multiprocessing.connection.wait([sentinel])
+    os._exit(1)
+
+
+class Publisher:
+    """What the API is to hear, and when: starts, first tokens and ends at once, other tokens by interval."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._tokens: dict[tuple[int, int], list[int]] = {}  # held back
+        self._begun: set[tuple[int, int]] = set()  # sequences whose first token is out
+        self._published_at = 0.0
+        self._stats_at = 0.0
+        self._step_seconds: list[float] = []
+        self._batch_sizes: list[int] = []
+
+    def started(self, request_ids: tuple[int, ...]) -> None:
+        """These requests left the queue: told before their step is launched, which the engine might not survive."""
+        self._channel.send(Publish(started=request_ids))
+
+    def deltas(self, deltas: list[Delta]) -> None:
+        """Send those that cannot wait; hold the rest for `due`."""
+        urgent = []
+        for delta in deltas:
+            key = (delta.request_id, delta.choice)
+            if delta.finish is not None:
+                held = self._tokens.pop(key, None)
+                self._begun.discard(key)
+                if held is not None:
+                    delta = Delta(*key, (*held, *delta.token_ids), delta.finish, delta.error, delta.cached_tokens)
+                urgent.append(delta)
+            elif key not in self._begun:
+                self._begun.add(key)
+                urgent.append(delta)
+            else:
+                self._tokens.setdefault(key, []).extend(delta.token_ids)
+        if urgent:
+            self._channel.send(Publish(deltas=tuple(urgent)))
+
+    def step(self, seconds: float, batch_size: int) -> None:
+        self._step_seconds.append(seconds)
+        self._batch_sizes.append(batch_size)
+
+    def due(self, scheduler: Scheduler, *, idle: bool) -> None:
+        """Send held tokens and stats whose time has come; all of them before the engine goes idle."""
+        now = time.monotonic()
+        num_streams = len(self._begun)
+        interval = 0.0 if num_streams <= _PUBLISH_AT_ONCE else _PUBLISH_SECONDS_A_STREAM * num_streams
+        send_tokens = bool(self._tokens) and (idle or now - self._published_at >= min(interval, _MAX_PUBLISH_SECONDS))
+        send_stats = idle or now - self._stats_at >= _STATS_SECONDS
+        if not send_tokens and not send_stats:
+            return
+        deltas: tuple[Delta, ...] = ()
+        if send_tokens:
+            deltas = tuple(Delta(*key, tuple(token_ids)) for key, token_ids in self._tokens.items())
+            self._tokens.clear()
+            self._published_at = now
+        stats: EngineStats | None = None
+        if send_stats:
+            stats = scheduler.stats(step_seconds=tuple(self._step_seconds), batch_sizes=tuple(self._batch_sizes))
+            self._step_seconds.clear()
+            self._batch_sizes.clear()
+            self._stats_at = now
+        self._channel.send(Publish(deltas=deltas, stats=stats))
+
+
+class Loop:
+    """Steps the runner for as long as the channel is open."""
+
+    def __init__(self, channel: Channel, scheduler: Scheduler, runner: Runner) -> None:
+        self._channel = channel
+        self._scheduler = scheduler
+        self._runner = runner
+        self._publisher = Publisher(channel)
+        self._stepped_at = 0.0
+
+    def run(self) -> None:
+        """Return when the channel closes. Raises DeviceLost, after which the process must end."""
+        try:
+            while True:
+                if not self._scheduler.num_open and not self._scheduler.num_launched:
+                    self._publisher.due(self._scheduler, idle=True)
+                    self._channel.wait()
+                    self._stepped_at = time.perf_counter()
+                for message in self._channel.receive():
+                    self._take(message)
+                self._step()
+                self._publisher.due(self._scheduler, idle=False)
+        except ChannelClosed:
+            return
+
+    def _take(self, message: object) -> None:
+        match message:
+            case Submit(requests):
+                for request in requests:
+                    self._scheduler.add(request)
+            case Abort(request_id, choice):
+                self._publisher.deltas(self._scheduler.abort(request_id, choice))
+
+    def _step(self) -> None:
+        batch = self._scheduler.schedule()
+        if batch is not None and not self._launch(batch):
+            batch = None
+        # With nothing launched now, what is in flight is collected whatever the runner's depth.
+        if self._scheduler.num_launched <= (self._runner.depth if batch is not None else 0):
+            return
+        try:
+            output = self._runner.collect()
+        except DeviceLost:
+            raise
+        except Exception as error:
+            log.exception("a step failed")
+            self._publisher.deltas(self._scheduler.fail(f"a step failed: {error}", launched=True))
+            return
+        self._publisher.deltas(self._scheduler.commit(output))
+        now = time.perf_counter()
+        self._publisher.step(now - self._stepped_at, len(output.token_ids))
+        self._stepped_at = now
+
+    def _launch(self, batch: Batch) -> bool:
+        started = self._scheduler.take_started()
+        if started:
+            self._publisher.started(started)
+        try:
+            self._runner.launch(batch)
+        except DeviceLost:
+            raise
+        except OutOfMemory as error:
+            log.warning("a step of %d tokens did not fit in memory: %s", len(batch.token_ids), error)
+            if not self._scheduler.retreat():
+                self._publisher.deltas(self._scheduler.fail("out of memory", launched=False))
+            return False
+        except Exception as error:
+            log.exception("a step failed")
+            self._publisher.deltas(self._scheduler.fail(f"a step failed: {error}", launched=False))
+            return False
+        return True
+
+
+def main(config: EngineConfig, sock: socket.socket) -> None:
+    """The process: load, say Ready, run."""
+    start_child(level=config.log_level, json_lines=config.json_lines)
+    channel = Channel(sock, ToEngine)
+    try:
+        channel.send(Status("load", 0.0))
+        from service.engine import loading  # torch takes seconds, and only this process may import it
+
+        try:
+            with loading.Reporter(lambda phase, progress: channel.send(Status(phase, progress))) as reporter:
+                loaded = loading.load(config, reporter)
+        except loading.Unusable as error:
+            log.error("%s", error)
+            sys.exit(EXIT_UNUSABLE)
+        channel.send(Ready(loaded.model))
+        Loop(channel, loaded.scheduler, loaded.runner).run()
+        loaded.runner.close()
+    except ChannelClosed:
+        return
+    except DeviceLost as error:
+        log.critical("the device is lost: %s", error)
+        sys.exit(1)

@@ -1,0 +1,123 @@
+"""The records that cross between the API and the engine process: plain numbers, frozen, encoded with msgpack.
+
+Every record is a `msgspec.Struct` written as an array, so a message is a few bytes a field.
+"""
+
+import enum
+
+import msgspec
+
+
+class Finish(enum.StrEnum):
+    """Why a sequence ended."""
+
+    STOP = "stop"  # end of text, or a stop token id
+    LENGTH = "length"  # max_tokens, or the context's edge
+    ABORT = "abort"  # the API asked: client left, stop string found, deadline, shutdown
+    ERROR = "error"  # a step failed, or the engine died; `Delta.error` says which
+
+
+class SamplingParams(msgspec.Struct, frozen=True, array_like=True):
+    """How the tokens of one request are drawn. Range checks are the API's; the engine trusts these numbers."""
+
+    max_tokens: int
+    temperature: float = 1.0  # 0 is greedy
+    top_k: int = 0  # 0 is off
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0  # int64; the draw depends on (seed, choice, position) alone
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+
+
+class Request(msgspec.Struct, frozen=True, array_like=True):
+    """One prompt and the `n` sequences wanted from it. len(prompt) >= 1; len(prompt) + max_tokens <= context."""
+
+    id: int
+    prompt: tuple[int, ...]
+    params: SamplingParams
+    n: int = 1
+
+
+class Delta(msgspec.Struct, frozen=True, array_like=True):
+    """New tokens of one sequence. Each sequence gets exactly one Delta with a finish, its last."""
+
+    request_id: int
+    choice: int  # 0..n-1
+    token_ids: tuple[int, ...]
+    finish: Finish | None = None
+    error: str | None = None
+    cached_tokens: int = 0  # prompt tokens taken from shared blocks; told with the sequence's first tokens
+
+
+class EngineStats(msgspec.Struct, frozen=True, array_like=True):
+    """The engine's gauges and running totals at one moment."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_blocks: int = 0
+    num_blocks_used: int = 0
+    num_steps: int = 0
+    num_preemptions: int = 0
+    num_dropped_tokens: int = 0  # computed past a stop, never sent
+    num_prefix_queries: int = 0  # prompt tokens looked up
+    num_prefix_hits: int = 0  # of these, found in shared blocks
+    step_seconds: tuple[float, ...] = ()  # one entry a step since the last stats
+    batch_sizes: tuple[int, ...] = ()  # sequences in each of these steps
+
+
+class ModelInfo(msgspec.Struct, frozen=True, array_like=True):
+    """What the engine loaded: enough for the API to admit requests and describe the model."""
+
+    folder: str  # local folder with the tokenizer's files
+    context_length: int
+    vocab_size: int
+    end_of_text_id: int
+    num_blocks: int
+    block_size: int
+    max_num_seqs: int
+    dtype: str
+    device: str
+
+
+# API -> engine
+
+
+class Submit(msgspec.Struct, frozen=True, array_like=True, tag="submit"):
+    requests: tuple[Request, ...]
+
+
+class Abort(msgspec.Struct, frozen=True, array_like=True, tag="abort"):
+    """End one choice of a request, or all of them (`choice` is None). Unknown ids are passed over."""
+
+    request_id: int
+    choice: int | None = None
+
+
+# engine -> API
+
+
+class Status(msgspec.Struct, frozen=True, array_like=True, tag="status"):
+    """Progress before ready: `phase` is download, load or warmup; `progress` runs from 0 to 1."""
+
+    phase: str
+    progress: float
+
+
+class Ready(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
+    """Loaded and warm: requests are taken from now on."""
+
+    model: ModelInfo
+
+
+class Publish(msgspec.Struct, frozen=True, array_like=True, tag="publish"):
+    """One publish: which requests left the queue, new tokens, and now and then the gauges."""
+
+    started: tuple[int, ...] = ()
+    deltas: tuple[Delta, ...] = ()
+    stats: EngineStats | None = None
+
+
+ToEngine = Submit | Abort
+ToApi = Status | Ready | Publish

@@ -1,0 +1,1 @@
+"""Tensors: a batch in, one token a sampled row out; knows nothing of requests."""

@@ -1,0 +1,128 @@
+"""GPT-2, top to bottom, over a paged KV cache; any GPT-2-shaped ModelConfig. Called by the runner."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from service.model.attention import KVCache, PagedAttention
+from service.model.config import ModelConfig
+
+# The checkpoint names each in its own words; hub.py maps them here.
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """y = x W^T + b with W (out, in)."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerNorm:
+    """In fp32, over an fp32 residual stream; the result in the served dtype."""
+
+    weight: Tensor
+    bias: Tensor
+    epsilon: float
+    dtype: torch.dtype
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.epsilon).to(self.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    attention_norm: LayerNorm
+    qkv: Linear
+    attention_output: Linear
+    mlp_norm: LayerNorm
+    up: Linear
+    down: Linear
+
+
+class GPT2:
+    """Weights in one dtype, the residual stream and the layer norms in fp32."""
+
+    def __init__(self, config: ModelConfig, state: Mapping[str, Tensor]) -> None:
+        """`state` is canonical (checkpoint/hub.py), all tensors of one dtype on one device."""
+        self.config = config
+        self.dtype = state["token_embedding.weight"].dtype
+        self.device = state["token_embedding.weight"].device
+        self._activation = ACTIVATIONS[config.activation]
+        self._token_embedding = state["token_embedding.weight"]  # [V, H]
+        self._position_embedding = state["position_embedding.weight"]  # [context, H]
+        self._head = state.get("head.weight", self._token_embedding)  # [V, H]
+
+        def norm(name: str) -> LayerNorm:
+            weight, bias = (
+                state[f"{name}.weight"].float(),
+                state[f"{name}.bias"].float(),
+            )
+            return LayerNorm(weight, bias, config.layer_norm_epsilon, self.dtype)
+
+        def linear(name: str) -> Linear:
+            return Linear(state[f"{name}.weight"], state[f"{name}.bias"])
+
+        self._layers = [
+            Layer(
+                attention_norm=norm(f"layers.{number}.attention_norm"),
+                qkv=linear(f"layers.{number}.qkv"),
+                attention_output=linear(f"layers.{number}.attention_output"),
+                mlp_norm=norm(f"layers.{number}.mlp_norm"),
+                up=linear(f"layers.{number}.up"),
+                down=linear(f"layers.{number}.down"),
+            )
+            for number in range(config.num_layers)
+        ]
+        self._final_norm = norm("final_norm")
+
+    def hidden(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        cache: KVCache,
+        attention: PagedAttention,
+    ) -> Tensor:
+        """The residual stream after the last layer, [T, H] in fp32, of T tokens; fills their slots of the cache."""
+        config = self.config
+        num_tokens = len(token_ids)
+        x = F.embedding(token_ids, self._token_embedding).float()  # [T, H]
+        x = x + F.embedding(positions, self._position_embedding).float()
+        for number, layer in enumerate(self._layers):
+            qkv = layer.qkv(layer.attention_norm(x))  # [T, 3 H]
+            q, k, v = qkv.view(num_tokens, 3, config.num_heads, config.head_size).unbind(1)  # [T, heads, head]
+            scale = config.head_size**-0.5 if config.scale_attention else 1.0
+            if config.scale_attention_by_layer:
+                scale /= number + 1
+            mixed = attention(
+                q,
+                k,
+                v,
+                cache.layer(number),
+                scale=scale,
+                upcast=config.upcast_attention,
+            )
+            x = x + layer.attention_output(mixed.reshape(num_tokens, config.hidden_size)).float()
+            x = x + layer.down(self._activation(layer.up(layer.mlp_norm(x)))).float()
+        return x
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[R, V] in fp32 for rows [R, H] of the residual stream."""
+        normed = self._final_norm(hidden)
+        if normed.is_cuda and self.dtype != torch.float32:
+            return torch.mm(normed, self._head.t(), out_dtype=torch.float32)
+        return F.linear(normed, self._head).float()

@@ -1,0 +1,211 @@
+"""Composition root and supervisor: opens the socket, starts the API and the engine process, restarts engines.
+
+The first SIGINT or SIGTERM drains, the second stops at once. Children are spawned, never forked; they ignore signals
+and end when their channel closes, so also when this process is killed.
+"""
+
+import asyncio
+import contextlib
+import logging
+import multiprocessing
+import signal
+import socket
+import sys
+import time
+from collections import deque
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import service.api.process as api
+import service.engine.process as engine
+from service.engine.config import EngineConfig
+from service.logs import configure_logging
+from service.settings import Settings
+from service.version import VERSION
+
+log = logging.getLogger(__name__)
+
+DEMO_MODEL = Path(__file__).parent / "demo" / "model"
+DEMO_NAME = "megatron-gpt2-demo"
+
+_END_SECONDS = 5.0  # for a child to end by itself, before it is killed
+_LONGEST_BACK_OFF_SECONDS = 30.0
+
+
+class Supervisor:
+    """Owns the listening socket and the children; its exit code is 0 after a drain."""
+
+    def __init__(self, settings: Settings, listener: socket.socket) -> None:
+        self._settings = settings
+        self._listener = listener
+        self._spawn = multiprocessing.get_context("spawn")
+        self._json_lines = wants_json(settings)
+        self._control, self._api_control = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._api: BaseProcess | None = None
+        self._engine: BaseProcess | None = None
+        self._restarts: deque[float] = deque()
+        self._stopping = False
+        self._exit_code = 0
+        self._ended = asyncio.Event()
+
+    async def run(self) -> int:
+        """Serve until drained or stopped; the process's exit code."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._on_signal)
+        loop.add_reader(self._control, self._on_word)
+        try:
+            self._start_api()
+            self._start_engine()
+            await self._ended.wait()
+        finally:
+            await self._end_children()
+        return self._exit_code
+
+    def _start_api(self) -> None:
+        settings = self._settings
+        config = api.ApiConfig(
+            model_names=settings.served_model_name or (settings.model or DEMO_NAME,),
+            max_body_bytes=settings.max_body_bytes,
+            stream_keep_alive_seconds=settings.stream_keep_alive_seconds,
+            http_keep_alive_seconds=settings.http_keep_alive_seconds,
+            drain_seconds=settings.drain_seconds,
+            stall_seconds=settings.stall_seconds,
+            version=VERSION,
+            log_level=settings.log_level,
+            json_lines=self._json_lines,
+        )
+        self._api = self._spawn.Process(
+            target=api.main, args=(config, self._listener, self._api_control), name="api", daemon=True
+        )
+        self._api.start()
+        self._api_control.close()
+        self._listener.close()
+        asyncio.get_running_loop().add_reader(self._api.sentinel, self._on_api_end)
+
+    def _start_engine(self) -> None:
+        ours, theirs = socket.socketpair()
+        config = engine_config(self._settings, json_lines=self._json_lines)
+        self._engine = self._spawn.Process(target=engine.main, args=(config, theirs), name="engine", daemon=True)
+        self._engine.start()
+        theirs.close()
+        socket.send_fds(self._control, [api.ENGINE], [ours.fileno()])
+        ours.close()
+        asyncio.get_running_loop().add_reader(self._engine.sentinel, self._on_engine_end)
+
+    def _on_signal(self) -> None:
+        if self._stopping:
+            log.warning("second signal: stopping at once")
+            self._exit_code = 1
+            self._say(api.STOP)
+            self._ended.set()
+            return
+        self._stopping = True
+        log.info(
+            "draining: running requests get up to %g s; a second signal stops at once", self._settings.drain_seconds
+        )
+        self._say(api.DRAIN)
+
+    def _on_word(self) -> None:
+        if self._control.recv(64) == api.STALLED and self._engine is not None:
+            log.error("the engine has stalled; killing it")
+            self._engine.kill()
+
+    def _on_api_end(self) -> None:
+        assert self._api is not None
+        asyncio.get_running_loop().remove_reader(self._api.sentinel)
+        if not self._stopping:
+            log.critical("the API process ended by itself (exit code %s)", _exit_code(self._api))
+            self._exit_code = 1
+        self._ended.set()
+
+    def _on_engine_end(self) -> None:
+        assert self._engine is not None
+        asyncio.get_running_loop().remove_reader(self._engine.sentinel)
+        code = _exit_code(self._engine)
+        self._engine = None
+        if self._ended.is_set() or (self._stopping and code == 0):
+            return
+        if code == engine.EXIT_UNUSABLE:
+            self._exit_code = 2
+            self._say(api.STOP)
+            self._ended.set()
+            return
+        now = time.monotonic()
+        self._restarts.append(now)
+        while now - self._restarts[0] > self._settings.restart_window_seconds:
+            self._restarts.popleft()
+        if len(self._restarts) > self._settings.max_restarts:
+            log.critical("the engine ended %d times (exit code %s); giving up", len(self._restarts), code)
+            self._say(api.FAILED)
+            return
+        delay = 0.0 if len(self._restarts) == 1 else min(2.0 ** (len(self._restarts) - 2), _LONGEST_BACK_OFF_SECONDS)
+        log.error("the engine ended (exit code %s); restarting it in %g s", code, delay)
+        asyncio.get_running_loop().call_later(delay, self._restart_engine)
+
+    def _restart_engine(self) -> None:
+        if not self._ended.is_set():
+            self._start_engine()
+
+    def _say(self, word: bytes) -> None:
+        with contextlib.suppress(OSError):  # the API process is gone, which is heard from its sentinel
+            self._control.send(word)
+
+    async def _end_children(self) -> None:
+        """The API closes the engine's channel as it ends; whoever has not ended in time is killed."""
+        loop = asyncio.get_running_loop()
+        for process in (self._api, self._engine):
+            if process is not None:
+                loop.remove_reader(process.sentinel)
+                await asyncio.to_thread(process.join, _END_SECONDS)
+                if process.is_alive():
+                    log.warning("the %s process did not end in %g s; killing it", process.name, _END_SECONDS)
+                    process.kill()
+                    await asyncio.to_thread(process.join)
+        self._control.close()
+
+
+def _exit_code(process: BaseProcess) -> int | None:
+    process.join()
+    return process.exitcode
+
+
+def wants_json(settings: Settings) -> bool:
+    """Whether log lines are JSON: `auto` is text on a terminal."""
+    return settings.log_format == "json" or (settings.log_format == "auto" and not sys.stderr.isatty())
+
+
+def engine_config(settings: Settings, *, json_lines: bool) -> EngineConfig:
+    """The engine's part of the settings; without a model, the demo model."""
+    return EngineConfig(
+        model=settings.model or str(DEMO_MODEL),
+        revision=settings.revision,
+        offline=settings.offline,
+        device=settings.device,
+        dtype=settings.dtype,
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        block_size=settings.block_size,
+        kv_memory=settings.kv_memory,
+        gpu_memory_utilization=settings.gpu_memory_utilization,
+        cpu_threads=settings.cpu_threads,
+        log_level=settings.log_level,
+        json_lines=json_lines,
+    )
+
+
+def serve(settings: Settings) -> int:
+    """Run the service; the exit code: 0 drained, 1 stopped or broken, 2 a setting or the model cannot be used."""
+    configure_logging(level=settings.log_level, json_lines=wants_json(settings))
+    try:
+        family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+        listener = socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # inherited; asyncio's own loop sets none here
+    except OSError as error:
+        log.error("host, port: cannot listen on %s:%d: %s", settings.host, settings.port, error.strerror)
+        return 2
+    host, port = listener.getsockname()[:2]
+    if settings.model is None:
+        log.info("no model given: serving the embedded demo model; MODEL=owner/name or a folder serves another")
+    log.info("listening on http://%s:%d (model loading; /readyz turns 200 when it is ready)", host, port)
+    return asyncio.run(Supervisor(settings, listener).run())

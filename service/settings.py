@@ -1,0 +1,198 @@
+"""Every setting, once: flags, environment variables with the prefix MGPT_ and the config file are one list.
+
+Read by cli.py and serve.py only. Command line beats environment, environment beats file, file beats default.
+"""
+
+import difflib
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BeforeValidator, Field, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    InitSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+ENV_PREFIX = "MGPT_"
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+class SettingsError(ValueError):
+    """A setting that cannot be used; the message names it."""
+
+
+def parse_bytes(value: object) -> object:
+    """`4GiB`, `512M` or `1073741824` as a number of bytes (units are powers of 1,024)."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", value, re.IGNORECASE)
+    if match is None:
+        raise ValueError("must be a size such as 4GiB, 512MiB or a number of bytes")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def split_names(value: object) -> object:
+    """`a,b` as two names; a list stays as it is."""
+    return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
+
+
+Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
+Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(split_names)]
+
+
+class Settings(BaseSettings):
+    """The service's settings."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX,
+        frozen=True,
+        extra="forbid",
+        protected_namespaces=(),
+        env_ignore_empty=True,
+    )
+
+    model: str | None = Field(
+        None,
+        description="Local GPT-2 folder or hub id; without one, the embedded demo model.",
+    )
+    revision: str | None = Field(None, description="Branch, tag or commit of the hub model.")
+    offline: bool = Field(False, description="Never ask the hub: local folders and its cache only.")
+    served_model_name: Names = Field(
+        (),
+        description="Names clients may use for the model, comma-separated; the first is the one in answers.",
+    )
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    device: str = Field(
+        "auto",
+        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
+        description="auto, cpu, cuda or cuda:N; auto takes a GPU if any.",
+    )
+    dtype: Literal["auto", "float16", "bfloat16", "float32"] = Field(
+        "auto",
+        description="Of weights and KV cache; auto is the checkpoint's own on a GPU and float32 on a CPU.",
+    )
+    max_num_seqs: int = Field(256, ge=1, le=4096, description="Sequences computed at the same time.")
+    max_num_batched_tokens: int | None = Field(
+        None,
+        ge=16,
+        description="Tokens computed a step; by default 2048 on a GPU and 256 on a CPU.",
+    )
+    block_size: int = Field(16, ge=1, le=256, description="Tokens in a KV block.")
+    kv_memory: Bytes | None = Field(
+        None,
+        description="Size of the KV cache, such as 4GiB; by default from gpu_memory_utilization, or 1GiB on a CPU.",
+    )
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="Share of the GPU's memory to use in all.")
+    cpu_threads: int | None = Field(None, ge=1, description="Threads of a model on a CPU; by default one a core.")
+    max_body_bytes: Bytes = Field(8 * 2**20, description="Largest request body.")
+    stream_keep_alive_seconds: float = Field(15, gt=0, description="A silent stream gets a comment line this often.")
+    http_keep_alive_seconds: int = Field(75, ge=1, description="How long an idle HTTP connection is kept.")
+    drain_seconds: float = Field(60, ge=0, description="After SIGTERM, how long running requests may go on.")
+    stall_seconds: float = Field(
+        30,
+        gt=0,
+        description="An engine with open work that is silent this long is restarted.",
+    )
+    max_restarts: int = Field(
+        5,
+        ge=0,
+        description="Engine restarts within the window before the service gives up.",
+    )
+    restart_window_seconds: float = Field(600, gt=0, description="The window that max_restarts counts in.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
+    log_format: Literal["auto", "text", "json"] = Field(
+        "auto",
+        description="text or json lines; auto is text on a terminal and json otherwise.",
+    )
+    config: Path | None = Field(None, description="YAML file with any of these settings.")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        assert isinstance(env_settings, EnvSettingsSource)
+        env_settings.env_vars = {
+            name: value for name, value in env_settings.env_vars.items() if not _is_service_link(name, value)
+        }
+        sources: list[PydanticBaseSettingsSource] = [init_settings, env_settings]
+        file = init_settings().get("config") or env_settings().get("config")
+        if file is not None:
+            sources.append(InitSettingsSource(settings_cls, _read_file(Path(file))))
+        return tuple(sources)
+
+
+def check_environment(environment: Mapping[str, str]) -> None:
+    """Refuse an unknown MGPT_* variable, naming the nearest one. Raises SettingsError.
+
+    Kubernetes' service links (MGPT_PORT=tcp://..., MGPT_SERVICE_HOST and the like) are passed over.
+    """
+    for name, value in environment.items():
+        setting = name.upper().removeprefix(ENV_PREFIX).lower()
+        if not name.upper().startswith(ENV_PREFIX) or setting in Settings.model_fields or _is_service_link(name, value):
+            continue
+        nearest = ENV_PREFIX + _nearest(setting).upper()
+        raise SettingsError(f"unknown environment variable {name}; did you mean {nearest}?")
+
+
+def _is_service_link(name: str, value: str | None) -> bool:
+    """True for what Kubernetes injects for a Service named mgpt or mgpt-something."""
+    return bool(
+        re.search(r"_SERVICE_(HOST|PORT)(_\w+)?$", name, re.IGNORECASE)
+        or re.search(r"_PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?$", name, re.IGNORECASE)
+        or (name.upper().endswith("_PORT") and re.match(r"(tcp|udp|sctp)://", value or ""))
+    )
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    """The config file's settings by name. Raises SettingsError for what is no table of known settings."""
+    if not path.is_file():
+        raise SettingsError(f"config: no such file: {path}")
+    try:
+        settings = yaml.safe_load(path.read_bytes()) or {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise SettingsError(f"config: {path}: not readable as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(settings, dict):
+        raise SettingsError(f"config: {path}: expected lines of `name: value`")
+    for name in settings:
+        if name not in Settings.model_fields:
+            raise SettingsError(f"config: {path}: unknown setting {name}; did you mean {_nearest(str(name))}?")
+    return settings
+
+
+def _nearest(name: str) -> str:
+    return difflib.get_close_matches(name.lower(), Settings.model_fields, n=1, cutoff=0)[0]
+
+
+def load(given: Mapping[str, Any]) -> Settings:
+    """Settings from the command line's `given`, the environment and the config file. Raises SettingsError."""
+    check_environment(os.environ)
+    try:
+        return Settings(**given)
+    except ValidationError as error:
+        raise SettingsError("; ".join(_explain(item, given) for item in error.errors())) from error
+
+
+def _explain(item: Mapping[str, Any], given: Mapping[str, Any]) -> str:
+    """What is wrong with one value, under the name it was given by: a flag, a variable, or a setting of the file."""
+    name = str(item["loc"][0])
+    variable = ENV_PREFIX + name.upper()
+    if name in given:
+        name = "--" + name.replace("_", "-")
+    elif any(variable == other.upper() for other in os.environ):
+        name = variable
+    message = str(item["msg"]).removeprefix("Value error, ")
+    return f"{name}: {message} (got {item['input']!r})"

@@ -1,0 +1,199 @@
+"""The tokenizer's facts, and text that streams: joined pieces are the whole text, for every split and stop string."""
+
+import codecs
+import json
+import shutil
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from service.api.text import (
+    StopStrings,
+    TextStream,
+    Tokenizer,
+    load_tokenizer,
+)
+from service.checkpoint.hub import CheckpointError
+from tests.api.conftest import DEMO
+
+
+@pytest.mark.parametrize(
+    ("text", "ids"),
+    [
+        ("Hello world", [15496, 995]),
+        ("This is a test.", [1212, 318, 257, 1332, 13]),
+        ("café", [66, 1878, 2634]),
+        ("日本語", [33768, 98, 17312, 105, 45739, 252]),
+        ("👍", [41840, 235]),
+        ("\ufffd", [4210]),
+        ("\n\n", [628]),
+        ("a<|endoftext|>b", [64, 50256, 65]),
+        ("", []),
+    ],
+)
+def test_known_ids(tokenizer: Tokenizer, text: str, ids: list[int]) -> None:
+    """GPT-2's published ids; the end of text spelled out is its one id; nothing is put around a text."""
+    assert [ids] == tokenizer.encode([text])
+
+
+@given(st.text())
+def test_text_survives_the_round_trip(tokenizer: Tokenizer, text: str) -> None:
+    """Decoding what was encoded gives the text back, but for the end of text, which has none."""
+    assert text.replace("<|endoftext|>", "") == tokenizer.decode(tokenizer.encode([text])[0])
+
+
+def test_every_token_is_its_own_bytes(tokenizer: Tokenizer) -> None:
+    """All 256 bytes are tokens, no two tokens have the same bytes, and the longest has 128."""
+    assert {bytes([byte]) for byte in range(256)} <= set(tokenizer.token_bytes)
+    assert len(tokenizer.token_bytes) == len(set(tokenizer.token_bytes)) == 50257
+    assert tokenizer.longest_token_bytes == 128
+    assert tokenizer.token_bytes[50256] == b""
+
+
+def test_tokenizer_json_is_the_same_tokenizer(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """tokenizer.json is read where there is one, also without the end of text among its special tokens."""
+    tokenizer.backend.save(str(tmp_path / "tokenizer.json"))
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["added_tokens"] = []
+    content["truncation"] = {
+        "direction": "Right",
+        "max_length": 2,
+        "strategy": "LongestFirst",
+        "stride": 0,
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    read = load_tokenizer(tmp_path, vocab_size=50257, end_of_text_id=50256)
+    assert tokenizer.token_bytes == read.token_bytes
+    assert [[15496, 995, 50256, 0]] == read.encode(["Hello world<|endoftext|>!"])
+
+
+def test_a_wrong_vocabulary_is_refused(tmp_path: Path) -> None:
+    """The error names the file and both sizes; so do missing and broken files name themselves."""
+    with pytest.raises(CheckpointError, match=r"the tokenizer has 50257 tokens and the model 50304"):
+        load_tokenizer(DEMO, vocab_size=50304, end_of_text_id=50256)
+    with pytest.raises(CheckpointError, match=r"neither tokenizer\.json nor both"):
+        load_tokenizer(tmp_path, vocab_size=50257, end_of_text_id=50256)
+    shutil.copy(DEMO / "merges.txt", tmp_path)
+    (tmp_path / "vocab.json").write_text('{"<|endoftext|>": 0}')
+    with pytest.raises(CheckpointError, match=r"vocab\.json: "):
+        load_tokenizer(tmp_path, vocab_size=50257, end_of_text_id=50256)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: cannot be read"):
+        load_tokenizer(tmp_path, vocab_size=50257, end_of_text_id=50256)
+
+
+def test_a_token_outside_the_alphabet_is_refused(tmp_path: Path) -> None:
+    """A vocabulary that is not byte-level would stream wrong text."""
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    (tmp_path / "vocab.json").write_text('{"a": 0, "日": 1, "<|endoftext|>": 2}')
+    with pytest.raises(CheckpointError, match="token 1 is not spelled in the byte-level alphabet"):
+        load_tokenizer(tmp_path, vocab_size=3, end_of_text_id=2)
+
+
+# Pieces of emoji and CJK, bytes that are no UTF-8, short tokens that overlap each other, and the end of text.
+TOKENS = [
+    "a",
+    "b",
+    "ab",
+    "aba",
+    "Ġ",
+    "Ċ",
+    "Ġab",
+    "ï",
+    "¿",
+    "½",
+    "ð",
+    "Ł",
+    "ĳ",
+    "į",
+    "æ",
+    "Ĺ",
+    "¥",
+    "ÿ",
+    "<|endoftext|>",
+]
+
+
+@st.composite
+def runs(draw: st.DrawFn) -> tuple[list[list[str]], list[str], int]:
+    """Deliveries of tokens, stop strings over the same characters, and min_tokens."""
+    deliveries = draw(st.lists(st.lists(st.sampled_from(TOKENS), max_size=5), max_size=12))
+    stops = draw(st.lists(st.text("ab \n日👍\ufffd", min_size=1, max_size=5), max_size=4))
+    stops += [stop[1:] for stop in stops if len(stop) > 1 and draw(st.booleans())]  # two that end at one character
+    return deliveries, stops, draw(st.sampled_from([0, 0, 0, 3, 10]))
+
+
+@settings(max_examples=400, deadline=None)
+@given(runs())
+def test_pieces_joined_are_the_whole_text(tokenizer: Tokenizer, run: tuple[list[list[str]], list[str], int]) -> None:
+    """Against a naive search: the text, its cut, the stop string, the tokens counted, and what is held back."""
+    deliveries, stops, min_tokens = run
+    ids = [[known_id(tokenizer, token) for token in delivery] for delivery in deliveries]
+    text, stop, num_tokens = naive(tokenizer, list(chain(*ids)), stops, min_tokens)
+
+    stream = TextStream(tokenizer, StopStrings(stops), min_tokens=min_tokens)
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    so_far = emitted = ""
+    for delivery in ids:
+        emitted += stream.push(delivery)
+        if stream.stop is not None:
+            break
+        so_far += decoder.decode(b"".join(tokenizer.token_bytes[token_id] for token_id in delivery))
+        assert so_far[: len(so_far) - longest_beginning(so_far, stops)] == emitted
+    emitted += stream.finish()
+    assert (text, stop, num_tokens) == (emitted, stream.stop, stream.num_tokens)
+
+
+def known_id(tokenizer: Tokenizer, token: str) -> int:
+    token_id = tokenizer.backend.token_to_id(token)
+    assert token_id is not None, token
+    return token_id
+
+
+def naive(tokenizer: Tokenizer, ids: list[int], stops: list[str], min_tokens: int) -> tuple[str, str | None, int]:
+    """Decode every beginning from scratch; of the stop strings, take the one that ends first, the longest of those."""
+    data = [tokenizer.token_bytes[token_id] for token_id in ids]
+    whole = b"".join(data).decode("utf-8", "replace")
+    ends = sorted(
+        (start + len(stop), -len(stop), stop)
+        for stop in stops
+        for start in range(len(whole))
+        if whole.startswith(stop, start)
+    )
+    known = [
+        len(codecs.getincrementaldecoder("utf-8")("replace").decode(b"".join(data[:i]))) for i in range(len(ids) + 1)
+    ]
+    for end, _, stop in ends:
+        completed_by = next((i for i in range(len(ids) + 1) if known[i] >= end), len(ids))
+        if completed_by >= min_tokens:
+            return whole[: end - len(stop)], stop, completed_by
+    return whole, None, len(ids)
+
+
+def longest_beginning(text: str, stops: list[str]) -> int:
+    """The length of the longest end of `text` that begins a stop string and is not all of it."""
+    lengths = [n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])]
+    return max(lengths, default=0)
+
+
+def test_many_long_stop_strings_cost_little(tokenizer: Tokenizer) -> None:
+    """The worst that is allowed, 64 stop strings of 1,024 characters nearly equal: a few steps a character and stop."""
+    stops = StopStrings(["a" * (1023 - i) + "b" for i in range(64)])
+    stream = TextStream(tokenizer, stops)
+    token = tokenizer.encode(["aaaa"])[0][0]
+    steps = 0
+
+    class Counted(list[int]):
+        def __getitem__(self, key: Any) -> Any:
+            nonlocal steps
+            steps += 1
+            return super().__getitem__(key)
+
+    stops.fallbacks = tuple(Counted(table) for table in stops.fallbacks)
+    for _ in range(400):
+        stream.push([token])
+    assert steps <= 400 * 4 * 64  # a constant for each character and stop string

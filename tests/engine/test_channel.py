@@ -1,0 +1,83 @@
+"""Framing and the engine's end of the channel, over a real socket pair."""
+
+import socket
+import threading
+from collections.abc import Iterator
+
+import msgspec
+import pytest
+
+from service.engine.channel import Channel, ChannelClosed, MalformedMessage, frame
+from service.engine.request import Abort, Request, SamplingParams, Submit, ToEngine
+
+Pair = tuple[Channel, socket.socket]
+
+
+@pytest.fixture
+def pair() -> Iterator[Pair]:
+    """The engine's channel, and the API's raw end."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        yield Channel(ours, ToEngine), theirs
+
+
+MESSAGES = [
+    Submit((Request(2**48 + 1, (1, 2, 50256), SamplingParams(5, seed=-(2**63), stop_token_ids=(7,))),)),
+    Abort(3, None),
+    Abort(4, 2),
+]
+
+
+@pytest.mark.parametrize("piece", [1, 3, 7, 10_000])
+def test_messages_survive_any_split(pair: Pair, piece: int) -> None:
+    """However the bytes arrive, each message comes out once, whole, in order."""
+    channel, theirs = pair
+    data = b"".join(frame(message, msgspec.msgpack.Encoder()) for message in MESSAGES)
+    received: list[object] = []
+    for start in range(0, len(data), piece):
+        theirs.sendall(data[start : start + piece])
+        received += channel.receive()
+    assert MESSAGES == received
+
+
+def test_sending_never_blocks_and_wait_delivers_the_rest(pair: Pair) -> None:
+    """More than the socket holds stays in the channel, and goes out while it waits for the peer."""
+    channel, theirs = pair
+    big = Submit((Request(1, tuple(range(1000)), SamplingParams(1)),) * 1000)
+    channel.send(big)
+    data = bytearray()
+
+    def read() -> None:
+        while len(data) < 4 or len(data) < 4 + int.from_bytes(data[:4], "big"):
+            data.extend(theirs.recv(65536))
+        theirs.sendall(frame(MESSAGES[1], msgspec.msgpack.Encoder()))
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    channel.wait()
+    reader.join()
+    assert big == msgspec.msgpack.decode(bytes(data[4:]), type=Submit)
+    assert [MESSAGES[1]] == channel.receive()
+
+
+def test_a_closed_peer_is_told_on_both_ways(pair: Pair) -> None:
+    """Reading and writing raise ChannelClosed, and wait returns."""
+    channel, theirs = pair
+    theirs.close()
+    channel.wait()
+    with pytest.raises(ChannelClosed):
+        channel.receive()
+    with pytest.raises(ChannelClosed):
+        channel.send(MESSAGES[1])
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"\xff\xff\xff\xff", b"\0\0\0\1\xc1", b"\0\0\0\3\x92\xa1x", frame(["abort", "x"], msgspec.msgpack.Encoder())],
+)
+def test_a_malformed_message_is_refused(pair: Pair, data: bytes) -> None:
+    """A length past the bound, no msgpack, an unknown tag, a wrong type."""
+    channel, theirs = pair
+    theirs.sendall(data)
+    with pytest.raises(MalformedMessage):
+        channel.receive()

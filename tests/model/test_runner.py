@@ -1,0 +1,209 @@
+"""Our model over the paged cache against transformers' GPT-2, driven through the scheduler as in service."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from service.engine.request import Request, SamplingParams
+from service.engine.scheduler import Scheduler
+from service.model.attention import KVCache, PagedAttention, Prefill
+from service.model.batch import NOT_FINITE, DeviceLost, OutOfMemory
+from service.model.gpt2 import GPT2
+from service.model.runner import (
+    KVMemoryError,
+    TorchRunner,
+    _translate,
+    block_bytes,
+    count_blocks,
+    warm_up,
+)
+from tests.model.conftest import Pair
+
+BLOCK_SIZE = 8
+
+
+def forward(model: GPT2, token_ids: list[int]) -> torch.Tensor:
+    """Logits [T, V] of a whole prompt in one prefill."""
+    config = model.config
+    num_blocks = -(-len(token_ids) // BLOCK_SIZE)
+    cache = KVCache(
+        num_layers=config.num_layers,
+        num_blocks=num_blocks,
+        block_size=BLOCK_SIZE,
+        num_heads=config.num_heads,
+        head_size=config.head_size,
+        dtype=model.dtype,
+        device=model.device,
+    )
+    positions = torch.arange(len(token_ids), device=model.device)
+    attention = PagedAttention(
+        slots=positions,
+        decode_tables=positions[:0, None],
+        decode_lengths=positions[:0],
+        prefills=[Prefill(0, len(token_ids), len(token_ids), positions[:num_blocks], None)],
+        block_size=BLOCK_SIZE,
+    )
+    with torch.inference_mode():
+        return model.logits(model.hidden(torch.tensor(token_ids, device=model.device), positions, cache, attention))
+
+
+def generate(model: GPT2, requests: list[Request], *, num_blocks: int = 64, budget: int = 32) -> dict[int, list[int]]:
+    """Every request's tokens (n = 1), batched by the scheduler."""
+    runner = TorchRunner(model, num_blocks=num_blocks, block_size=BLOCK_SIZE)
+    scheduler = Scheduler(
+        num_blocks=num_blocks,
+        block_size=BLOCK_SIZE,
+        max_num_seqs=8,
+        max_num_batched_tokens=budget,
+        context_length=model.config.context_length,
+        end_of_text_id=model.config.end_of_text_id,
+    )
+    for request in requests:
+        scheduler.add(request)
+    tokens: dict[int, list[int]] = {request.id: [] for request in requests}
+    while scheduler.num_open:
+        batch = scheduler.schedule()
+        assert batch is not None
+        runner.launch(batch)
+        for delta in scheduler.commit(runner.collect()):
+            tokens[delta.request_id] += delta.token_ids
+    return tokens
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"n_inner": 96, "layer_norm_epsilon": 1e-3},
+        {"activation_function": "gelu"},
+        {"activation_function": "relu"},
+        {"activation_function": "gelu_pytorch_tanh"},
+        {"activation_function": "silu"},
+        {"activation_function": "tanh"},
+        {"scale_attn_weights": False},
+        {"scale_attn_by_inverse_layer_idx": True},
+        {"reorder_and_upcast_attn": True},
+        {"tie_word_embeddings": False},
+        {"n_head": 1, "n_embd": 48},
+    ],
+)
+def test_logits_equal_transformers(make_pair: Callable[..., Pair], config: dict[str, object]) -> None:
+    """Within 1e-4 in fp32, for every switch of a GPT-2 config that changes the arithmetic."""
+    theirs, ours = make_pair(**config)
+    token_ids = torch.randint(0, 515, (100,), generator=torch.Generator().manual_seed(1)).tolist()
+    with torch.inference_mode():
+        expected = theirs(torch.tensor([token_ids])).logits[0]
+    torch.testing.assert_close(forward(ours, token_ids), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("budget", [9, 32, 1000])
+def test_greedy_tokens_in_a_batch_equal_transformers_alone(make_pair: Callable[..., Pair], budget: int) -> None:
+    """Prompts of 1 to 100 tokens, some with a common prefix, chunked or whole, preempted or not."""
+    theirs, ours = make_pair()
+    generator = torch.Generator().manual_seed(2)
+    lengths = [1, 2, 7, 8, 9, 40, 64, 100]
+    prompts = [torch.randint(2, 515, (length,), generator=generator).tolist() for length in lengths]
+    prompts += [prompts[-1][:50], prompts[-1][:64], prompts[-1]]
+    requests = [
+        Request(number, tuple(prompt), SamplingParams(20, temperature=0.0, ignore_eos=True))
+        for number, prompt in enumerate(prompts)
+    ]
+    tokens = generate(ours, requests, num_blocks=40, budget=budget)
+    for number, prompt in enumerate(prompts):
+        expected = theirs.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt)),
+            max_new_tokens=20,
+            min_new_tokens=20,
+            do_sample=False,
+            pad_token_id=1,
+            eos_token_id=-1,
+        )[0, len(prompt) :]
+        assert expected.tolist() == tokens[number]
+
+
+def test_a_seed_gives_the_same_tokens_in_any_company(
+    make_pair: Callable[..., Pair],
+) -> None:
+    """Sampled with every filter, alone and among seven others."""
+    _, ours = make_pair()
+    params = SamplingParams(30, temperature=0.9, top_k=50, top_p=0.9, min_p=0.01, seed=-5, ignore_eos=True)
+    requests = [Request(number, tuple(range(number, number + 9)), params) for number in range(2, 9)]
+    together = generate(ours, requests)
+    for request in requests:
+        assert generate(ours, [request])[request.id] == together[request.id]
+
+
+def test_a_non_finite_row_is_told_and_poisons_no_other(
+    make_pair: Callable[..., Pair],
+) -> None:
+    """A NaN left in a block by one sequence does not reach the next one that uses the block."""
+    _, ours = make_pair()
+    runner = TorchRunner(ours, num_blocks=16, block_size=BLOCK_SIZE)
+    runner._cache._cache.fill_(float("nan"))
+    scheduler = Scheduler(
+        num_blocks=16,
+        block_size=BLOCK_SIZE,
+        max_num_seqs=4,
+        max_num_batched_tokens=16,
+        context_length=128,
+        end_of_text_id=1,
+    )
+    request = Request(1, (5, 6, 7), SamplingParams(20, temperature=0.0, ignore_eos=True))
+    scheduler.add(request)
+    tokens: list[int] = []
+    while scheduler.num_open:
+        batch = scheduler.schedule()
+        assert batch is not None
+        runner.launch(batch)
+        output = runner.collect()
+        assert NOT_FINITE not in output.token_ids
+        tokens += [token for delta in scheduler.commit(output) for token in delta.token_ids]
+    assert generate(ours, [request])[1] == tokens
+
+
+def test_non_finite_weights_give_not_finite(make_pair: Callable[..., Pair]) -> None:
+    """The runner answers NOT_FINITE, never a token."""
+    _, ours = make_pair()
+    ours._final_norm.weight.fill_(float("nan"))
+    runner = TorchRunner(ours, num_blocks=16, block_size=BLOCK_SIZE)
+    scheduler = Scheduler(
+        num_blocks=16,
+        block_size=BLOCK_SIZE,
+        max_num_seqs=4,
+        max_num_batched_tokens=16,
+        context_length=128,
+        end_of_text_id=1,
+    )
+    scheduler.add(Request(1, (5, 6, 7), SamplingParams(20, temperature=0.0)))
+    batch = scheduler.schedule()
+    assert batch is not None
+    runner.launch(batch)
+    np.testing.assert_array_equal(runner.collect().token_ids, [NOT_FINITE])
+
+
+def test_kv_memory_below_one_context_is_refused(make_pair: Callable[..., Pair]) -> None:
+    """The message names the setting and the bytes that would do; just enough is accepted."""
+    _, ours = make_pair()
+    enough = 16 * block_bytes(ours, BLOCK_SIZE)
+    assert 16 == count_blocks(ours, block_size=BLOCK_SIZE, kv_memory=enough)
+    with pytest.raises(KVMemoryError, match=rf"kv_memory: .*\({enough} bytes\)"):
+        count_blocks(ours, block_size=BLOCK_SIZE, kv_memory=enough - 1)
+
+
+def test_warm_up_leaves_the_runner_ready(make_pair: Callable[..., Pair]) -> None:
+    """The largest steps run; tokens afterwards are as without it."""
+    _, ours = make_pair()
+    runner = TorchRunner(ours, num_blocks=16, block_size=BLOCK_SIZE)
+    warm_up(runner, max_num_seqs=4, max_num_batched_tokens=64)
+    assert not runner._launched
+
+
+def test_device_errors_are_told_apart() -> None:
+    """Out of memory may be met by a smaller step; a lost device ends the process; the rest ends the batch."""
+    assert isinstance(_translate(torch.OutOfMemoryError("x")), OutOfMemory)
+    assert isinstance(_translate(RuntimeError("CUDA error: an illegal memory access")), DeviceLost)
+    other = RuntimeError("shapes")
+    assert other is _translate(other)

@@ -1,0 +1,144 @@
+"""Dockerfile and compose file say what Settings say: ports, variables, paths, times. Nothing is built here."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from service.api.process import _CLOSE_SECONDS
+from service.serve import _END_SECONDS
+from service.settings import ENV_PREFIX, Settings, load
+
+ROOT = Path(__file__).parent.parent
+COMPOSE = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())
+SERVICES = ("cpu", "gpu")
+
+
+def instructions() -> list[tuple[str, str]]:
+    """The Dockerfile's (instruction, arguments), comments left out and continued lines joined."""
+    text = re.sub(r"^#.*\n", "", (ROOT / "Dockerfile").read_text(), flags=re.MULTILINE)
+    lines = [line for line in text.replace("\\\n", " ").splitlines() if line.strip()]
+    return [(line.split(maxsplit=1)[0], line.split(maxsplit=1)[1].strip()) for line in lines]
+
+
+def final_stage() -> list[tuple[str, str]]:
+    every = instructions()
+    start = max(place for place, (name, _) in enumerate(every) if name == "FROM")
+    return every[start:]
+
+
+def only(name: str) -> str:
+    """The arguments of an instruction that the final stage has once."""
+    (arguments,) = [arguments for other, arguments in final_stage() if other == name]
+    return arguments
+
+
+def environment() -> dict[str, str]:
+    return dict(pair.split("=", 1) for name, value in final_stage() if name == "ENV" for pair in value.split())
+
+
+def default(name: str) -> Any:
+    return Settings.model_fields[name].default
+
+
+def test_nothing_that_plain_builders_do_not_know() -> None:
+    """No heredocs and no COPY --link."""
+    for name, arguments in instructions():
+        assert "<<" not in arguments, name
+        assert "--link" not in arguments, name
+
+
+def test_base_image_is_an_argument() -> None:
+    assert ("ARG", "PYTHON_IMAGE=python:3.12-slim-bookworm") == instructions()[0]
+    assert {"${PYTHON_IMAGE}"} == {arguments.split()[0] for name, arguments in instructions() if name == "FROM"}
+
+
+def test_dependencies_come_before_the_source() -> None:
+    """A change of code leaves the layer with torch as it is."""
+    text = [" ".join(instruction) for instruction in instructions()]
+    assert text.index("COPY service service") > next(i for i, line in enumerate(text) if "-c requirements.lock" in line)
+
+
+def test_image_is_not_root() -> None:
+    """A user by number, which an orchestrator can check; group 0, as a random user would have."""
+    assert re.fullmatch(r"[1-9]\d{3,}:0", only("USER"))
+
+
+def test_image_serves_on_the_port_of_the_settings() -> None:
+    port = default("port")
+    assert str(port) == only("EXPOSE")
+    assert f"http://127.0.0.1:{port}/livez" in only("HEALTHCHECK")
+    assert '["megatron-gpt2"]' == only("ENTRYPOINT")
+    assert '["serve"]' == only("CMD")
+    assert "0.0.0.0" == environment()["MGPT_HOST"]
+
+
+def test_image_writes_to_its_cache_alone() -> None:
+    """Whatever looks for a place to write finds it there."""
+    assert '["/cache"]' == only("VOLUME")
+    places = {name: value for name, value in environment().items() if re.search("HOME|DIR", name)}
+    assert {"HOME", "TMPDIR", "HF_HOME", "XDG_CACHE_HOME", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"} == set(places)
+    assert all(place == "/cache" or place.startswith("/cache/") for place in places.values())
+    user, group = only("USER").split(":")
+    assert f"install -d -m 0775 -o {user} -g {group} /cache" in " ".join(text for _, text in final_stage())
+
+
+def test_build_context_holds_what_the_dockerfile_copies() -> None:
+    kept = set(re.findall(r"^!(\S+)$", (ROOT / ".dockerignore").read_text(), re.MULTILINE))
+    copied = {
+        source
+        for name, text in instructions()
+        if name == "COPY" and "--from" not in text
+        for source in text.split()[:-1]
+    }
+    assert kept == copied
+    assert all((ROOT / name).exists() for name in kept)
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_variables_are_settings(service: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every MGPT_* variable of the image and of compose is a setting, and its value is one that is taken."""
+    values = environment() | COMPOSE["services"][service]["environment"]
+    ours = {name: value for name, value in values.items() if name.startswith(ENV_PREFIX)}
+    assert {"MGPT_HOST", "MGPT_MODEL", "MGPT_DRAIN_SECONDS"} == set(ours)
+    for name, value in ours.items():
+        monkeypatch.setenv(name, re.sub(r"\$\{\w+:-(.*)\}", r"\1", value))  # as where the caller sets nothing
+    settings = load({})
+    assert (None, "0.0.0.0") == (settings.model, settings.host)
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_compose_waits_longer_than_the_service_drains(service: str) -> None:
+    """The drain, then the answers on their way out, then the end of both processes."""
+    drain = float(COMPOSE["services"][service]["environment"]["MGPT_DRAIN_SECONDS"])
+    assert default("drain_seconds") == drain
+    grace = re.fullmatch(r"(\d+)s", COMPOSE["services"][service]["stop_grace_period"])
+    assert grace is not None
+    assert int(grace[1]) > drain + _CLOSE_SECONDS + 2 * _END_SECONDS
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_compose_fits_the_image(service: str) -> None:
+    """Its port, its volumes, its context; locked down as far as the image allows."""
+    about = COMPOSE["services"][service]
+    port = default("port")
+    assert [f"127.0.0.1:{port}:{port}"] == about["ports"]
+    assert f"http://127.0.0.1:{port}/readyz" in about["healthcheck"]["test"][-1]
+    places = [re.sub(r":ro$", "", volume).rsplit(":", 1)[1] for volume in about["volumes"]]
+    assert ["/cache", "/models"] == places
+    assert set(places) <= set(only("RUN").split())
+    assert {"cache", "models"} == set(COMPOSE["volumes"])
+    assert ["ALL"] == about["cap_drop"]
+    assert ["no-new-privileges:true"] == about["security_opt"]
+    assert [service] == about["profiles"]
+    arguments = {text.split("=")[0] for name, text in instructions() if name == "ARG"}
+    assert set(about["build"]["args"]) <= arguments
+    assert (ROOT / "docker" / about["build"]["context"] / "Dockerfile").is_file()
+
+
+def test_compose_profiles_are_read_only_and_gpu() -> None:
+    assert COMPOSE["services"]["cpu"]["read_only"] is True
+    (device,) = COMPOSE["services"]["gpu"]["deploy"]["resources"]["reservations"]["devices"]
+    assert ["gpu"] == device["capabilities"]
