@@ -13,6 +13,7 @@ import socket
 import sys
 import time
 from collections import deque
+from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -29,7 +30,9 @@ DEMO_MODEL = Path(__file__).parent / "demo" / "model"
 DEMO_NAME = "megatron-gpt2-demo"
 
 _END_SECONDS = 5.0  # for a child to end by itself, before it is killed
+_STOP_SECONDS = 0.5  # the same, after a second signal
 _LONGEST_BACK_OFF_SECONDS = 30.0
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Supervisor:
@@ -46,12 +49,13 @@ class Supervisor:
         self._restarts: deque[float] = deque()
         self._stopping = False
         self._exit_code = 0
+        self._end_seconds = _END_SECONDS
         self._ended = asyncio.Event()
 
     async def run(self) -> int:
         """Serve until drained or stopped; the process's exit code."""
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in _SIGNALS:
             loop.add_signal_handler(number, self._on_signal)
         loop.add_reader(self._control, self._on_word)
         try:
@@ -78,7 +82,7 @@ class Supervisor:
         self._api = self._spawn.Process(
             target=api.main, args=(config, self._listener, self._api_control), name="api", daemon=True
         )
-        self._api.start()
+        _start(self._api)
         self._api_control.close()
         self._listener.close()
         asyncio.get_running_loop().add_reader(self._api.sentinel, self._on_api_end)
@@ -87,7 +91,7 @@ class Supervisor:
         ours, theirs = socket.socketpair()
         config = engine_config(self._settings, json_lines=self._json_lines)
         self._engine = self._spawn.Process(target=engine.main, args=(config, theirs), name="engine", daemon=True)
-        self._engine.start()
+        _start(self._engine)
         theirs.close()
         socket.send_fds(self._control, [api.ENGINE], [ours.fileno()])
         ours.close()
@@ -97,6 +101,7 @@ class Supervisor:
         if self._stopping:
             log.warning("second signal: stopping at once")
             self._exit_code = 1
+            self._end_seconds = _STOP_SECONDS
             self._say(api.STOP)
             self._ended.set()
             return
@@ -157,12 +162,22 @@ class Supervisor:
         for process in (self._api, self._engine):
             if process is not None:
                 loop.remove_reader(process.sentinel)
-                await asyncio.to_thread(process.join, _END_SECONDS)
+                await asyncio.to_thread(process.join, self._end_seconds)
                 if process.is_alive():
-                    log.warning("the %s process did not end in %g s; killing it", process.name, _END_SECONDS)
+                    log.warning("the %s process did not end in %g s; killing it", process.name, self._end_seconds)
                     process.kill()
                     await asyncio.to_thread(process.join)
         self._control.close()
+
+
+def _start(process: BaseProcess) -> None:
+    """Start a child that Ctrl-C, sent to the whole group, does not reach while it is not yet ignoring signals."""
+    resource_tracker.ensure_running()  # starting it would unblock them
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
 
 def _exit_code(process: BaseProcess) -> int | None:

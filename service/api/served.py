@@ -53,6 +53,8 @@ class ServedModel:
             except CheckpointError as error:
                 log.error("%s", error)
                 self._client.fail()
+                return
+        log.info("ready: %s answers on /v1/completions", self.name)
 
     def check_name(self, name: str | None) -> None:
         """Raises ApiError (404) for a name that is not served."""

@@ -36,10 +36,10 @@ class Settings:
     layers: int = 12
     width: int = 128
     heads: int = 4
-    dropout: float = 0.15
+    dropout: float = 0.1
     weight_decay: float = 0.3
     learning_rate: float = 3e-3
-    steps: int = 1800
+    steps: int = 3000
     warmup: int = 100
     batch_tokens: int = 32768
     average: float = 0.995

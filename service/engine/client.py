@@ -12,7 +12,7 @@ import asyncio
 import logging
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -126,9 +126,13 @@ class Stream:
         """End what the lost engine had begun. What it had not begun stays, to be submitted again, once."""
         if self._resubmitted:
             self._unstarted.clear()
+        self._end(Finish.ERROR, error, kept=self._unstarted)
+
+    def _end(self, finish: Finish, error: str, *, kept: Collection[int] = ()) -> None:
+        """End every open sequence but those of the requests `kept`."""
         for request_id, choice in list(self._open):
-            if request_id not in self._unstarted:
-                self._deliver(Delta(request_id, choice, (), Finish.ERROR, error))
+            if request_id not in kept:
+                self._deliver(Delta(request_id, choice, (), finish, error))
 
     def _take_unstarted(self) -> list[Request]:
         self._resubmitted = True
@@ -147,6 +151,7 @@ class EngineClient:
         self._streams: dict[int, Stream] = {}  # request id -> its stream
         self._writer: asyncio.StreamWriter | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._serving: asyncio.Task[None] | None = None  # the engine attached last
         self._watcher: asyncio.Task[None] | None = None
         self._work_open = asyncio.Event()
         self._idle = asyncio.Event()
@@ -212,10 +217,10 @@ class EngineClient:
 
     def attach(self, sock: socket.socket) -> None:
         """Speak to a new engine process over `sock`; ends by itself when that process closes its end."""
-        if self.model is not None:
+        if self._serving is not None:
             self.num_restarts += 1
         self.status = Status(phase="start" if self.model is None else "restart", progress=0.0)
-        self._spawn(self._serve(sock))
+        self._serving = self._spawn(self._serve(sock, self._serving))
 
     def drain(self) -> None:
         """Take no more requests."""
@@ -226,16 +231,17 @@ class EngineClient:
         await self._idle.wait()
 
     def abandon(self, error: str) -> None:
-        """End everything open with an error."""
+        """The service ends: so does everything open, as ABORT with an error."""
         for stream in self._unique_streams():
             for request_id in stream._request_ids:
                 self._abort(request_id, None)
-        self._lost(error, resubmit=False)
+            stream._end(Finish.ABORT, error)
 
     def fail(self) -> None:
         """The supervisor has given up: everything open ends with an error."""
         self._failed = True
-        self._lost("the engine failed too often and is not being restarted", resubmit=False)
+        for stream in self._unique_streams():
+            stream._end(Finish.ERROR, "the engine failed too often and is not being restarted")
 
     async def close(self) -> None:
         """Close the channel, which ends the engine process."""
@@ -251,7 +257,9 @@ class EngineClient:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def _serve(self, sock: socket.socket) -> None:
+    async def _serve(self, sock: socket.socket, before: asyncio.Task[None] | None) -> None:
+        if before is not None:
+            await asyncio.wait([before])  # what the engine before left in its channel may still be on its way
         reader, writer = await asyncio.open_connection(sock=sock)
         self._writer = writer
         try:
@@ -275,7 +283,8 @@ class EngineClient:
             self._writer = None
             self.status = Status(phase="restart", progress=0.0)
             self.stats = EngineStats()
-            self._lost("the engine stopped while it worked on this request", resubmit=True)
+            for stream in self._unique_streams():
+                stream._engine_lost("the engine stopped while it worked on this request")
 
     async def _watch(self) -> None:
         """Call on_stall when work has been open for stall_seconds without a word from the ready engine."""
@@ -311,11 +320,6 @@ class EngineClient:
                 again = [request for stream in self._unique_streams() for request in stream._take_unstarted()]
                 if again:
                     self._send(Submit(tuple(again)))
-
-    def _lost(self, error: str, *, resubmit: bool) -> None:
-        for stream in self._unique_streams():
-            stream._resubmitted = stream._resubmitted or not resubmit
-            stream._engine_lost(error)
 
     def _unique_streams(self) -> list[Stream]:
         return list(dict.fromkeys(self._streams.values()))

@@ -33,7 +33,7 @@ _GPU_BATCHED_TOKENS = 2048
 
 
 class Reporter:
-    """Tells progress to `tell`, a hundredth at a time, and shows it as bars on a terminal."""
+    """Tells progress to `tell`, a hundredth at a time; shows bars on a terminal, and logs the phases elsewhere."""
 
     def __init__(self, tell: Report) -> None:
         self._tell = tell
@@ -45,10 +45,10 @@ class Reporter:
         if phase != self._phase:
             self.close()
             self._phase, self._told = phase, 0.0
-            if sys.stderr.isatty() and phase != "download":  # the hub's client draws its own
-                self._bar = tqdm(
-                    total=100, desc=phase, unit="%", leave=False, bar_format="{desc}: {percentage:3.0f}%|{bar}|"
-                )
+            if not sys.stderr.isatty():
+                log.info("phase: %s", phase)
+            elif phase != "download":  # the hub's client draws its own
+                self._bar = tqdm(total=100, desc=phase, leave=False, bar_format="{desc}: {percentage:3.0f}%|{bar}|")
         elif progress - self._told < 0.01:
             return
         if self._bar is not None:
