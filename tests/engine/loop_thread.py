@@ -50,8 +50,12 @@ class LoopThread:
         finally:
             self._sock.close()
 
-    def die(self) -> None:
-        """What the API sees when the process is killed: the channel closes, nothing more is said."""
+    def die(self, gate: threading.Semaphore) -> None:
+        """What the API sees when the process is killed: the channel closes, nothing more is said.
+
+        The loop, which may wait at `gate` before a step, is let through only after that.
+        """
         self._sock.shutdown(socket.SHUT_RDWR)
+        gate.release(1000)
         self.thread.join(timeout=10)
         assert not self.thread.is_alive()

@@ -141,8 +141,7 @@ async def test_when_the_engine_dies_the_begun_end_and_the_queued_are_served_by_t
     begun, queued = request(client), request(client, prompt=(4, 5))
     async with client.submit([begun]) as one, client.submit([queued]) as two:
         await until(lambda: begun.id in one.started_at)
-        gate.release(1000)
-        first.die()
+        first.die(gate)
         deltas = await collect(one)
         last = deltas[begun.id, 0][-1]
         assert Finish.ERROR is last.finish
@@ -164,8 +163,7 @@ async def test_a_queued_request_is_submitted_again_once(client: EngineClient, at
     async with client.submit([blocker]), client.submit([queued]) as stream:
         for _ in range(2):
             await until(lambda: client.ready)
-            gate.release(1000)
-            engine.die()
+            engine.die(gate)
             await until(lambda: not client.ready)
             gate = threading.Semaphore(0)
             if stream._open:
@@ -227,6 +225,7 @@ async def test_abandon_ends_everything_with_an_error(client: EngineClient, attac
     gate = threading.Semaphore(5)
     await attach(max_num_seqs=1, before_step=gate.acquire)
     async with client.submit([request(client), request(client)]) as stream:
+        await until(lambda: bool(stream.started_at))
         client.abandon("the service is shutting down")
         deltas = await collect(stream)
     assert ["the service is shutting down"] * 2 == [found[-1].error for found in deltas.values()]
