@@ -50,6 +50,8 @@ class Service:
             if found := re.search(r"listening on (http://\S+)", line):
                 self.url = found[1]
                 break
+        else:
+            raise RuntimeError("the service ended before it listened")
         self.log: list[str] = []
         threading.Thread(target=self.log.extend, args=(self.process.stderr,), daemon=True).start()
 

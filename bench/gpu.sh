@@ -5,7 +5,9 @@ out=$1
 mkdir -p "$out"
 python3 -c 'import torch, triton, transformers, platform; print(torch.cuda.get_device_name(), torch.__version__, triton.__version__, transformers.__version__, platform.python_version())' | tee "$out/versions.txt"
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader | tee -a "$out/versions.txt"
-timeout 240 python3 -m pytest -m gpu -W default -q -s --durations=5 tests/model tests/checkpoint 2>&1 | tee "$out/parity.txt" | tail -40
-timeout 150 python3 -m bench.end_to_end --out "$out/end-to-end-demo.json" 2>&1 | tail -45
-timeout 150 python3 -m bench.end_to_end --random-345m --out "$out/end-to-end-345m.json" 2>&1 | tail -45
-timeout 100 python3 -m bench.decode --batches 1,8,64,256 --out "$out/decode.json" 2>&1 | tail -12
+timeout 120 python3 -m pytest -m gpu -W default -q -s --durations=5 tests/model tests/checkpoint 2>&1 | tr '\r' '\n' |
+    grep -v "Loading weights\|Writing model\|^$" | tee "$out/parity.txt"
+timeout 100 python3 -m bench.end_to_end --out "$out/end-to-end-demo.json" 2>&1 | grep -v '^[ {}]'
+timeout 60 python3 -m bench.end_to_end --streams 1 --out "$out/end-to-end-demo-fp32.json" -- --dtype float32 2>&1 | grep -v '^[ {}]'
+timeout 100 python3 -m bench.end_to_end --random-345m --out "$out/end-to-end-345m.json" 2>&1 | grep -v '^[ {}]'
+timeout 60 python3 -m bench.decode --batches 1,8,64,256 --out "$out/decode.json" 2>&1 | tail -6

@@ -1,6 +1,7 @@
 """The command `megatron-gpt2`: serve, generate."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -43,6 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from service.generate import generate
 
         return generate(settings, text=text, sampling=sampling)
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except SettingsError as error:
         print(f"megatron-gpt2: {error}", file=sys.stderr)
         return 2
@@ -85,6 +89,8 @@ def _add_settings(parser: argparse.ArgumentParser, names: Sequence[str]) -> None
         options: dict[str, Any] = {"metavar": name.split("_")[-1].upper()}
         if field.annotation is bool:
             options = {"action": argparse.BooleanOptionalAction}
+        elif field.default == ():
+            options["nargs"] = "+"
         default = "" if field.default in (None, ()) else f" Default: {field.default}."
         description = f"{field.description}{default}".replace("%", "%%")
         parser.add_argument(_flag(name), default=argparse.SUPPRESS, help=description, **options)

@@ -1,7 +1,7 @@
 """`megatron-gpt2 generate`: one completion on standard output, by the service's own engine, without a server."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,9 @@ from service.api.completions import sampling_params
 from service.api.errors import ApiError
 from service.api.schemas import CompletionRequest
 from service.api.text import StopStrings, TextStream, load_tokenizer
-from service.engine.loading import Loaded, Reporter, Unusable, load
-from service.engine.request import Delta, Finish, Request
+from service.engine.core import Core
+from service.engine.loading import Reporter, Unusable, load
+from service.engine.request import Finish, Request
 from service.logs import configure_logging
 from service.serve import engine_config, wants_json
 from service.settings import Settings, SettingsError
@@ -31,13 +32,13 @@ def generate(settings: Settings, *, text: str, sampling: Mapping[str, Any]) -> i
     except UnicodeEncodeError as error:  # a shell's bytes come as lone surrogates
         raise SettingsError("text: not valid UTF-8") from error
     try:
-        ask = CompletionRequest.model_validate({"prompt": text, "max_tokens": _MAX_TOKENS} | dict(sampling))
+        ask = CompletionRequest.model_validate({"prompt": text} | dict(sampling))
         with Reporter(lambda phase, progress: None) as reporter:
             loaded = load(engine_config(settings, json_lines=wants_json(settings)), reporter)
         model = loaded.model
-        tokenizer = load_tokenizer(Path(model.folder), vocab_size=model.vocab_size, end_of_text_id=model.end_of_text_id)
+        tokenizer = load_tokenizer(Path(model.folder), end_of_text_id=model.end_of_text_id)
         prompt = tuple(tokenizer.encode([text])[0]) or (model.end_of_text_id,)
-        params = sampling_params(ask, [prompt], model, stop_token_ids=())
+        params = sampling_params(ask, [prompt], model, stop_token_ids=(), default_max_tokens=_MAX_TOKENS)
     except (*Unusable, ApiError) as error:
         raise SettingsError(str(error)) from error
     except ValidationError as error:
@@ -45,20 +46,13 @@ def generate(settings: Settings, *, text: str, sampling: Mapping[str, Any]) -> i
         raise SettingsError("; ".join(problems)) from error
     stream = TextStream(tokenizer, StopStrings(()))
     print(text, end="", flush=True)
-    for delta in _deltas(loaded, Request(1, prompt, params)):
-        print(stream.push(delta.token_ids), end="", flush=True)
-        if delta.finish is Finish.ERROR:
-            log.error("%s", delta.error)
-            return 1
+    loaded.scheduler.add(Request(1, prompt, params))
+    core = Core(loaded.scheduler, loaded.runner)
+    while not core.idle:
+        for delta in core.step():
+            print(stream.push(delta.token_ids), end="", flush=True)
+            if delta.finish is Finish.ERROR:
+                log.error("%s", delta.error)
+                return 1
     print(stream.finish())
     return 0
-
-
-def _deltas(loaded: Loaded, request: Request) -> Iterator[Delta]:
-    """The engine's loop for one request, one step at a time."""
-    loaded.scheduler.add(request)
-    while loaded.scheduler.num_open:
-        batch = loaded.scheduler.schedule()
-        assert batch is not None
-        loaded.runner.launch(batch)
-        yield from loaded.scheduler.commit(loaded.runner.collect())

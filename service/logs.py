@@ -6,7 +6,7 @@ import sys
 from pythonjsonlogger.core import RESERVED_ATTRS
 from pythonjsonlogger.json import JsonFormatter
 
-_CHATTY = ("uvicorn", "httpx", "httpcore", "huggingface_hub", "asyncio")  # at info they tell nothing of ours
+_CHATTY = ("httpx", "httpcore", "huggingface_hub", "asyncio")  # at info they tell nothing of ours
 
 
 def configure_logging(*, level: str, json_lines: bool) -> None:
@@ -24,6 +24,9 @@ def configure_logging(*, level: str, json_lines: bool) -> None:
         handler.setFormatter(formatter)
     else:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S"))
+    logging.captureWarnings(True)
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    # Its warnings are of malformed requests, which anybody could fill a log with.
+    logging.getLogger("uvicorn").setLevel(max(logging.ERROR, logging.getLogger().level))
     for name in _CHATTY:
         logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLogger().level))

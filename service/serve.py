@@ -6,6 +6,7 @@ and end when their channel closes, so also when this process is killed.
 
 import asyncio
 import contextlib
+import ipaddress
 import logging
 import multiprocessing
 import signal
@@ -46,6 +47,7 @@ class Supervisor:
         self._control, self._api_control = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._api: BaseProcess | None = None
         self._engine: BaseProcess | None = None
+        self._device: str | None = None  # of the first engine that was ready; the ones after it get no other
         self._restarts: deque[float] = deque()
         self._stopping = False
         self._exit_code = 0
@@ -89,7 +91,7 @@ class Supervisor:
 
     def _start_engine(self) -> None:
         ours, theirs = socket.socketpair()
-        config = engine_config(self._settings, json_lines=self._json_lines)
+        config = engine_config(self._settings, device=self._device, json_lines=self._json_lines)
         self._engine = self._spawn.Process(target=engine.main, args=(config, theirs), name="engine", daemon=True)
         _start(self._engine)
         theirs.close()
@@ -112,7 +114,10 @@ class Supervisor:
         self._say(api.DRAIN)
 
     def _on_word(self) -> None:
-        if self._control.recv(64) == api.STALLED and self._engine is not None:
+        word = self._control.recv(64)
+        if word.startswith(api.READY):
+            self._device = word.removeprefix(api.READY).decode()
+        elif word == api.STALLED and self._engine is not None:
             log.error("the engine has stalled; killing it")
             self._engine.kill()
 
@@ -131,7 +136,7 @@ class Supervisor:
         self._engine = None
         if self._ended.is_set() or (self._stopping and code == 0):
             return
-        if code == engine.EXIT_UNUSABLE:
+        if code == engine.EXIT_UNUSABLE and self._device is None:
             self._exit_code = 2
             self._say(api.STOP)
             self._ended.set()
@@ -190,13 +195,13 @@ def wants_json(settings: Settings) -> bool:
     return settings.log_format == "json" or (settings.log_format == "auto" and not sys.stderr.isatty())
 
 
-def engine_config(settings: Settings, *, json_lines: bool) -> EngineConfig:
-    """The engine's part of the settings; without a model, the demo model."""
+def engine_config(settings: Settings, *, json_lines: bool, device: str | None = None) -> EngineConfig:
+    """The engine's part of the settings, on `device` if given; without a model, the demo model."""
     return EngineConfig(
         model=settings.model or str(DEMO_MODEL),
         revision=settings.revision,
         offline=settings.offline,
-        device=settings.device,
+        device=device or settings.device,
         dtype=settings.dtype,
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
@@ -221,6 +226,11 @@ def serve(settings: Settings) -> int:
         return 2
     host, port = listener.getsockname()[:2]
     if settings.model is None:
-        log.info("no model given: serving the embedded demo model; MODEL=owner/name or a folder serves another")
-    log.info("listening on http://%s:%d (model loading; /readyz turns 200 when it is ready)", host, port)
+        log.info(
+            "no model given: serving the embedded demo model; `megatron-gpt2 serve MODEL` serves a folder or a hub id"
+        )
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    log.info("listening on %s (model loading; /readyz turns 200 when it is ready)", url)
+    if not ipaddress.ip_address(host.partition("%")[0]).is_loopback:
+        log.warning("%s can be reached from other machines, and nobody is asked for a key", url)
     return asyncio.run(Supervisor(settings, listener).run())

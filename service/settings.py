@@ -40,8 +40,11 @@ def parse_bytes(value: object) -> object:
 
 
 def split_names(value: object) -> object:
-    """`a,b` as two names; a list stays as it is."""
-    return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
+    """`a,b` as two names; so are the items of a list."""
+    values = [value] if isinstance(value, str) else value
+    if not isinstance(values, list | tuple) or not all(isinstance(item, str) for item in values):
+        return value
+    return [name.strip() for item in values for name in item.split(",") if name.strip()]
 
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
@@ -67,7 +70,7 @@ class Settings(BaseSettings):
     offline: bool = Field(False, description="Never ask the hub: local folders and its cache only.")
     served_model_name: Names = Field(
         (),
-        description="Names clients may use for the model, comma-separated; the first is the one in answers.",
+        description="Names clients may use for the model, by commas or spaces; the first is the one in answers.",
     )
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
@@ -80,7 +83,9 @@ class Settings(BaseSettings):
         "auto",
         description="Of weights and KV cache; auto is the checkpoint's own on a GPU and float32 on a CPU.",
     )
-    max_num_seqs: int = Field(256, ge=1, le=4096, description="Sequences computed at the same time.")
+    max_num_seqs: int | None = Field(
+        None, ge=1, le=4096, description="Sequences computed at the same time; by default 256 on a GPU and 64 on a CPU."
+    )
     max_num_batched_tokens: int | None = Field(
         None,
         ge=16,

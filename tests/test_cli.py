@@ -142,7 +142,7 @@ def test_unknown_variable_ends_with_2(capsys: pytest.CaptureFixture[str], monkey
 
 def test_generate_is_what_transformers_generates() -> None:
     """The greedy text of the demo model, by the installed command, and nothing else on either stream."""
-    tokenizer = read_tokenizer(DEMO_MODEL)
+    tokenizer = read_tokenizer(DEMO_MODEL).backend
     model: Any = AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float32)
     prompt = torch.tensor([tokenizer.encode(PROMPT).ids])
     ids = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=20, do_sample=False)

@@ -244,7 +244,8 @@ def test_every_setting_can_be_given_by_every_source(
         if field.default is not None and field.default != ()
     }
     values |= {"model": "m", "revision": "r", "served_model_name": "s", "kv_memory": "1GiB"}
-    values |= {"max_num_batched_tokens": "16", "cpu_threads": "1", "config": str(tmp_path / "empty.yaml")}
+    values |= {"max_num_seqs": "8", "max_num_batched_tokens": "16", "cpu_threads": "1"}
+    values |= {"config": str(tmp_path / "empty.yaml")}
     (tmp_path / "empty.yaml").touch()
     assert set(Settings.model_fields) == set(values)
     from_flags = load(values)

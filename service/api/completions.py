@@ -91,12 +91,17 @@ def _read(body: bytes, served: ServedModel, model: ModelInfo) -> tuple[Completio
 
 
 def sampling_params(
-    ask: CompletionRequest, prompts: list[tuple[int, ...]], model: ModelInfo, *, stop_token_ids: tuple[int, ...]
+    ask: CompletionRequest,
+    prompts: list[tuple[int, ...]],
+    model: ModelInfo,
+    *,
+    stop_token_ids: tuple[int, ...],
+    default_max_tokens: int = _DEFAULT_MAX_TOKENS,
 ) -> SamplingParams:
     """The engine's numbers for a request, checked against the model's context. Raises ApiError (400)."""
     longest = max(map(len, prompts))
     fitting = model.context_length - longest
-    max_tokens = ask.max_tokens or max(1, min(_DEFAULT_MAX_TOKENS, fitting))
+    max_tokens = ask.max_tokens or max(1, min(default_max_tokens, fitting))
     if max_tokens > fitting:
         raise ApiError(
             400,

@@ -13,7 +13,7 @@ from service.api.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
-_REQUEST_ID = re.compile(rb"[\x20-\x7e]{1,128}")
+_REQUEST_ID = re.compile(rb"[\x20-\x7e]{1,128}")  # printable
 # Asked for every few seconds by machines: logged at debug.
 _QUIET_ROUTES = frozenset({"/livez", "/readyz", "/health", "/ping", "/metrics"})
 
@@ -65,7 +65,7 @@ class RequestMiddleware:
                 **summary,
             }
             level = logging.DEBUG if route in _QUIET_ROUTES else logging.INFO
-            line = " ".join(f"{name}={value}" for name, value in figures.items())
+            line = " ".join(f"{name}={value!r}" for name, value in figures.items())
             log.log(level, "request %s", line, extra={"figures": figures})
 
     def _bounded(self, receive: Receive, content_length: bytes | None) -> Receive:

@@ -33,11 +33,15 @@ def operations_router(*, client: EngineClient, served: ServedModel, metrics: Met
         served.check_name(model_id)
         return next(model for model in available if model.id == model_id)
 
+    @router.head("/livez", include_in_schema=False)
     @router.get("/livez", summary="503 when only a new process can help")
     async def livez() -> Response:
         failed = client.phase == "failed"
         return JSONResponse({"status": "failed" if failed else "ok", "phase": client.phase}, 503 if failed else 200)
 
+    @router.head("/readyz", include_in_schema=False)
+    @router.head("/health", include_in_schema=False)
+    @router.head("/ping", include_in_schema=False)
     @router.get("/readyz", summary="200 while requests are taken")
     @router.get("/health", summary="As /readyz")
     @router.get("/ping", summary="As /readyz")

@@ -18,13 +18,14 @@ from service.api.app import create_app
 from service.api.text import load_tokenizer
 from service.engine.client import EngineClient
 from service.engine.process import start_child
+from service.engine.request import ModelInfo
 
 log = logging.getLogger(__name__)
 
 # The supervisor's words, one a datagram; ENGINE brings a socket along.
 ENGINE, DRAIN, STOP, FAILED = b"engine", b"drain", b"stop", b"failed"
-# The API's words.
-STALLED = b"stalled"
+# The API's words; READY is followed by the name of the engine's device.
+STALLED, READY = b"stalled", b"ready "
 
 _CLOSE_SECONDS = 5  # for answers on their way out, once no request is open
 
@@ -55,9 +56,8 @@ class _Server(uvicorn.Server):
 def main(config: ApiConfig, listener: socket.socket, control: socket.socket) -> None:
     """The process: serve until the supervisor says stop, or drained after it said drain."""
     start_child(level=config.log_level, json_lines=config.json_lines)
-    with asyncio.Runner(
-        loop_factory=uvicorn.Config("", log_config=None).get_loop_factory()
-    ) as runner:  # uvloop where there is one
+    loop_factory = uvicorn.Config("", log_config=None).get_loop_factory()  # uvloop's, where there is one
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
         runner.run(_serve(config, listener, control))
 
 
@@ -74,10 +74,17 @@ async def _serve(config: ApiConfig, listener: socket.socket, control: socket.soc
         max_body_bytes=config.max_body_bytes,
         stream_keep_alive_seconds=config.stream_keep_alive_seconds,
         version=config.version,
-        load_tokenizer=lambda model: load_tokenizer(
-            Path(model.folder), vocab_size=model.vocab_size, end_of_text_id=model.end_of_text_id
-        ),
+        load_tokenizer=lambda model: load_tokenizer(Path(model.folder), end_of_text_id=model.end_of_text_id),
     )
+    read_tokenizer = client.on_ready
+    assert read_tokenizer is not None
+
+    async def on_ready(model: ModelInfo) -> None:
+        await read_tokenizer(model)
+        if client.phase != "failed":
+            _say(control, READY + model.device.encode())
+
+    client.on_ready = on_ready
     server = _Server(
         uvicorn.Config(
             app,

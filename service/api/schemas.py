@@ -147,6 +147,8 @@ class CompletionRequest(BaseModel):
         value = _drop_nulls(value)
         if isinstance(value, dict):
             _refuse_unsupported(value)
+            if value.get("stream", False) is False:
+                value.pop("stream_options", None)
         return value
 
     @model_validator(mode="after")

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from service.api.errors import ApiError
 from service.api.text import Tokenizer
-from service.checkpoint.hub import CheckpointError
 from service.engine.client import EngineClient
 from service.engine.request import ModelInfo
 
@@ -50,9 +49,9 @@ class ServedModel:
         if self._tokenizer is None:
             try:
                 self._tokenizer = await asyncio.to_thread(self._load_tokenizer, model)
-            except CheckpointError as error:
-                log.error("%s", error)
-                self._client.fail()
+            except Exception as error:  # whatever it is, another try would not mend it
+                log.exception("the tokenizer cannot be used")
+                self._client.fail(f"the tokenizer cannot be used: {error}")
                 return
         log.info("ready: %s answers on /v1/completions", self.name)
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
-from service.checkpoint.hub import CheckpointError
 from service.checkpoint.tokenizer import read_tokenizer
 
 
@@ -34,50 +33,21 @@ class Tokenizer:
         return b"".join([self.token_bytes[token_id] for token_id in token_ids]).decode("utf-8", "replace")
 
 
-def load_tokenizer(folder: Path, *, vocab_size: int, end_of_text_id: int) -> Tokenizer:
-    """The tokenizer in `folder`, which must be of the model's size. Raises CheckpointError."""
-    backend = read_tokenizer(folder)
-    end_of_text = backend.id_to_token(end_of_text_id)
-    if end_of_text is not None:
-        backend.add_special_tokens([AddedToken(end_of_text, special=True, normalized=False)])
-    vocabulary = backend.get_vocab()
-    if sorted(vocabulary.values()) != list(range(vocab_size)):
-        raise CheckpointError(
-            f"{folder}: the tokenizer has {len(vocabulary)} tokens and the model {vocab_size}, "
-            f"whose ids are 0..{vocab_size - 1}"
-        )
-    if end_of_text is None:
-        raise CheckpointError(f"{folder}: the tokenizer has no token {end_of_text_id}, the model's end of text")
-    token_bytes = _token_bytes(folder, backend, vocabulary)
+def load_tokenizer(folder: Path, *, end_of_text_id: int) -> Tokenizer:
+    """The tokenizer in `folder`. Raises CheckpointError, but not in a folder that the engine has loaded."""
+    files = read_tokenizer(folder)
+    end_of_text = files.backend.id_to_token(end_of_text_id)
+    assert end_of_text is not None, "the ids have no gap, and the config's is among them"
+    files.backend.add_special_tokens([AddedToken(end_of_text, special=True, normalized=False)])
+    token_bytes = list(files.token_bytes)
+    token_bytes[end_of_text_id] = b""
     return Tokenizer(
-        backend=backend,
-        token_bytes=token_bytes,
+        backend=files.backend,
+        token_bytes=tuple(token_bytes),
         end_of_text=end_of_text,
         end_of_text_id=end_of_text_id,
         longest_token_bytes=max(map(len, token_bytes)),
     )
-
-
-def _token_bytes(folder: Path, backend: Backend, vocabulary: dict[str, int]) -> tuple[bytes, ...]:
-    """The bytes of every token, by id. Added tokens are spelled as they are, the others in the byte-level alphabet."""
-    alphabet = _byte_alphabet()
-    added = backend.get_added_tokens_decoder()
-    table = [b""] * len(vocabulary)
-    for token, token_id in vocabulary.items():
-        if token_id not in added:
-            if not alphabet.keys() >= set(token):
-                raise CheckpointError(f"{folder}: token {token_id} is not spelled in the byte-level alphabet")
-            table[token_id] = bytes([alphabet[character] for character in token])
-        elif not added[token_id].special:
-            table[token_id] = token.encode()
-    return tuple(table)
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """Character -> byte of GPT-2's spelling: printable Latin-1 is itself, the rest is U+0100 and on, in order."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    rest = [byte for byte in range(256) if byte not in set(printable)]
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(rest)}
 
 
 class StopStrings:

@@ -82,6 +82,7 @@ class Stream:
         for request_id in {request_id for request_id, _ in self._open}:
             self._client._abort(request_id, None)
         self._open.clear()
+        self._client._settled(self)
         self._client._forget(self)
 
     async def __aiter__(self) -> AsyncIterator[list[Delta]]:
@@ -96,7 +97,7 @@ class Stream:
     def abort(self, request_id: int, choice: int) -> None:
         """End one sequence: nothing more of it is delivered. Used when a stop string is found in its text."""
         if (request_id, choice) in self._open:
-            self._open.discard((request_id, choice))
+            self._close((request_id, choice))
             self._client._abort(request_id, choice)
         self._mailbox.pop((request_id, choice), None)
         self._arrived.set()
@@ -107,7 +108,7 @@ class Stream:
             return
         self._unstarted.pop(delta.request_id, None)
         if delta.finish is not None:
-            self._open.discard(key)
+            self._close(key)
         earlier = self._mailbox.get(key)
         if earlier is not None:
             delta = msgspec.structs.replace(
@@ -117,6 +118,11 @@ class Stream:
             )
         self._mailbox[key] = delta
         self._arrived.set()
+
+    def _close(self, key: tuple[int, int]) -> None:
+        self._open.discard(key)
+        if not self._open:
+            self._client._settled(self)
 
     def _mark_started(self, request_id: int) -> None:
         if self._unstarted.pop(request_id, None) is not None:
@@ -149,6 +155,7 @@ class EngineClient:
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(ToApi)
         self._streams: dict[int, Stream] = {}  # request id -> its stream
+        self._busy: set[Stream] = set()  # those that the engine still owes something
         self._writer: asyncio.StreamWriter | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._serving: asyncio.Task[None] | None = None  # the engine attached last
@@ -158,7 +165,7 @@ class EngineClient:
         self._idle.set()
         self._last_message = time.monotonic()
         self._draining = False
-        self._failed = False
+        self._failed: str | None = None  # why
         self.model: ModelInfo | None = None  # the last engine's; kept over a restart
         self.status = Status(phase="start", progress=0.0)
         self.stats = EngineStats()
@@ -193,7 +200,7 @@ class EngineClient:
     def check_ready(self) -> ModelInfo:
         """The model, if requests are taken now. Raises EngineUnavailable."""
         if self._failed:
-            raise EngineFailed("the engine failed too often and is not being restarted")
+            raise EngineFailed(self._failed)
         if self._draining:
             raise EngineDraining("the service is shutting down")
         if self.status.phase != "ready" or self.model is None:
@@ -206,10 +213,11 @@ class EngineClient:
         stream = Stream(self, requests)
         for request in requests:
             self._streams[request.id] = stream
-        if not self._work_open.is_set():
+        if not self._busy:
             self._last_message = time.monotonic()
-            self._work_open.set()
-            self._idle.clear()
+        self._busy.add(stream)
+        self._work_open.set()
+        self._idle.clear()
         self._send(Submit(tuple(requests)))
         return stream
 
@@ -217,8 +225,6 @@ class EngineClient:
 
     def attach(self, sock: socket.socket) -> None:
         """Speak to a new engine process over `sock`; ends by itself when that process closes its end."""
-        if self._serving is not None:
-            self.num_restarts += 1
         self.status = Status(phase="start" if self.model is None else "restart", progress=0.0)
         self._serving = self._spawn(self._serve(sock, self._serving))
 
@@ -237,11 +243,11 @@ class EngineClient:
                 self._abort(request_id, None)
             stream._end(Finish.ABORT, error)
 
-    def fail(self) -> None:
-        """The supervisor has given up: everything open ends with an error."""
-        self._failed = True
+    def fail(self, reason: str = "the engine failed too often and is not being restarted") -> None:
+        """Nothing can be served any more: everything open ends with an error, and liveness is false."""
+        self._failed = reason
         for stream in self._unique_streams():
-            stream._end(Finish.ERROR, "the engine failed too often and is not being restarted")
+            stream._end(Finish.ERROR, reason)
 
     async def close(self) -> None:
         """Close the channel, which ends the engine process."""
@@ -260,6 +266,7 @@ class EngineClient:
     async def _serve(self, sock: socket.socket, before: asyncio.Task[None] | None) -> None:
         if before is not None:
             await asyncio.wait([before])  # what the engine before left in its channel may still be on its way
+            self.num_restarts += 1  # only now are figures those of the new one
         reader, writer = await asyncio.open_connection(sock=sock)
         self._writer = writer
         try:
@@ -331,8 +338,13 @@ class EngineClient:
         for request_id in stream._request_ids:
             self._streams.pop(request_id, None)
         if not self._streams:
-            self._work_open.clear()
             self._idle.set()
+
+    def _settled(self, stream: Stream) -> None:
+        """The engine owes it nothing more; a reader may still take its time."""
+        self._busy.discard(stream)
+        if not self._busy:
+            self._work_open.clear()
 
     def _send(self, message: Submit | Abort) -> None:
         # Without an engine there is nothing to tell: a new one starts empty, and unstarted requests are sent again.

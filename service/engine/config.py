@@ -12,7 +12,7 @@ class EngineConfig:
     offline: bool
     device: str
     dtype: str
-    max_num_seqs: int
+    max_num_seqs: int | None
     max_num_batched_tokens: int | None
     block_size: int
     kv_memory: int | None

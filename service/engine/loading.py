@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Never, Self
 
 import torch
+from huggingface_hub.utils.tqdm import disable_progress_bars
 from tqdm import tqdm
 
 from service.checkpoint.download import resolve
@@ -20,6 +21,7 @@ from service.checkpoint.tokenizer import read_tokenizer
 from service.engine.config import EngineConfig
 from service.engine.request import ModelInfo
 from service.engine.scheduler import Scheduler
+from service.model.batch import OutOfMemory
 from service.model.gpt2 import GPT2
 from service.model.runner import KVMemoryError, TorchRunner, count_blocks, measure_kv_memory, warm_up
 
@@ -28,8 +30,9 @@ log = logging.getLogger(__name__)
 Report = Callable[[str, float], None]  # phase, progress from 0 to 1
 
 _CPU_KV_MEMORY = 2**30
-_CPU_BATCHED_TOKENS = 256
-_GPU_BATCHED_TOKENS = 2048
+# On a CPU a step of as much takes a second or two of the 345M's time, and every stream waits for it.
+_MAX_NUM_SEQS = {"cpu": 64, "cuda": 256}
+_MAX_NUM_BATCHED_TOKENS = {"cpu": 256, "cuda": 2048}
 
 
 class Reporter:
@@ -82,37 +85,53 @@ class Loaded:
     scheduler: Scheduler
 
 
-def load(config: EngineConfig, report: Report) -> Loaded:
+def load(config: EngineConfig, report: Reporter) -> Loaded:
     """Everything before the first request. Raises CheckpointError, DeviceError, KVMemoryError."""
+    try:
+        return _load(config, report)
+    except (OutOfMemory, torch.OutOfMemoryError) as error:
+        reason = str(error).splitlines()[0]
+        raise KVMemoryError(
+            f"the device has no room for the model and its largest steps ({reason}); lower max_num_seqs, "
+            "max_num_batched_tokens or kv_memory, or free memory"
+        ) from error
+
+
+def _load(config: EngineConfig, report: Reporter) -> Loaded:
     started = time.monotonic()
     device = _device(config.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # streams and events are those of the current device
+    torch.set_float32_matmul_precision("highest")  # fp32 means no TF32, whatever the environment says
+    if not sys.stderr.isatty():
+        disable_progress_bars()  # of the hub's client
     if config.cpu_threads is not None:
         torch.set_num_threads(config.cpu_threads)
     report("download", 0.0)
     folder = resolve(config.model, revision=config.revision, offline=config.offline)
     model = _read(folder, config, device, report)
     report("warmup", 0.0)
-    max_num_batched_tokens = config.max_num_batched_tokens or (
-        _GPU_BATCHED_TOKENS if device.type == "cuda" else _CPU_BATCHED_TOKENS
-    )
-    max_num_batched_tokens = max(max_num_batched_tokens, config.max_num_seqs)
+    max_num_seqs = config.max_num_seqs or _MAX_NUM_SEQS[device.type]
+    max_num_batched_tokens = config.max_num_batched_tokens or _MAX_NUM_BATCHED_TOKENS[device.type]
+    max_num_batched_tokens = max(max_num_batched_tokens, max_num_seqs)
     if config.kv_memory is not None or device.type == "cpu":
         kv_memory = config.kv_memory or _CPU_KV_MEMORY
     else:
         kv_memory = measure_kv_memory(
             model,
             block_size=config.block_size,
-            max_num_seqs=config.max_num_seqs,
+            max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             utilization=config.gpu_memory_utilization,
         )
     num_blocks = count_blocks(model, block_size=config.block_size, kv_memory=kv_memory)
     runner = TorchRunner(model, num_blocks=num_blocks, block_size=config.block_size)
     if device.type == "cuda":
-        warm_up(runner, max_num_seqs=config.max_num_seqs, max_num_batched_tokens=max_num_batched_tokens)
+        warm_up(runner, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens)
     else:  # only first calls are slow on a CPU; memory is no concern
         warm_up(runner, max_num_seqs=1, max_num_batched_tokens=16)
     report("warmup", 1.0)
+    report.close()
     log.info(
         "model loaded in %.1f s: %s on %s in %s, %d KV blocks of %d tokens",
         time.monotonic() - started,
@@ -125,7 +144,7 @@ def load(config: EngineConfig, report: Report) -> Loaded:
     scheduler = Scheduler(
         num_blocks=num_blocks,
         block_size=config.block_size,
-        max_num_seqs=config.max_num_seqs,
+        max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         context_length=model.config.context_length,
         end_of_text_id=model.config.end_of_text_id,
@@ -137,7 +156,7 @@ def load(config: EngineConfig, report: Report) -> Loaded:
         end_of_text_id=model.config.end_of_text_id,
         num_blocks=num_blocks,
         block_size=config.block_size,
-        max_num_seqs=config.max_num_seqs,
+        max_num_seqs=max_num_seqs,
         dtype=str(model.dtype).removeprefix("torch."),
         device=str(device),
     )
@@ -152,12 +171,12 @@ def _device(name: str) -> torch.device:
         raise DeviceError(f"device: {name} was asked for, and this torch ({torch.__version__}) sees no GPU")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise DeviceError(f"device: {name} was asked for, and there are {torch.cuda.device_count()} GPUs")
-    return device
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
 
 def _read(folder: Path, config: EngineConfig, device: torch.device, report: Report) -> GPT2:
     report("load", 0.0)
-    model_config = read_config(folder, vocab_size=read_tokenizer(folder).get_vocab_size())
+    model_config = read_config(folder, vocab_size=len(read_tokenizer(folder).token_bytes))
     name = config.dtype
     if name == "auto":
         name = model_config.dtype if device.type == "cuda" else "float32"

@@ -15,10 +15,11 @@ import time
 
 from service.engine.channel import Channel, ChannelClosed
 from service.engine.config import EngineConfig
+from service.engine.core import Core
 from service.engine.request import Abort, Delta, EngineStats, Publish, Ready, Status, Submit, ToEngine
 from service.engine.scheduler import Scheduler
 from service.logs import configure_logging
-from service.model.batch import Batch, DeviceLost, OutOfMemory, Runner
+from service.model.batch import DeviceLost, Runner
 
 log = logging.getLogger(__name__)
 
@@ -107,26 +108,31 @@ class Publisher:
 
 
 class Loop:
-    """Steps the runner for as long as the channel is open."""
+    """Steps the engine for as long as the channel is open."""
 
     def __init__(self, channel: Channel, scheduler: Scheduler, runner: Runner) -> None:
         self._channel = channel
         self._scheduler = scheduler
-        self._runner = runner
+        self._core = Core(scheduler, runner)
         self._publisher = Publisher(channel)
-        self._stepped_at = 0.0
 
     def run(self) -> None:
         """Return when the channel closes. Raises DeviceLost, after which the process must end."""
+        stepped_at = time.perf_counter()
         try:
             while True:
-                if not self._scheduler.num_open and not self._scheduler.num_launched:
+                if self._core.idle:
                     self._publisher.due(self._scheduler, idle=True)
                     self._channel.wait()
-                    self._stepped_at = time.perf_counter()
+                    stepped_at = time.perf_counter()
                 for message in self._channel.receive():
                     self._take(message)
-                self._step()
+                num_steps = self._scheduler.num_steps
+                self._publisher.deltas(self._core.step(self._publisher.started))
+                if self._scheduler.num_steps > num_steps:
+                    now = time.perf_counter()
+                    self._publisher.step(now - stepped_at, self._scheduler.num_running)
+                    stepped_at = now
                 self._publisher.due(self._scheduler, idle=False)
         except ChannelClosed:
             return
@@ -138,45 +144,6 @@ class Loop:
                     self._scheduler.add(request)
             case Abort(request_id, choice):
                 self._publisher.deltas(self._scheduler.abort(request_id, choice))
-
-    def _step(self) -> None:
-        batch = self._scheduler.schedule()
-        if batch is not None and not self._launch(batch):
-            batch = None
-        # With nothing launched now, what is in flight is collected whatever the runner's depth.
-        if self._scheduler.num_launched <= (self._runner.depth if batch is not None else 0):
-            return
-        try:
-            output = self._runner.collect()
-        except DeviceLost:
-            raise
-        except Exception as error:
-            log.exception("a step failed")
-            self._publisher.deltas(self._scheduler.fail(f"a step failed: {error}", launched=True))
-            return
-        self._publisher.deltas(self._scheduler.commit(output))
-        now = time.perf_counter()
-        self._publisher.step(now - self._stepped_at, len(output.token_ids))
-        self._stepped_at = now
-
-    def _launch(self, batch: Batch) -> bool:
-        started = self._scheduler.take_started()
-        if started:
-            self._publisher.started(started)
-        try:
-            self._runner.launch(batch)
-        except DeviceLost:
-            raise
-        except OutOfMemory as error:
-            log.warning("a step of %d tokens did not fit in memory: %s", len(batch.token_ids), error)
-            if not self._scheduler.retreat():
-                self._publisher.deltas(self._scheduler.fail("out of memory", launched=False))
-            return False
-        except Exception as error:
-            log.exception("a step failed")
-            self._publisher.deltas(self._scheduler.fail(f"a step failed: {error}", launched=False))
-            return False
-        return True
 
 
 def main(config: EngineConfig, sock: socket.socket) -> None:

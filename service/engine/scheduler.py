@@ -62,7 +62,8 @@ class Scheduler:
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
         self._sampling = np.zeros(max_num_seqs, dtype=SAMPLING)
         self._tables = np.zeros((max_num_seqs, self._pool.blocks_for(context_length)), dtype=np.int32)
-        self._num_steps = 0
+        self._by_request: dict[int, list[Sequence]] = {}  # those that have not ended
+        self.num_steps = 0
         self._num_preemptions = 0
         self._num_dropped_tokens = 0
         self._num_prefix_queries = 0
@@ -71,6 +72,10 @@ class Scheduler:
     @property
     def num_open(self) -> int:
         return len(self._waiting) + len(self._running)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
 
     @property
     def num_launched(self) -> int:
@@ -83,7 +88,7 @@ class Scheduler:
             num_waiting=len(self._waiting),
             num_blocks=self._pool.num_blocks,
             num_blocks_used=self._pool.num_used,
-            num_steps=self._num_steps,
+            num_steps=self.num_steps,
             num_preemptions=self._num_preemptions,
             num_dropped_tokens=self._num_dropped_tokens,
             num_prefix_queries=self._num_prefix_queries,
@@ -97,22 +102,17 @@ class Scheduler:
         assert request.prompt
         assert request.params.max_tokens >= 1
         assert len(request.prompt) + request.params.max_tokens <= self._context_length
-        for choice in range(request.n):
-            sequence = Sequence(
-                request,
-                choice,
-                end_of_text_id=self._end_of_text_id,
-                node=self._pool.root,
-            )
-            self._waiting[sequence.key] = sequence
+        sequences = [
+            Sequence(request, choice, end_of_text_id=self._end_of_text_id, node=self._pool.root)
+            for choice in range(request.n)
+        ]
+        self._by_request[request.id] = sequences
+        self._waiting.update((sequence.key, sequence) for sequence in sequences)
 
     def abort(self, request_id: int, choice: int | None) -> list[Delta]:
         """End one choice of a request, or all of them. What is unknown or has ended is passed over."""
-        if choice is not None:
-            sequence = self._waiting.get((request_id, choice)) or self._running.get((request_id, choice))
-            return [] if sequence is None else [self._end(sequence, Finish.ABORT)]
-        sequences = [s for s in (*self._running.values(), *self._waiting.values()) if s.request.id == request_id]
-        return [self._end(sequence, Finish.ABORT) for sequence in sequences]
+        found = list(self._by_request.get(request_id, ()))
+        return [self._end(sequence, Finish.ABORT) for sequence in found if choice in (None, sequence.choice)]
 
     def take_started(self) -> tuple[int, ...]:
         """Requests that `schedule` has taken from the queue for the first time since the last call."""
@@ -149,13 +149,13 @@ class Scheduler:
             budget -= count
         if not placed:
             return None
-        placed.sort(key=lambda placing: placing.count > 1)
+        placed.sort(key=lambda placing: (placing.count > 1, placing.start))
         return self._launch(placed)
 
     def commit(self, output: StepOutput) -> list[Delta]:
         """Take the tokens of the oldest launched batch."""
         plan = self._plans.popleft()
-        self._num_steps += 1
+        self.num_steps += 1
         self._budget = min(self._max_budget, self._budget + max(1, self._budget // 16))
         deltas = []
         for sequence, token in zip(plan.sampled, output.token_ids.tolist(), strict=True):
@@ -230,20 +230,18 @@ class Scheduler:
         """Move a waiting sequence to the running ones, with the blocks that hold its prefix, if all of it fits."""
         blocks, node = self._pool.match(sequence.tokens)
         needed = self._pool.blocks_for(len(sequence.tokens)) - len(blocks) + self._pool.num_cached(blocks)
-        if needed > self._pool.num_free:
+        # A block for each that runs: without room to grow, what is let in now is preempted soon.
+        if needed + len(self._running) > self._pool.num_free:
             return False
         self._pool.share(blocks)
         num_hits = len(blocks) * self._pool.block_size
-        self._num_prefix_queries += len(sequence.tokens)
-        self._num_prefix_hits += num_hits
-        if len(sequence.tokens) == sequence.num_prompt:
+        if not sequence.started:  # what it finds when it comes back after a preemption is its own
+            sequence.started = True
             sequence.cached_tokens = num_hits
             self._started.append(sequence.request.id)
-        sequence.blocks, sequence.node, sequence.num_registered = (
-            blocks,
-            node,
-            len(blocks),
-        )
+            self._num_prefix_queries += len(sequence.tokens)
+            self._num_prefix_hits += num_hits
+        sequence.blocks, sequence.node, sequence.num_registered = blocks, node, len(blocks)
         sequence.num_scheduled = num_hits
         sequence.row = self._free_rows.pop()
         params = sequence.request.params
@@ -261,14 +259,7 @@ class Scheduler:
         self._running[sequence.key] = sequence
         return True
 
-    def _place(
-        self,
-        sequence: Sequence,
-        count: int,
-        placed: list[_Placing],
-        *,
-        admitted: bool = False,
-    ) -> bool:
+    def _place(self, sequence: Sequence, count: int, placed: list[_Placing], *, admitted: bool = False) -> bool:
         """Put `count` more tokens of the sequence into this step; False if there are no blocks for them.
 
         Takes blocks from sequences admitted later that are not in this step yet, by preempting them.
@@ -317,6 +308,10 @@ class Scheduler:
         else:
             del self._waiting[sequence.key]
         sequence.finish = finish
+        siblings = self._by_request[sequence.request.id]
+        siblings.remove(sequence)
+        if not siblings:
+            del self._by_request[sequence.request.id]
         return Delta(*sequence.key, token_ids, finish, error, cached_tokens)
 
     def _launch(self, placed: list[_Placing]) -> Batch:

@@ -20,6 +20,7 @@ class Sequence:
         "request",
         "row",
         "sample_row",
+        "started",
         "stop_ids",
         "tokens",
     )
@@ -40,6 +41,7 @@ class Sequence:
         self.blocks: list[int] = []
         self.node = node  # of the last registered block
         self.num_registered = 0  # blocks
+        self.started = False  # it has left the queue before
         self.cached_tokens = 0
         self.finish: Finish | None = None
 

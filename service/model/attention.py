@@ -47,57 +47,46 @@ class Prefill:
     visible: Tensor | None  # [end - start, length] bool; None when the whole context is new
 
 
+@dataclass(frozen=True, slots=True)
+class Decodes:
+    """Sequences with one new token each, alike enough in length to attend as one rectangle."""
+
+    start: int  # their tokens among the step's
+    end: int
+    shortest: int  # of their contexts
+    tables: Tensor  # [end - start, blocks of the longest]
+    lengths: Tensor  # [end - start]
+
+
 class PagedAttention:
     """What one step's attention needs, the same in every layer: where each token goes and what it may see."""
 
-    def __init__(
-        self,
-        *,
-        slots: Tensor,  # [T]
-        decode_tables: Tensor,  # [D, W] blocks of the first D sequences, which have one token each
-        decode_lengths: Tensor,  # [D]
-        prefills: list[Prefill],
-        block_size: int,
-    ) -> None:
+    def __init__(self, *, slots: Tensor, decodes: list[Decodes], prefills: list[Prefill], block_size: int) -> None:
+        """`slots` [T]: where each token's key and value go."""
         self._slots = slots
-        self._num_decodes = len(decode_tables)
         self._prefills = prefills
-        self._tables = decode_tables
-        width = decode_tables.shape[1] * block_size
-        hidden = torch.arange(width, device=slots.device) >= decode_lengths[:, None]
-        self._hidden = hidden[:, :, None, None]  # [D, W * block_size, 1, 1]
+        self._decodes = []
+        for group in decodes:
+            positions = torch.arange(group.tables.shape[1] * block_size, device=slots.device)
+            self._decodes.append((group, positions < group.lengths[:, None]))  # visible: [rows, width]
 
-    def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cache: LayerCache,
-        *,
-        scale: float,
-        upcast: bool,
-    ) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, cache: LayerCache, *, scale: float, upcast: bool) -> Tensor:
         """[T, heads, head] for q, k, v of that shape; writes k and v to their slots first."""
         cache.keys.flatten(0, 1).index_copy_(0, self._slots, k)
         cache.values.flatten(0, 1).index_copy_(0, self._slots, v)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        num_decodes = self._num_decodes
-        if num_decodes:
-            # A slot past the context may hold another's non-finite numbers, which no mask added to a score undoes.
-            keys = (
-                cache.keys[self._tables].flatten(1, 2).masked_fill_(self._hidden, 0)
-            )  # [D, W * block_size, heads, head]
-            values = cache.values[self._tables].flatten(1, 2).masked_fill_(self._hidden, 0)
-            visible = ~self._hidden.permute(0, 2, 3, 1)  # [D, 1, 1, W * block_size]
+        for group, visible in self._decodes:
+            rows = slice(group.start, group.end)
+            keys = cache.keys[group.tables].flatten(1, 2)  # [rows, width, heads, head]
+            values = cache.values[group.tables].flatten(1, 2)
+            # A slot past a context may hold another's non-finite numbers, which no mask added to a score undoes.
+            past = ~visible[:, group.shortest :, None, None]
+            keys[:, group.shortest :].masked_fill_(past, 0)
+            values[:, group.shortest :].masked_fill_(past, 0)
             mixed = _attend(
-                q[:num_decodes, :, None],
-                keys.transpose(1, 2),
-                values.transpose(1, 2),
-                visible,
-                scale,
-                upcast,
+                q[rows, :, None], keys.transpose(1, 2), values.transpose(1, 2), visible[:, None, None], scale, upcast
             )
-            out[:num_decodes] = mixed[:, :, 0]
+            out[rows] = mixed[:, :, 0]
         for prefill in self._prefills:
             rows = slice(prefill.start, prefill.end)
             if prefill.visible is None:

@@ -42,8 +42,9 @@ class DeviceLost(Exception):
 class Batch:
     """One step: T tokens of S sequences, in order of sequence; R of the sequences get a token sampled.
 
-    The first `num_decodes` sequences have one token each. Keys and values of every token are written to its slot
-    before any token attends, so a sequence may read blocks that another fills in the same step.
+    The first `num_decodes` sequences have one token each, and come in order of their lengths. Keys and values of
+    every token are written to its slot before any token attends, so a sequence may read blocks that another fills in
+    the same step.
     """
 
     token_ids: Int32  # [T]

@@ -65,7 +65,8 @@ class GPT2:
         self._activation = ACTIVATIONS[config.activation]
         self._token_embedding = state["token_embedding.weight"]  # [V, H]
         self._position_embedding = state["position_embedding.weight"]  # [context, H]
-        self._head = state.get("head.weight", self._token_embedding)  # [V, H]
+        head = state.get("head.weight", self._token_embedding)
+        self._head = head if head.is_cuda else head.float()  # [V, H]; a CPU has no product of 16 bits into 32
 
         def norm(name: str) -> LayerNorm:
             weight, bias = (
@@ -125,4 +126,4 @@ class GPT2:
         normed = self._final_norm(hidden)
         if normed.is_cuda and self.dtype != torch.float32:
             return torch.mm(normed, self._head.t(), out_dtype=torch.float32)
-        return F.linear(normed, self._head).float()
+        return F.linear(normed.to(self._head.dtype), self._head)

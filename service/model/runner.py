@@ -9,14 +9,20 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from service.model.attention import KVCache, PagedAttention, Prefill
+from service.model.attention import Decodes, KVCache, PagedAttention, Prefill
 from service.model.batch import SAMPLING, Batch, DeviceLost, OutOfMemory, StepOutput
 from service.model.gpt2 import GPT2
 from service.model.sampler import SamplingTensors, sample
 
+# Tokens of context that one gather of decodes copies: on a CPU what its caches hold, on a GPU what its memory does.
+_MOST_GATHERED = {"cpu": 2048, "cuda": 2**19}
+# How much longer than the shortest the longest of them may be: on a GPU another gather costs more than padding does.
+_MOST_PADDING = {"cpu": 2, "cuda": 1024}
+_SHORT = 64  # tokens of context, up to which padding costs less than another gather
+
 
 class KVMemoryError(ValueError):
-    """The KV cache would not hold one full context."""
+    """The KV cache would not hold one full context, or the device has no room for the steps that were asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +58,6 @@ class TorchRunner:
         """Start computing `batch`; on a CPU, compute it."""
         try:
             tokens = self._step(batch)
-            self._previous = tokens
             if self._device.type == "cuda":
                 host = torch.empty(len(tokens), dtype=torch.int64, pin_memory=True)
                 host.copy_(tokens, non_blocking=True)
@@ -61,6 +66,7 @@ class TorchRunner:
                 self._launched.append(_Launched(host, done))
             else:
                 self._launched.append(_Launched(tokens, None))
+            self._previous = tokens
         except RuntimeError as error:
             raise _translate(error) from error
 
@@ -104,7 +110,9 @@ class TorchRunner:
         )
         token_ids = token_ids.long()
         if (batch.token_sources >= 0).any():
-            token_ids = torch.where(sources >= 0, self._previous[sources.clamp(min=0)], token_ids)
+            # A row that could not be sampled is NOT_FINITE here; what is computed from it is dropped.
+            sampled = self._previous[sources.clamp(min=0)].clamp(min=0)
+            token_ids = torch.where(sources >= 0, sampled, token_ids)
         tables = tables.view(batch.block_tables.shape)
         attention = self._attention(batch, slots.long(), tables, lengths)
         hidden = self._model.hidden(token_ids, positions.long(), self._cache, attention)
@@ -123,7 +131,11 @@ class TorchRunner:
 
     def _attention(self, batch: Batch, slots: Tensor, tables: Tensor, lengths: Tensor) -> PagedAttention:
         num_decodes = batch.num_decodes
-        longest = int(batch.context_lengths[:num_decodes].max(initial=0))
+        decodes = []
+        for start, end in cut_decodes(batch.context_lengths[:num_decodes].tolist(), self._device.type):
+            width = -(-int(batch.context_lengths[end - 1]) // self._block_size)
+            shortest = int(batch.context_lengths[start])
+            decodes.append(Decodes(start, end, shortest, tables[start:end, :width], lengths[start:end]))
         prefills = []
         for number in range(num_decodes, len(batch.context_lengths)):
             start, end = batch.query_starts[number : number + 2].tolist()
@@ -136,8 +148,7 @@ class TorchRunner:
             prefills.append(Prefill(start, end, length, blocks, visible))
         return PagedAttention(
             slots=slots,
-            decode_tables=tables[:num_decodes, : -(-longest // self._block_size)],
-            decode_lengths=lengths[:num_decodes],
+            decodes=decodes,
             prefills=prefills,
             block_size=self._block_size,
         )
@@ -148,6 +159,18 @@ class TorchRunner:
         packed = torch.empty(sum(sizes), dtype=torch.int32, pin_memory=self._device.type == "cuda")
         np.concatenate(arrays, out=packed.numpy())
         return torch.split(packed.to(self._device, non_blocking=True), sizes)
+
+
+def cut_decodes(lengths: Sequence[int], device_type: str) -> list[tuple[int, int]]:
+    """Where to cut decodes, in order of their lengths, so that no rectangle is too large or mostly padding."""
+    groups = []
+    start = 0
+    for end, length in enumerate(lengths[1:], 1):
+        padded = length > max(_MOST_PADDING[device_type] * lengths[start], _SHORT)
+        if padded or (end + 1 - start) * length > _MOST_GATHERED[device_type]:
+            groups.append((start, end))
+            start = end
+    return [*groups, (start, len(lengths))] if lengths else []
 
 
 def _unpack(words: Tensor, positions: Tensor) -> SamplingTensors:

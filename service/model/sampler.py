@@ -72,7 +72,8 @@ def sample(
     """
     finite = torch.isfinite(logits.sum(-1))
     banned = torch.where(sampling.may_end, logits[:, end_of_text_id], -torch.inf)
-    logits = logits.index_copy(1, torch.tensor([end_of_text_id], device=logits.device), banned[:, None])
+    logits = logits.clone()
+    logits[:, end_of_text_id] = banned
     tokens = logits.argmax(-1)
     if drawn:
         greedy = sampling.temperature == 0
@@ -109,7 +110,8 @@ def _descending(values: Tensor) -> Tensor:
 
 def _invert(weights: Tensor, uniforms: Tensor) -> Tensor:
     """The first index a row whose cumulative weight exceeds uniform * total; never one of zero weight."""
-    cumulative = weights.cumsum(-1)
+    # A GPU's parallel scan rounds by tile: in fp32 its sums could fall by the last bit where a weight is zero.
+    cumulative = weights.cumsum(-1, dtype=torch.float64 if weights.is_cuda else None)
     total = cumulative[:, -1]
     target = torch.minimum(uniforms * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]

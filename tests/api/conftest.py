@@ -22,7 +22,7 @@ DEMO = Path(service.demo.__file__).parent / "model"
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
-    return load_tokenizer(DEMO, vocab_size=50257, end_of_text_id=50256)
+    return load_tokenizer(DEMO, end_of_text_id=50256)
 
 
 @dataclass

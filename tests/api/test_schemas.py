@@ -22,7 +22,6 @@ VALUES: dict[str, list[Any]] = {
     "min_tokens": [-1, True, "1", 17],
     "stream": ["true", 1, ""],
     "ignore_eos": ["true", 1],
-    "stream_options": [True, [], "x"],
     "stop": ["", [""], ["a", ""], [1], 1, True, ["a"] * 65, "x" * 1025, [["a"]], [None]],
     "prompt": [
         [],
@@ -51,7 +50,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"prompt": ["a"] * 1025}, "prompt"),
     ({"prompt": ["a"] * 9, "n": 128}, "prompt"),
     ({"min_tokens": 5, "max_tokens": 4}, "min_tokens"),
-    ({"stream_options": {"include_usage": "yes"}}, "stream_options.include_usage"),
+    ({"stream": True, "stream_options": True}, "stream_options"),
+    ({"stream": True, "stream_options": [1]}, "stream_options"),
+    ({"stream": True, "stream_options": {"include_usage": "yes"}}, "stream_options.include_usage"),
 ]
 
 UNSUPPORTED: list[tuple[str, Any]] = [
@@ -97,6 +98,7 @@ HARMLESS: list[dict[str, Any]] = [
     {"repetition_penalty": 1.0, "use_beam_search": False, "response_format": {"type": "text"}, "guided_choice": []},
     {"skip_special_tokens": True, "include_stop_str_in_output": False, "priority": 3, "request_id": "x"},
     {"n": 2, "best_of": 2},
+    {"stream": False, "stream_options": {"include_usage": "yes"}},
     {"stream_options": {"include_usage": None, "other": 1}},
     {"no_such_field": [1, {"a": None}], "messages": []},
     {"stop": ["x"] * 64},

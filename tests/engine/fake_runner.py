@@ -51,6 +51,7 @@ class FakeRunner:
         self._memory[batch.slots] = tokens
         counts = np.diff(batch.query_starts)
         assert (counts[: batch.num_decodes] == 1).all()
+        assert (np.diff(batch.context_lengths[: batch.num_decodes]) >= 0).all()
         sampled = []
         for row, index in enumerate(batch.sample_indices.tolist()):
             number_of_sequence = int(np.searchsorted(batch.query_starts, index, side="right")) - 1

@@ -6,11 +6,13 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from typing import Protocol
 
+import msgspec
 import pytest
 
+from service.engine.channel import frame
 from service.engine.client import EngineClient, EngineDraining, EngineFailed, EngineNotReady, EngineUnavailable, Stream
-from service.engine.request import Delta, Finish, Request, SamplingParams
-from tests.engine.loop_thread import LoopThread
+from service.engine.request import Delta, EngineStats, Finish, Publish, Ready, Request, SamplingParams
+from tests.engine.loop_thread import MODEL, LoopThread
 from tests.engine.test_scheduler import alone
 
 
@@ -190,6 +192,23 @@ async def test_a_silent_engine_with_open_work_is_a_stall(
     assert len(stalls) == 1
 
 
+async def test_a_reader_that_takes_its_time_is_no_stall(
+    client: EngineClient, attach: Attach, stalls: list[float]
+) -> None:
+    """The engine has done its part and is silent; whoever has not read the answer yet is not its fault."""
+    await attach()
+    async with client.submit([request(client)]) as stream:
+        await until(lambda: not stream._open)
+        await asyncio.sleep(0.3)
+        assert [] == stalls
+        assert client.last_message_age_seconds == 0
+        idle = asyncio.ensure_future(client.wait_idle())
+        await asyncio.sleep(0)
+        assert not idle.done()
+        assert await collect(stream)
+    await idle
+
+
 async def test_nothing_is_taken_before_ready_while_draining_or_after_failure(
     client: EngineClient, attach: Attach
 ) -> None:
@@ -231,6 +250,24 @@ async def test_abandon_ends_everything_with_an_error(client: EngineClient, attac
     assert ["the service is shutting down"] * 2 == [found[-1].error for found in deltas.values()]
     gate.release(1000)
     await until(lambda: client.stats.num_steps > 0 and client.stats.num_running + client.stats.num_waiting == 0)
+
+
+async def test_the_last_words_of_an_engine_are_its_own(client: EngineClient) -> None:
+    """Stats that it left in its channel are not taken for those of the one attached after it."""
+    heard: list[tuple[int, int]] = []
+    client.on_stats = lambda stats: heard.append((client.num_restarts, stats.num_steps))
+    encoder = msgspec.msgpack.Encoder()
+    peers = []
+    for num_steps in (50, 3):
+        ours, theirs = socket.socketpair()
+        for message in (Ready(MODEL), Publish(stats=EngineStats(num_steps=num_steps))):
+            theirs.sendall(frame(message, encoder))
+        client.attach(ours)
+        peers.append(theirs)
+    peers[0].close()
+    await until(lambda: len(heard) == 2)
+    assert [(0, 50), (1, 3)] == heard
+    peers[1].close()
 
 
 async def test_a_malformed_message_counts_as_the_engines_end(client: EngineClient) -> None:

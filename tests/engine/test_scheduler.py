@@ -3,14 +3,15 @@
 import sys
 from collections import defaultdict
 from dataclasses import dataclass, field
+from types import FrameType
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from service.engine.core import Core
 from service.engine.request import Delta, Finish, Request, SamplingParams
 from service.engine.scheduler import Scheduler
-from service.model.batch import OutOfMemory
 from tests.engine.fake_runner import END_OF_TEXT, VOCAB_SIZE, FakeRunner, next_token
 
 CONTEXT_LENGTH = 64
@@ -18,7 +19,7 @@ CONTEXT_LENGTH = 64
 
 @dataclass
 class Engine:
-    """The loop of engine/process.py without its process: schedule, launch, collect, commit."""
+    """The engine's core over a fake runner, and what it said."""
 
     num_blocks: int = 40
     block_size: int = 4
@@ -38,6 +39,7 @@ class Engine:
             context_length=CONTEXT_LENGTH,
             end_of_text_id=END_OF_TEXT,
         )
+        self.core = Core(self.scheduler, self.runner)
 
     def record(self, deltas: list[Delta]) -> None:
         for delta in deltas:
@@ -45,27 +47,10 @@ class Engine:
 
     def step(self) -> None:
         self.num_steps += 1
-        batch = self.scheduler.schedule()
-        if batch is not None:
-            try:
-                self.runner.launch(batch)
-            except OutOfMemory:
-                if not self.scheduler.retreat():
-                    self.record(self.scheduler.fail("out of memory", launched=False))
-                batch = None
-            except RuntimeError as error:
-                self.record(self.scheduler.fail(str(error), launched=False))
-                batch = None
-        if self.scheduler.num_launched > (self.depth if batch is not None else 0):
-            try:
-                output = self.runner.collect()
-            except RuntimeError as error:
-                self.record(self.scheduler.fail(str(error), launched=True))
-                return
-            self.record(self.scheduler.commit(output))
+        self.record(self.core.step())
 
     def run(self) -> None:
-        while self.scheduler.num_open or self.scheduler.num_launched:
+        while not self.core.idle:
             self.step()
             assert self.num_steps < 20_000, "no progress"
 
@@ -208,7 +193,7 @@ def test_a_step_that_raises_ends_its_sequences_alone(
             last = engine.deltas[request.id, choice][-1]
             assert expected[: len(got)] == got
             if last.finish is Finish.ERROR:
-                assert "injected" == last.error
+                assert "a step failed: injected" == last.error
             else:
                 assert expected == got
 
@@ -270,15 +255,32 @@ def test_a_long_prompt_does_not_stall_a_running_stream() -> None:
 
 
 def test_requests_start_in_the_order_they_came() -> None:
-    """take_started names each request once, first come first."""
+    """Told before their launch, first come first, each once."""
     engine = Engine(max_num_seqs=2, num_blocks=20)
     for request_id in (5, 3, 4):
         engine.scheduler.add(greedy(request_id, (1, 2, 3), 3, n=2))
     started: list[int] = []
-    while engine.scheduler.num_open:
-        engine.step()
-        started += engine.scheduler.take_started()
+
+    def on_start(request_ids: tuple[int, ...]) -> None:
+        assert len(engine.runner.launches) == engine.scheduler.num_steps
+        started.extend(request_ids)
+
+    while not engine.core.idle:
+        engine.core.step(on_start)
     assert [5, 3, 4] == started
+
+
+def test_a_preempted_sequence_tells_no_prefix_hit_of_its_own() -> None:
+    """cached_tokens, starts and the prefix counters speak of what was there when it first left the queue."""
+    engine = Engine(num_blocks=16, block_size=4, max_num_seqs=4, budget=12)
+    requests = [greedy(number, (number,) * 10, 50) for number in range(4)]
+    for request in requests:
+        engine.scheduler.add(request)
+    engine.run()
+    stats = engine.scheduler.stats()
+    assert stats.num_preemptions > 0
+    assert (40, 0) == (stats.num_prefix_queries, stats.num_prefix_hits)
+    assert {0} == {delta.cached_tokens for deltas in engine.deltas.values() for delta in deltas}
 
 
 def test_preemption_happens_and_is_counted() -> None:
@@ -325,30 +327,25 @@ def test_tokens_past_a_stop_are_dropped_and_counted(depth: int) -> None:
 
 
 def test_host_work_a_step_grows_in_line_with_the_running_sequences() -> None:
-    """Lines of Python run by a decode step: from 32 to 256 sequences no more than eightfold and a constant."""
+    """Lines of Python run by a decode step, all of it: with eight times the sequences no more than eight times."""
 
     def lines(num_sequences: int) -> int:
-        engine = Engine(
-            num_blocks=num_sequences * 16,
-            max_num_seqs=num_sequences,
-            budget=num_sequences + 512,
-        )
+        engine = Engine(num_blocks=num_sequences * 16, max_num_seqs=num_sequences, budget=num_sequences + 512)
         for request_id in range(num_sequences):
             engine.scheduler.add(greedy(request_id, (request_id % 90, 1), 20))
         for _ in range(3):
             engine.step()
         count = 0
 
-        def trace(frame: object, event: str, argument: object) -> object:
+        def trace(frame: FrameType, event: str, _: object) -> object:
             nonlocal count
-            count += event == "line"
+            count += event == "line" and "/service/" in frame.f_code.co_filename
             return trace
 
         sys.settrace(trace)  # type: ignore[arg-type]
-        batch = engine.scheduler.schedule()
+        deltas = engine.core.step()
         sys.settrace(None)
-        assert batch is not None
-        assert num_sequences == batch.num_decodes
+        assert num_sequences == len(deltas)
         return count
 
     assert lines(256) <= 8 * lines(32)

@@ -8,8 +8,10 @@ import transformers
 
 from bench.random_model import write_random_model
 from service.checkpoint.hub import read_config, read_state
-from service.engine.request import Request, SamplingParams
+from service.engine.core import Core
+from service.engine.request import Finish, Request, SamplingParams
 from service.engine.scheduler import Scheduler
+from service.model.batch import Batch
 from service.model.gpt2 import GPT2
 from service.model.runner import TorchRunner
 from service.serve import DEMO_MODEL
@@ -67,6 +69,8 @@ def test_fp32_greedy_ids_equal_transformers(folder: Path, theirs: transformers.G
     model = load(folder, torch.float32)
     runner = TorchRunner(model, num_blocks=512, block_size=16)
     runner.depth = depth
+    generator = torch.Generator().manual_seed(2)
+    prompts = [torch.randint(0, 50000, (1 + 13 * number,), generator=generator).tolist() for number in range(16)]
     scheduler = Scheduler(
         num_blocks=512,
         block_size=16,
@@ -75,18 +79,13 @@ def test_fp32_greedy_ids_equal_transformers(folder: Path, theirs: transformers.G
         context_length=1024,
         end_of_text_id=50256,
     )
-    generator = torch.Generator().manual_seed(2)
-    prompts = [torch.randint(0, 50000, (1 + 13 * number,), generator=generator).tolist() for number in range(16)]
     for number, prompt in enumerate(prompts):
         scheduler.add(Request(number, tuple(prompt), SamplingParams(40, temperature=0.0, ignore_eos=True)))
+    core = Core(scheduler, runner)
     tokens: dict[int, list[int]] = {number: [] for number in range(16)}
-    while scheduler.num_open or scheduler.num_launched:
-        batch = scheduler.schedule()
-        if batch is not None:
-            runner.launch(batch)
-        if scheduler.num_launched > (depth if batch is not None else 0):
-            for delta in scheduler.commit(runner.collect()):
-                tokens[delta.request_id] += delta.token_ids
+    while not core.idle:
+        for delta in core.step():
+            tokens[delta.request_id] += delta.token_ids
     for number, prompt in enumerate(prompts):
         with torch.inference_mode():
             whole = torch.tensor([prompt + tokens[number]], device="cuda")
@@ -96,3 +95,38 @@ def test_fp32_greedy_ids_equal_transformers(folder: Path, theirs: transformers.G
         for position, (expected, got) in enumerate(zip(agreed, tokens[number], strict=True)):
             close = float(best[position, 0] - best[position, 1]) < 1e-3
             assert expected == got or close, f"prompt {number}, token {position}"
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+def test_a_launch_waits_for_nothing(folder: Path, drawn: bool) -> None:
+    """No step of the launch makes the host wait for the device: the next step is launched while this one computes."""
+    model = load(folder, torch.float16)
+    runner = TorchRunner(model, num_blocks=512, block_size=16)
+    scheduler = Scheduler(
+        num_blocks=512,
+        block_size=16,
+        max_num_seqs=16,
+        max_num_batched_tokens=256,
+        context_length=1024,
+        end_of_text_id=50256,
+    )
+    for number in range(8):
+        params = SamplingParams(8, temperature=float(drawn), top_p=0.9, seed=number)
+        scheduler.add(Request(number, tuple(range(1, 2 + 40 * number)), params))
+    core = Core(scheduler, runner)
+    core.step()
+    launch = runner.launch
+
+    def watched(batch: Batch) -> None:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            launch(batch)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    runner.launch = watched  # type: ignore[method-assign]
+    finishes = []
+    while not core.idle:
+        finishes += [delta.finish for delta in core.step() if delta.finish]
+    assert finishes
+    assert Finish.ERROR not in finishes

@@ -2,14 +2,16 @@
 
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from service.engine.request import Request, SamplingParams
+from service.engine.core import Core
+from service.engine.request import Delta, Finish, Request, SamplingParams
 from service.engine.scheduler import Scheduler
 from service.model.attention import KVCache, PagedAttention, Prefill
-from service.model.batch import NOT_FINITE, DeviceLost, OutOfMemory
+from service.model.batch import DeviceLost, OutOfMemory
 from service.model.gpt2 import GPT2
 from service.model.runner import (
     KVMemoryError,
@@ -17,6 +19,7 @@ from service.model.runner import (
     _translate,
     block_bytes,
     count_blocks,
+    cut_decodes,
     warm_up,
 )
 from tests.model.conftest import Pair
@@ -40,8 +43,7 @@ def forward(model: GPT2, token_ids: list[int]) -> torch.Tensor:
     positions = torch.arange(len(token_ids), device=model.device)
     attention = PagedAttention(
         slots=positions,
-        decode_tables=positions[:0, None],
-        decode_lengths=positions[:0],
+        decodes=[],
         prefills=[Prefill(0, len(token_ids), len(token_ids), positions[:num_blocks], None)],
         block_size=BLOCK_SIZE,
     )
@@ -49,27 +51,35 @@ def forward(model: GPT2, token_ids: list[int]) -> torch.Tensor:
         return model.logits(model.hidden(torch.tensor(token_ids, device=model.device), positions, cache, attention))
 
 
-def generate(model: GPT2, requests: list[Request], *, num_blocks: int = 64, budget: int = 32) -> dict[int, list[int]]:
-    """Every request's tokens (n = 1), batched by the scheduler."""
-    runner = TorchRunner(model, num_blocks=num_blocks, block_size=BLOCK_SIZE)
-    scheduler = Scheduler(
+def make_scheduler(num_blocks: int, *, budget: int = 32) -> Scheduler:
+    return Scheduler(
         num_blocks=num_blocks,
         block_size=BLOCK_SIZE,
         max_num_seqs=8,
         max_num_batched_tokens=budget,
-        context_length=model.config.context_length,
-        end_of_text_id=model.config.end_of_text_id,
+        context_length=128,
+        end_of_text_id=1,
     )
+
+
+def run(runner: TorchRunner, requests: list[Request], *, budget: int = 32) -> dict[int, list[Delta]]:
+    """Every request's deltas (n = 1), batched by the engine's core."""
+    scheduler = make_scheduler(runner.num_blocks, budget=budget)
     for request in requests:
         scheduler.add(request)
-    tokens: dict[int, list[int]] = {request.id: [] for request in requests}
-    while scheduler.num_open:
-        batch = scheduler.schedule()
-        assert batch is not None
-        runner.launch(batch)
-        for delta in scheduler.commit(runner.collect()):
-            tokens[delta.request_id] += delta.token_ids
-    return tokens
+    core = Core(scheduler, runner)
+    deltas: dict[int, list[Delta]] = {request.id: [] for request in requests}
+    while not core.idle:
+        for delta in core.step():
+            deltas[delta.request_id].append(delta)
+    return deltas
+
+
+def generate(model: GPT2, requests: list[Request], *, num_blocks: int = 64, budget: int = 32) -> dict[int, list[int]]:
+    """Every request's tokens."""
+    runner = TorchRunner(model, num_blocks=num_blocks, block_size=BLOCK_SIZE)
+    deltas = run(runner, requests, budget=budget)
+    return {number: [token for delta in found for token in delta.token_ids] for number, found in deltas.items()}
 
 
 @pytest.mark.parametrize(
@@ -136,52 +146,45 @@ def test_a_seed_gives_the_same_tokens_in_any_company(
         assert generate(ours, [request])[request.id] == together[request.id]
 
 
-def test_a_non_finite_row_is_told_and_poisons_no_other(
-    make_pair: Callable[..., Pair],
-) -> None:
-    """A NaN left in a block by one sequence does not reach the next one that uses the block."""
+def test_what_others_left_in_a_block_poisons_nobody(make_pair: Callable[..., Pair]) -> None:
+    """With a cache full of NaN, every token is as with a clean one: alone, and among contexts of other lengths."""
     _, ours = make_pair()
-    runner = TorchRunner(ours, num_blocks=16, block_size=BLOCK_SIZE)
+    runner = TorchRunner(ours, num_blocks=64, block_size=BLOCK_SIZE)
     runner._cache._cache.fill_(float("nan"))
-    scheduler = Scheduler(
-        num_blocks=16,
-        block_size=BLOCK_SIZE,
-        max_num_seqs=4,
-        max_num_batched_tokens=16,
-        context_length=128,
-        end_of_text_id=1,
-    )
-    request = Request(1, (5, 6, 7), SamplingParams(20, temperature=0.0, ignore_eos=True))
-    scheduler.add(request)
-    tokens: list[int] = []
-    while scheduler.num_open:
-        batch = scheduler.schedule()
-        assert batch is not None
-        runner.launch(batch)
-        output = runner.collect()
-        assert NOT_FINITE not in output.token_ids
-        tokens += [token for delta in scheduler.commit(output) for token in delta.token_ids]
-    assert generate(ours, [request])[1] == tokens
+    params = SamplingParams(20, temperature=0.0, ignore_eos=True)
+    requests = [Request(number, tuple(range(2, 3 + 13 * number)), params) for number in range(6)]
+    deltas = run(runner, requests)
+    for request in requests:
+        tokens = [token for delta in deltas[request.id] for token in delta.token_ids]
+        assert generate(ours, [request])[request.id] == tokens
 
 
-def test_non_finite_weights_give_not_finite(make_pair: Callable[..., Pair]) -> None:
-    """The runner answers NOT_FINITE, never a token."""
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_row_that_is_not_finite_ends_alone(make_pair: Callable[..., Pair], depth: int) -> None:
+    """With an error and no token; also where the next step is launched before the host knows. Its neighbour goes on."""
     _, ours = make_pair()
-    ours._final_norm.weight.fill_(float("nan"))
-    runner = TorchRunner(ours, num_blocks=16, block_size=BLOCK_SIZE)
-    scheduler = Scheduler(
-        num_blocks=16,
-        block_size=BLOCK_SIZE,
-        max_num_seqs=4,
-        max_num_batched_tokens=16,
-        context_length=128,
-        end_of_text_id=1,
-    )
-    scheduler.add(Request(1, (5, 6, 7), SamplingParams(20, temperature=0.0)))
-    batch = scheduler.schedule()
-    assert batch is not None
-    runner.launch(batch)
-    np.testing.assert_array_equal(runner.collect().token_ids, [NOT_FINITE])
+    runner = TorchRunner(ours, num_blocks=64, block_size=BLOCK_SIZE)
+    runner.depth = depth
+    ours._token_embedding = ours._token_embedding.clone()
+    ours._token_embedding[7] = float("nan")
+    params = SamplingParams(20, temperature=0.0, ignore_eos=True)
+    bad, good = Request(1, (5, 6, 7), params), Request(2, (5, 6, 8), params)
+    deltas = run(runner, [bad, good])
+    assert [Finish.ERROR] == [delta.finish for delta in deltas[1]]
+    assert () == deltas[1][0].token_ids
+    assert generate(ours, [good])[2] == [token for delta in deltas[2] for token in delta.token_ids]
+
+
+@given(st.lists(st.integers(1, 1024), max_size=40), st.sampled_from(["cpu", "cuda"]))
+def test_decodes_are_cut_into_rectangles_that_cover_them(lengths: list[int], device: str) -> None:
+    """Every row once and in order; none but a single row's is larger than the bound, or padded past its own."""
+    lengths.sort()
+    groups = cut_decodes(lengths, device)
+    assert list(range(len(lengths))) == [row for start, end in groups for row in range(start, end)]
+    for start, end in groups:
+        if end - start > 1:
+            assert (end - start) * lengths[end - 1] <= {"cpu": 2048, "cuda": 2**19}[device]
+            assert device == "cuda" or lengths[end - 1] <= max(64, 2 * lengths[start])
 
 
 def test_kv_memory_below_one_context_is_refused(make_pair: Callable[..., Pair]) -> None:
@@ -193,12 +196,14 @@ def test_kv_memory_below_one_context_is_refused(make_pair: Callable[..., Pair]) 
         count_blocks(ours, block_size=BLOCK_SIZE, kv_memory=enough - 1)
 
 
-def test_warm_up_leaves_the_runner_ready(make_pair: Callable[..., Pair]) -> None:
+def test_warm_up_leaves_the_runner_as_it_was(make_pair: Callable[..., Pair]) -> None:
     """The largest steps run; tokens afterwards are as without it."""
     _, ours = make_pair()
-    runner = TorchRunner(ours, num_blocks=16, block_size=BLOCK_SIZE)
+    runner = TorchRunner(ours, num_blocks=64, block_size=BLOCK_SIZE)
     warm_up(runner, max_num_seqs=4, max_num_batched_tokens=64)
-    assert not runner._launched
+    request = Request(1, (5, 6, 7), SamplingParams(20, seed=3, ignore_eos=True))
+    tokens = [token for delta in run(runner, [request])[1] for token in delta.token_ids]
+    assert generate(ours, [request])[1] == tokens
 
 
 def test_device_errors_are_told_apart() -> None:
