@@ -1,7 +1,11 @@
 """Processes that die or freeze: who asked is told, who waited is answered, and nobody is left behind."""
 
 import asyncio
+import json
+import shutil
+import socket
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -175,3 +179,43 @@ async def test_a_model_that_cannot_be_used_ends_the_service(start: Start, script
     await server.wait_children()
     assert await asyncio.to_thread(server.wait, 60) == 2
     assert any("kv_memory: 1048576 bytes hold" in line for line in server.log)
+
+
+async def test_what_a_running_service_cannot_load_again_it_tries_again(
+    start: Start, connect: Connect, scripted_model: ScriptedModel, tmp_path: Path
+) -> None:
+    """A folder that is away for a while ends a first start, but not a service that has been ready."""
+    folder = tmp_path / "model"
+    shutil.copytree(scripted_model.folder, folder)
+    server = start(str(folder))
+    client = connect(server)
+    folder.rename(tmp_path / "away")
+    server.engine.kill()
+    await client.wait_metric("engine_restarts_total", 2)
+    assert await client.status("/livez") == 200
+    assert await client.status("/readyz") == 503
+    (tmp_path / "away").rename(folder)
+    await client.wait_status("/readyz", 200)
+    answer = await client.complete(prompt="", max_tokens=20)
+    assert scripted_model.text(20) == answer["choices"][0]["text"]
+
+
+async def test_a_reader_that_stops_reading_is_no_fault_of_the_engine(
+    start: Start, connect: Connect, scripted_model: ScriptedModel
+) -> None:
+    """Its answer waits for it; the engine, which has nothing more to do, is not taken for stalled."""
+    name = "n" * 8000  # in every event, so that a few hundred are more than sockets hold
+    server = start(str(scripted_model.folder), "--stall-seconds", "1", "--served-model-name", name)
+    client = connect(server)
+    port = int(server.url.rpartition(":")[2])
+    with socket.socket() as reader:
+        reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        reader.connect(("127.0.0.1", port))
+        body = json.dumps({"prompt": "", "max_tokens": 250, "ignore_eos": True, "n": 4, "stream": True})
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        reader.sendall((head + body).encode())
+        await client.wait_metric("requests_running", 4)
+        await client.wait_metric("requests_running", 0, seconds=60)
+        await asyncio.sleep(2.5)
+        assert await client.metric("engine_restarts_total") == 0
+        assert await client.status("/readyz") == 200
