@@ -15,6 +15,7 @@ from pathlib import Path
 import uvicorn
 
 from service.api.app import create_app
+from service.api.protocol import EnvelopeProtocol
 from service.api.text import load_tokenizer
 from service.engine.client import EngineClient
 from service.engine.process import start_child
@@ -88,6 +89,7 @@ async def _serve(config: ApiConfig, listener: socket.socket, control: socket.soc
     server = _Server(
         uvicorn.Config(
             app,
+            http=EnvelopeProtocol,
             access_log=False,  # the app writes a line a request itself
             log_config=None,
             timeout_keep_alive=config.http_keep_alive_seconds,

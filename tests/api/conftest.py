@@ -13,6 +13,7 @@ import uvicorn
 
 import service.demo
 from service.api.app import create_app
+from service.api.protocol import EnvelopeProtocol
 from service.api.text import Tokenizer, load_tokenizer
 from service.engine.client import EngineClient
 from tests.api.fake_engine import FakeEngine
@@ -85,7 +86,9 @@ async def start(tokenizer: Tokenizer) -> AsyncIterator[Start]:
         }
         app = create_app(client=client, **(defaults | arguments))
         client.attach(engine.api_end)
-        config = uvicorn.Config(app, log_config=None, lifespan="off", access_log=False, ws="none")
+        config = uvicorn.Config(
+            app, http=EnvelopeProtocol, log_config=None, lifespan="off", access_log=False, ws="none"
+        )
         server = uvicorn.Server(config)
         listener = socket.create_server(("127.0.0.1", 0))
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # without it each answer waits 40 ms for an ACK
