@@ -13,7 +13,7 @@ from service.api.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
-_REQUEST_ID = re.compile(rb"[\x20-\x7e]{1,128}")  # printable
+_REQUEST_ID = re.compile(rb"[\x20-\x7e]{1,128}")
 # Asked for every few seconds by machines: logged at debug.
 _QUIET_ROUTES = frozenset({"/livez", "/readyz", "/health", "/ping", "/metrics"})
 

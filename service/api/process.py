@@ -19,7 +19,6 @@ from service.api.protocol import EnvelopeProtocol
 from service.api.text import load_tokenizer
 from service.engine.client import EngineClient
 from service.engine.process import start_child
-from service.engine.request import ModelInfo
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +67,7 @@ async def _serve(config: ApiConfig, listener: socket.socket, control: socket.soc
         api_number=0,
         stall_seconds=config.stall_seconds,
         on_stall=lambda: _say(control, STALLED),
+        on_up=lambda model: _say(control, READY + model.device.encode()),
     )
     app = create_app(
         client=client,
@@ -77,15 +77,6 @@ async def _serve(config: ApiConfig, listener: socket.socket, control: socket.soc
         version=config.version,
         load_tokenizer=lambda model: load_tokenizer(Path(model.folder), end_of_text_id=model.end_of_text_id),
     )
-    read_tokenizer = client.on_ready
-    assert read_tokenizer is not None
-
-    async def on_ready(model: ModelInfo) -> None:
-        await read_tokenizer(model)
-        if client.phase != "failed":
-            _say(control, READY + model.device.encode())
-
-    client.on_ready = on_ready
     server = _Server(
         uvicorn.Config(
             app,

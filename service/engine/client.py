@@ -82,7 +82,6 @@ class Stream:
         for request_id in {request_id for request_id, _ in self._open}:
             self._client._abort(request_id, None)
         self._open.clear()
-        self._client._settled(self)
         self._client._forget(self)
 
     async def __aiter__(self) -> AsyncIterator[list[Delta]]:
@@ -148,10 +147,19 @@ class Stream:
 class EngineClient:
     """One engine's face in the API process. All methods belong to the event loop's thread."""
 
-    def __init__(self, *, api_number: int, stall_seconds: float, on_stall: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        *,
+        api_number: int,
+        stall_seconds: float,
+        on_stall: Callable[[], None],
+        on_up: Callable[[ModelInfo], None] = lambda _: None,
+    ) -> None:
+        """`on_stall` hears of an engine that has stalled, `on_up` of each that requests are taken for from now on."""
         self._next_id = api_number << 48
         self._stall_seconds = stall_seconds
         self._on_stall = on_stall
+        self._on_up = on_up
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(ToApi)
         self._streams: dict[int, Stream] = {}  # request id -> its stream
@@ -324,6 +332,8 @@ class EngineClient:
                 self.model = model
                 self.status = Status(phase="ready", progress=1.0)
                 self._watcher = self._spawn(self._watch())
+                if self._failed is None:
+                    self._on_up(model)
                 again = [request for stream in self._unique_streams() for request in stream._take_unstarted()]
                 if again:
                     self._send(Submit(tuple(again)))
@@ -335,6 +345,7 @@ class EngineClient:
         self._send(Abort(request_id, choice))
 
     def _forget(self, stream: Stream) -> None:
+        self._settled(stream)
         for request_id in stream._request_ids:
             self._streams.pop(request_id, None)
         if not self._streams:

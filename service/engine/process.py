@@ -127,11 +127,11 @@ class Loop:
                     stepped_at = time.perf_counter()
                 for message in self._channel.receive():
                     self._take(message)
-                num_steps = self._scheduler.num_steps
+                num_steps, num_sampled = self._scheduler.num_steps, self._scheduler.num_sampled
                 self._publisher.deltas(self._core.step(self._publisher.started))
                 if self._scheduler.num_steps > num_steps:
                     now = time.perf_counter()
-                    self._publisher.step(now - stepped_at, self._scheduler.num_running)
+                    self._publisher.step(now - stepped_at, self._scheduler.num_sampled - num_sampled)
                     stepped_at = now
                 self._publisher.due(self._scheduler, idle=False)
         except ChannelClosed:

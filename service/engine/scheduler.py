@@ -63,7 +63,8 @@ class Scheduler:
         self._sampling = np.zeros(max_num_seqs, dtype=SAMPLING)
         self._tables = np.zeros((max_num_seqs, self._pool.blocks_for(context_length)), dtype=np.int32)
         self._by_request: dict[int, list[Sequence]] = {}  # those that have not ended
-        self.num_steps = 0
+        self.num_steps = 0  # committed
+        self.num_sampled = 0  # rows of these steps
         self._num_preemptions = 0
         self._num_dropped_tokens = 0
         self._num_prefix_queries = 0
@@ -72,10 +73,6 @@ class Scheduler:
     @property
     def num_open(self) -> int:
         return len(self._waiting) + len(self._running)
-
-    @property
-    def num_running(self) -> int:
-        return len(self._running)
 
     @property
     def num_launched(self) -> int:
@@ -156,6 +153,7 @@ class Scheduler:
         """Take the tokens of the oldest launched batch."""
         plan = self._plans.popleft()
         self.num_steps += 1
+        self.num_sampled += len(plan.sampled)
         self._budget = min(self._max_budget, self._budget + max(1, self._budget // 16))
         deltas = []
         for sequence, token in zip(plan.sampled, output.token_ids.tolist(), strict=True):

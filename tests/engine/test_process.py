@@ -131,6 +131,29 @@ def test_a_step_too_large_for_the_memory_is_made_smaller() -> None:
             assert alone(each) == [[token for delta in deltas[each.id, 0] for token in delta.token_ids]]
 
 
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_steps_size_counts_those_that_end_in_it(depth: int) -> None:
+    """Stats tell as many seconds as sizes, one a step, and the sizes sum to the tokens that were sampled."""
+    engine = LoopThread(depth=depth)
+    with engine.peer as peer:
+        api = Api(peer)
+        api.receive()
+        requests = [request(number, n=1 + number, max_tokens=5 + number) for number in range(3)]
+        api.send(Submit(tuple(requests)))
+        sizes: list[int] = []
+        seconds: list[float] = []
+        stats = None
+        while stats is None or stats.num_steps == 0 or stats.num_running or stats.num_waiting:
+            message = api.receive()
+            assert isinstance(message, Publish)
+            if message.stats is not None:
+                stats = message.stats
+                sizes += stats.batch_sizes
+                seconds += stats.step_seconds
+    assert stats.num_steps == len(sizes) == len(seconds)
+    assert sum(each.n * each.params.max_tokens for each in requests) + stats.num_dropped_tokens == sum(sizes)
+
+
 def scheduler() -> Scheduler:
     return Scheduler(
         num_blocks=8, block_size=4, max_num_seqs=4, max_num_batched_tokens=4, context_length=16, end_of_text_id=0

@@ -37,6 +37,19 @@ def load(folder: Path, dtype: torch.dtype) -> GPT2:
     return GPT2(config, read_state(folder, config, dtype=dtype, device="cuda"))
 
 
+def make_engine(model: GPT2) -> tuple[TorchRunner, Scheduler]:
+    """Room for sixteen sequences of 512 tokens."""
+    runner = TorchRunner(model, num_blocks=512, block_size=16)
+    return runner, Scheduler(
+        num_blocks=runner.num_blocks,
+        block_size=16,
+        max_num_seqs=16,
+        max_num_batched_tokens=256,
+        context_length=1024,
+        end_of_text_id=50256,
+    )
+
+
 def test_fp32_logits_equal_transformers(folder: Path, theirs: transformers.GPT2LMHeadModel) -> None:
     """Within 1e-4 of transformers on the CPU, over a full context; TF32 would be off by a thousand times that."""
     token_ids = torch.randint(0, 50257, (1024,), generator=torch.Generator().manual_seed(1))
@@ -67,18 +80,10 @@ def test_16_bit_logits_are_close(folder: Path, theirs: transformers.GPT2LMHeadMo
 def test_fp32_greedy_ids_equal_transformers(folder: Path, theirs: transformers.GPT2LMHeadModel, depth: int) -> None:
     """A batch of 16 prompts of 1 to 200 tokens, 40 tokens each, with a step in flight and without."""
     model = load(folder, torch.float32)
-    runner = TorchRunner(model, num_blocks=512, block_size=16)
+    runner, scheduler = make_engine(model)
     runner.depth = depth
     generator = torch.Generator().manual_seed(2)
     prompts = [torch.randint(0, 50000, (1 + 13 * number,), generator=generator).tolist() for number in range(16)]
-    scheduler = Scheduler(
-        num_blocks=512,
-        block_size=16,
-        max_num_seqs=16,
-        max_num_batched_tokens=256,
-        context_length=1024,
-        end_of_text_id=50256,
-    )
     for number, prompt in enumerate(prompts):
         scheduler.add(Request(number, tuple(prompt), SamplingParams(40, temperature=0.0, ignore_eos=True)))
     core = Core(scheduler, runner)
@@ -101,15 +106,7 @@ def test_fp32_greedy_ids_equal_transformers(folder: Path, theirs: transformers.G
 def test_a_launch_waits_for_nothing(folder: Path, drawn: bool) -> None:
     """No step of the launch makes the host wait for the device: the next step is launched while this one computes."""
     model = load(folder, torch.float16)
-    runner = TorchRunner(model, num_blocks=512, block_size=16)
-    scheduler = Scheduler(
-        num_blocks=512,
-        block_size=16,
-        max_num_seqs=16,
-        max_num_batched_tokens=256,
-        context_length=1024,
-        end_of_text_id=50256,
-    )
+    runner, scheduler = make_engine(model)
     for number in range(8):
         params = SamplingParams(8, temperature=float(drawn), top_p=0.9, seed=number)
         scheduler.add(Request(number, tuple(range(1, 2 + 40 * number)), params))

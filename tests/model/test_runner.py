@@ -51,20 +51,16 @@ def forward(model: GPT2, token_ids: list[int]) -> torch.Tensor:
         return model.logits(model.hidden(torch.tensor(token_ids, device=model.device), positions, cache, attention))
 
 
-def make_scheduler(num_blocks: int, *, budget: int = 32) -> Scheduler:
-    return Scheduler(
-        num_blocks=num_blocks,
+def run(runner: TorchRunner, requests: list[Request], *, budget: int = 32) -> dict[int, list[Delta]]:
+    """Every request's deltas (n = 1), batched by the engine's core."""
+    scheduler = Scheduler(
+        num_blocks=runner.num_blocks,
         block_size=BLOCK_SIZE,
         max_num_seqs=8,
         max_num_batched_tokens=budget,
         context_length=128,
         end_of_text_id=1,
     )
-
-
-def run(runner: TorchRunner, requests: list[Request], *, budget: int = 32) -> dict[int, list[Delta]]:
-    """Every request's deltas (n = 1), batched by the engine's core."""
-    scheduler = make_scheduler(runner.num_blocks, budget=budget)
     for request in requests:
         scheduler.add(request)
     core = Core(scheduler, runner)
