@@ -1,8 +1,8 @@
-# Every target sets up what it needs in .venv, from the pins of requirements.lock.
+# Every target sets up what it needs in .venv, from the pins of requirements.lock; `clients` also in .venv-clients.
 PYTHON ?= python3
 MODEL ?=
 ARGS ?=
-.PHONY: run test lint format types check bench image
+.PHONY: run test lint format types check clients bench image
 
 run: .venv/ready  ## serve MODEL, a folder or a hub id; without one, the embedded demo model
 	.venv/bin/megatron-gpt2 serve $(MODEL) $(ARGS)
@@ -21,6 +21,9 @@ format: .venv/ready
 
 check: lint types test  ## what CI runs
 
+clients: .venv/ready .venv-clients/ready  ## packages that people use as clients, against a running service
+	.venv-clients/bin/pytest tests/clients -W default $(ARGS)
+
 bench: .venv/ready  ## milliseconds a step of the bare runner beside transformers, on this machine
 	.venv/bin/python -m bench.decode $(ARGS)
 
@@ -34,3 +37,10 @@ image:  ## the container image, megatron-gpt2
 	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.lock
 	.venv/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch .venv/ready
+
+# The service runs from .venv; the link puts its command where the tests look for it, beside their own interpreter.
+.venv-clients/ready: requirements-clients.lock
+	$(PYTHON) -m venv .venv-clients
+	.venv-clients/bin/pip install --quiet --disable-pip-version-check -r requirements-clients.lock
+	ln -sf ../../.venv/bin/megatron-gpt2 .venv-clients/bin/
+	touch .venv-clients/ready

@@ -9,6 +9,7 @@ import platform
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -58,12 +59,19 @@ def decode_batch(num_sequences: int, context: int, step: int) -> Batch:
     )
 
 
-def step_seconds(model: GPT2, num_sequences: int, context: int, num_steps: int) -> float:
-    """Median over steps launched as the engine does: one ahead on a GPU."""
+def step_seconds(
+    model: GPT2,
+    num_sequences: int,
+    context: int,
+    num_steps: int,
+    *,
+    ask: Callable[[Batch], Batch] = lambda batch: batch,
+) -> float:
+    """Median over steps launched as the engine does: one ahead on a GPU. `ask` may ask for more in each batch."""
     runner = TorchRunner(model, num_blocks=num_sequences * -(-context // BLOCK_SIZE), block_size=BLOCK_SIZE)
     times = []
     for step in range(num_steps + 3):
-        runner.launch(decode_batch(num_sequences, context, step))
+        runner.launch(ask(decode_batch(num_sequences, context, step)))
         if step >= runner.depth:
             runner.collect()
         times.append(time.perf_counter())

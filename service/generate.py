@@ -7,8 +7,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from service.api.completions import sampling_params
 from service.api.errors import ApiError
+from service.api.params import sampling_params
 from service.api.schemas import CompletionRequest
 from service.api.text import StopStrings, TextStream, load_tokenizer
 from service.engine.core import Core
@@ -38,15 +38,20 @@ def generate(settings: Settings, *, text: str, sampling: Mapping[str, Any]) -> i
         model = loaded.model
         tokenizer = load_tokenizer(Path(model.folder), end_of_text_id=model.end_of_text_id)
         prompt = tuple(tokenizer.encode([text])[0]) or (model.end_of_text_id,)
-        params = sampling_params(ask, [prompt], model, stop_token_ids=(), default_max_tokens=_MAX_TOKENS)
-    except (*Unusable, ApiError) as error:
+        params = sampling_params(ask, [prompt], model, tokenizer, default_max_tokens=_MAX_TOKENS)
+    except Unusable as error:
         raise SettingsError(str(error)) from error
+    except ApiError as error:
+        message, param = str(error), error.body["error"]["param"] or ""
+        if message.startswith(f"{param}: "):
+            message = f"--{param.replace('_', '-')}{message.removeprefix(param)}"
+        raise SettingsError(message) from error
     except ValidationError as error:
         problems = [f"--{str(item['loc'][0]).replace('_', '-')}: {item['msg']}" for item in error.errors()]
         raise SettingsError("; ".join(problems)) from error
     stream = TextStream(tokenizer, StopStrings(()))
     print(text, end="", flush=True)
-    loaded.scheduler.add(Request(1, prompt, params))
+    loaded.scheduler.add(Request(1, prompt), params)
     core = Core(loaded.scheduler, loaded.runner)
     while not core.idle:
         for delta in core.step():

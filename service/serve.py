@@ -73,6 +73,7 @@ class Supervisor:
         config = api.ApiConfig(
             model_names=settings.served_model_name or (settings.model or DEMO_NAME,),
             max_body_bytes=settings.max_body_bytes,
+            max_choices=settings.max_choices,
             stream_keep_alive_seconds=settings.stream_keep_alive_seconds,
             http_keep_alive_seconds=settings.http_keep_alive_seconds,
             drain_seconds=settings.drain_seconds,

@@ -99,6 +99,7 @@ class Settings(BaseSettings):
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="Share of the GPU's memory to use in all.")
     cpu_threads: int | None = Field(None, ge=1, description="Threads of a model on a CPU; by default one a core.")
     max_body_bytes: Bytes = Field(8 * 2**20, description="Largest request body.")
+    max_choices: int = Field(1024, ge=1, description="Sequences of one request: prompts x max(n, best_of), or items.")
     stream_keep_alive_seconds: float = Field(15, gt=0, description="A silent stream gets a comment line this often.")
     http_keep_alive_seconds: int = Field(75, ge=1, description="How long an idle HTTP connection is kept.")
     drain_seconds: float = Field(60, ge=0, description="After SIGTERM, how long running requests may go on.")

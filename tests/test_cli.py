@@ -28,6 +28,7 @@ SERVER_ONLY = {
     "max_num_batched_tokens",
     "block_size",
     "max_body_bytes",
+    "max_choices",
     "stream_keep_alive_seconds",
     "http_keep_alive_seconds",
     "drain_seconds",
@@ -111,7 +112,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["generate", "x", "--top-k", "many"], "megatron-gpt2 generate: error: argument --top-k: invalid int value"),
         (["generate", "x", "--temperature", "3"], "megatron-gpt2: --temperature: Input should be less than or equal"),
         (["generate", "x", "--top-p", "nan"], "megatron-gpt2: --top-p: "),
-        (["generate", "x", "--max-tokens", "0"], "megatron-gpt2: --max-tokens: Input should be greater than or equal"),
+        (["generate", "x", "--max-tokens", "0"], "megatron-gpt2: --max-tokens: 0 is only possible with echo"),
         (["generate", "x", "--model", "./none"], "megatron-gpt2: ./none: no such folder"),
         (["generate", "x", "--kv-memory", "1M"], "megatron-gpt2: kv_memory: 1048576 bytes hold"),
         (["generate", "x", "--device", "cuda:99"], "megatron-gpt2: device: cuda:99 was asked for"),
@@ -125,7 +126,7 @@ def test_mistakes_end_with_2_and_a_line_that_names_the_flag(
 
 def test_prompt_over_the_context_is_refused_with_the_numbers(capsys: pytest.CaptureFixture[str]) -> None:
     line = refusal(capsys, "generate", " a" * 1000, "--max-tokens", "25")
-    assert "context is 1024 tokens" in line
+    assert "maximum context length is 1024 tokens" in line
     assert "the prompt has 1000 and max_tokens is 25, which is 1025 in all" in line
 
 

@@ -7,12 +7,11 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
-from service.api import errors
-from service.api.completions import completions_router
+from service.api import completions, errors, scoring, tokens
+from service.api.docs import docs_router
 from service.api.metrics import Metrics
 from service.api.middleware import RequestMiddleware
 from service.api.operations import operations_router
-from service.api.schemas import CompletionRequest
 from service.api.served import ServedModel
 from service.api.text import Tokenizer
 from service.engine.client import EngineClient
@@ -26,6 +25,7 @@ def create_app(
     client: EngineClient,
     model_names: Sequence[str],
     max_body_bytes: int,
+    max_choices: int,
     stream_keep_alive_seconds: float,
     version: str,
     load_tokenizer: Callable[[ModelInfo], Tokenizer],
@@ -33,7 +33,8 @@ def create_app(
     """The application over `client`, whose hooks it takes: call this before `client.attach`.
 
     `model_names` has at least one name, the first is the one in answers. `load_tokenizer` runs in a thread when the
-    engine is ready, and readiness waits for it; its CheckpointError fails the client.
+    engine is ready, and readiness waits for it; its CheckpointError fails the client. `max_choices` bounds the
+    sequences of one request.
     """
     metrics = Metrics(client, version=version)
     served = ServedModel(client, names=model_names, version=version, load_tokenizer=load_tokenizer)
@@ -45,26 +46,40 @@ def create_app(
         description=_DESCRIPTION,
         version=version,
         redirect_slashes=False,  # a redirected POST loses its body in many clients
-        responses={"default": {"model": errors.ErrorEnvelope, "description": "Every error"}},
+        docs_url=None,  # FastAPI's page loads its script from elsewhere
+        redoc_url=None,
     )
     errors.install(app)
     app.add_middleware(RequestMiddleware, metrics=metrics, max_body_bytes=max_body_bytes)
     app.include_router(
-        completions_router(client=client, served=served, metrics=metrics, keep_alive_seconds=stream_keep_alive_seconds)
+        completions.completions_router(
+            client=client,
+            served=served,
+            metrics=metrics,
+            keep_alive_seconds=stream_keep_alive_seconds,
+            max_choices=max_choices,
+        )
     )
+    app.include_router(tokens.tokens_router(client=client, served=served))
+    app.include_router(scoring.scoring_router(client=client, served=served, metrics=metrics, max_items=max_choices))
     app.include_router(operations_router(client=client, served=served, metrics=metrics, version=version))
+    app.include_router(docs_router())
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:
-    """FastAPI's schema, and the request body, which the route reads by itself to bound and thread its parsing."""
+    """FastAPI's schema, and the request bodies, which the routes read by themselves to bound and thread parsing."""
     if app.openapi_schema is None:
         app.openapi_schema = get_openapi(
             title=app.title, version=app.version, description=app.description, routes=app.routes
         )
-        _, request = models_json_schema(
-            [(CompletionRequest, "validation")], ref_template="#/components/schemas/{model}"
+        bodies = (*completions.REQUEST_SCHEMAS, *tokens.REQUEST_SCHEMAS, *scoring.REQUEST_SCHEMAS)
+        _, schemas = models_json_schema(
+            [(body, "validation") for body in bodies], ref_template="#/components/schemas/{model}"
         )
-        app.openapi_schema["components"]["schemas"] |= request["$defs"]
+        app.openapi_schema["components"]["schemas"] |= schemas["$defs"]
+        for operations in app.openapi_schema["paths"].values():
+            for operation in operations.values():
+                operation["responses"].pop("422", None)  # FastAPI's own; nothing here answers so
     return app.openapi_schema

@@ -2,130 +2,64 @@
 
 import asyncio
 import json
-import secrets
 import time
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
-from service.api import schemas
+from service.api import answers, errors
+from service.api.admission import Admitted, admit
+from service.api.body import documented_body, parse_body, work_on
+from service.api.choice import Choice, Piece
 from service.api.connection import DONE, EventStream, while_connected
-from service.api.errors import ApiError, internal_error, unavailable
 from service.api.metrics import Metrics
-from service.api.schemas import CompletionRequest, parse_body
+from service.api.schemas import CompletionRequest
 from service.api.served import ServedModel
-from service.api.text import StopStrings, TextStream
-from service.engine.client import EngineClient, EngineDraining, Stream
-from service.engine.request import Delta, Finish, ModelInfo, SamplingParams
+from service.engine.client import EngineClient, Stream
+from service.engine.request import Delta, ModelInfo
 from service.engine.request import Request as EngineRequest
 
-_DEFAULT_MAX_TOKENS = 16
-_LONG_BODY_BYTES = 8192  # from here on a body is read in a thread, so that the event loop goes on
-
-
-_json = json.JSONEncoder(separators=(",", ":")).encode
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """New text of one choice, its end, or both."""
-
-    choice: "Choice"
-    text: str
-    finish_reason: str | None
-    stop_reason: str | None
-
-
-@dataclass(slots=True)
-class Choice:
-    """One sequence's place in the answer, and its text so far."""
-
-    index: int
-    num_prompt_tokens: int
-    text: TextStream
-    finished: bool = False
-    delivered_at: float = 0.0  # its last tokens, in monotonic seconds; 0 is none so far
+REQUEST_SCHEMAS = (CompletionRequest,)
+_ascii_json = json.JSONEncoder(separators=(",", ":")).encode
+_json = msgspec.json.Encoder().encode
 
 
 def completions_router(
-    *, client: EngineClient, served: ServedModel, metrics: Metrics, keep_alive_seconds: float
+    *, client: EngineClient, served: ServedModel, metrics: Metrics, keep_alive_seconds: float, max_choices: int
 ) -> APIRouter:
     router = APIRouter()
-    request_schema = {"$ref": "#/components/schemas/CompletionRequest"}
 
     @router.post(
         "/v1/completions",
         summary="Complete text",
+        description="The answer is JSON, or with `stream` server-sent events: each `data:` line a chunk of the same "
+        "shape, the last one `[DONE]`.",
         response_class=JSONResponse,
-        responses={200: {"model": schemas.Completion, "content": {"text/event-stream": {}}}},
-        openapi_extra={"requestBody": {"content": {"application/json": {"schema": request_schema}}, "required": True}},
+        responses={
+            200: {"model": answers.Completion, "content": {"text/event-stream": {}}},
+            **errors.documented(400, 404, 413, 429, 500, 503, 504),
+        },
+        openapi_extra=documented_body(CompletionRequest),
     )
     async def complete(request: Request) -> Response:
         model = client.check_ready()
         body = await request.body()
-        if len(body) < _LONG_BODY_BYTES:
-            ask, prompts = _read(body, served, model)
-        else:
-            ask, prompts = await asyncio.to_thread(_read, body, served, model)
-        params = sampling_params(ask, prompts, model, stop_token_ids=served.stop_token_ids(ask.stop))
-        completion = Completion(
-            client, served, metrics, model, ask=ask, prompts=prompts, params=params, summary=request.state.summary
+        ask = await work_on(body, lambda body: parse_body(body, CompletionRequest))
+        admitted = await work_on(
+            body, lambda _: admit(ask, served, model, max_choices=max_choices), slow=ask.constrained
         )
+        completion = Completion(client, served, metrics, model, admitted=admitted, summary=request.state.summary)
         if ask.stream:
             return EventStream(completion.events(), keep_alive_seconds=keep_alive_seconds)
         return await while_connected(request.receive, completion.answer())
 
     return router
-
-
-def _read(body: bytes, served: ServedModel, model: ModelInfo) -> tuple[CompletionRequest, list[tuple[int, ...]]]:
-    ask = parse_body(body, CompletionRequest)
-    served.check_name(ask.model)
-    return ask, served.prompt_ids(ask.prompt, model)
-
-
-def sampling_params(
-    ask: CompletionRequest,
-    prompts: list[tuple[int, ...]],
-    model: ModelInfo,
-    *,
-    stop_token_ids: tuple[int, ...],
-    default_max_tokens: int = _DEFAULT_MAX_TOKENS,
-) -> SamplingParams:
-    """The engine's numbers for a request, checked against the model's context. Raises ApiError (400)."""
-    longest = max(map(len, prompts))
-    fitting = model.context_length - longest
-    max_tokens = ask.max_tokens or max(1, min(default_max_tokens, fitting))
-    if max_tokens > fitting:
-        raise ApiError(
-            400,
-            f"This model's context is {model.context_length} tokens, prompt and completion together; "
-            f"the prompt has {longest} and max_tokens is {max_tokens}, which is {longest + max_tokens} in all.",
-            param="max_tokens" if fitting > 0 else "prompt",
-            code="context_length_exceeded",
-        )
-    if ask.min_tokens > max_tokens:
-        message = f"min_tokens: {ask.min_tokens} is more than max_tokens, which is {max_tokens}"
-        raise ApiError(400, message, param="min_tokens")
-    # top_p 0 keeps the best token, and so does a top_k of 1; a top_k of the whole vocabulary keeps all.
-    top_k = 1 if ask.top_p == 0 else ask.top_k
-    return SamplingParams(
-        max_tokens=max_tokens,
-        temperature=0.0 if ask.greedy else ask.temperature,
-        top_k=top_k if 0 < top_k < model.vocab_size else 0,
-        top_p=ask.top_p or 1.0,
-        min_p=ask.min_p,
-        seed=secrets.randbits(63) if ask.seed is None else ask.seed,
-        min_tokens=ask.min_tokens,
-        ignore_eos=ask.ignore_eos,
-        stop_token_ids=stop_token_ids,
-    )
 
 
 class Completion:
@@ -138,27 +72,41 @@ class Completion:
         metrics: Metrics,
         model: ModelInfo,
         *,
-        ask: CompletionRequest,
-        prompts: list[tuple[int, ...]],
-        params: SamplingParams,
+        admitted: Admitted,
         summary: dict[str, Any],
     ) -> None:
         self._client = client
         self._metrics = metrics
         self._summary = summary
-        summary.update(stream=ask.stream, num_choices=len(prompts) * ask.n)
-        self._ask = ask
-        self._end_of_text = served.tokenizer.end_of_text
-        stops = StopStrings([stop for stop in ask.stop if stop != self._end_of_text])
-        self._requests = [EngineRequest(client.new_request_id(), prompt, params, ask.n) for prompt in prompts]
+        self._admitted = admitted
+        self._ask = ask = admitted.ask
+        self._params = admitted.params
+        num_samples = ask.num_samples
+        summary.update(stream=ask.stream, num_choices=len(admitted.prompts) * ask.n)
+        scored = ask.echo and ask.logprobs is not None
+        self._requests = [
+            EngineRequest(
+                client.new_request_id(),
+                prompt,
+                num_samples,
+                score_from=1 if scored and len(prompt) > 1 else None,
+                priority=ask.priority,
+                cache_salt=ask.cache_salt,
+            )
+            for prompt in admitted.prompts
+        ]
         self._choices = {
             (request.id, sample): Choice(
-                place * ask.n + sample,
-                len(request.prompt),
-                TextStream(served.tokenizer, stops, min_tokens=params.min_tokens),
+                place * num_samples + sample,
+                request,
+                ask=ask,
+                params=self._params,
+                tokenizer=served.tokenizer,
+                stops=admitted.stops,
+                echo=admitted.echoes[place],
             )
             for place, request in enumerate(self._requests)
-            for sample in range(ask.n)
+            for sample in range(num_samples)
         }
         self._cached_tokens = dict.fromkeys((request.id for request in self._requests), 0)
         self._submitted_at = self._first_token_at = 0.0
@@ -174,59 +122,51 @@ class Completion:
     # The two answers
 
     async def answer(self) -> Response:
-        """The whole answer. Raises ApiError and EngineUnavailable."""
-        texts: list[list[str]] = [[] for _ in self._choices]
-        ends: dict[int, Piece] = {}
+        """The whole answer. Raises what `_pieces` does."""
+        wholes = {choice.index: _Whole() for choice in self._choices.values()}
         async with aclosing(self._pieces()) as batches:
             async for batch in batches:
                 for piece in batch:
-                    texts[piece.choice.index].append(piece.text)
-                    if piece.finish_reason is not None:
-                        ends[piece.choice.index] = piece
-        choices = [
-            {
-                "index": index,
-                "text": "".join(text),
-                "logprobs": None,
-                "finish_reason": ends[index].finish_reason,
-                "stop_reason": ends[index].stop_reason,
-            }
-            for index, text in enumerate(texts)
-        ]
+                    wholes[piece.choice.index].add(piece)
+        choices = b",".join([wholes[index].encoded(place) for place, index in enumerate(self._best())])
         timing = ", ".join(f"{name};dur={milliseconds}" for name, milliseconds in self._timings().items())
-        return JSONResponse(
-            self._head | {"choices": choices, "usage": self._usage()}, headers={"Server-Timing": timing}
-        )
+        body = b'%b,"choices":[%b],"usage":%b}' % (_json(self._head)[:-1], choices, _json(self._usage()))
+        return Response(body, headers={"Server-Timing": timing}, media_type="application/json")
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         """The answer as server-sent events, from the first chunk to [DONE]. Raises as `answer` does."""
         options = self._ask.stream_options
-        head = f"data: {_json(self._head)[:-1]},"
+        head = f"data: {_ascii_json(self._head)[:-1]},"
         tail = ',"usage":null}\n\n' if options.include_usage else "}\n\n"
         async with aclosing(self._pieces()) as batches:
             async for batch in batches:
                 chunks = []
                 for piece in batch:
                     if options.continuous_usage_stats:
-                        tail = f',"usage":{_json(self._choice_usage(piece.choice))}}}\n\n'
-                    # All but ASCII is escaped: some clients break lines at U+2028 and its like.
-                    chunks.append(
-                        f'{head}"choices":[{{"index":{piece.choice.index},"text":{_json(piece.text)},"logprobs":null,'
-                        f'"finish_reason":{_or_null(piece.finish_reason)},'
-                        f'"stop_reason":{_or_null(piece.stop_reason)}}}]{tail}'
-                    )
+                        tail = f',"usage":{_ascii_json(self._choice_usage(piece.choice))}}}\n\n'
+                    chunks.append(f'{head}"choices":[{_chunk(piece)}]{tail}')
                 yield "".join(chunks).encode()
         if options.include_usage:
             timings = {f"{name}_ms": milliseconds for name, milliseconds in self._timings().items()}
             usage = self._usage() | {"timings": timings}
-            yield f'{head}"choices":[],"usage":{_json(usage)}}}\n\n'.encode()
+            yield f'{head}"choices":[],"usage":{_ascii_json(usage)}}}\n\n'.encode()
         yield DONE
 
     # What both follow
 
     async def _pieces(self) -> AsyncGenerator[list[Piece], None]:
-        """The pieces of all choices as they come, several at a time; a choice's last has its finish reason."""
-        stream = self._client.submit(self._requests)
+        """The pieces of all choices as they come, several at a time; a choice's last has its finish reason.
+
+        Raises ApiError, EngineUnavailable, DeadlineExceeded and QueueTimeout.
+        """
+        now = time.monotonic()
+        stream = self._client.submit(
+            self._requests,
+            self._params,
+            completing_ids=self._admitted.completing_ids,
+            deadline=_after(now, self._ask.timeout_seconds),
+            queue_deadline=_after(now, self._ask.queue_timeout_seconds),
+        )
         self._submitted_at, self._started_at = stream.submitted_at, stream.started_at
         self._metrics.prompt_tokens.inc(sum(len(request.prompt) for request in self._requests))
         unfinished = "error"
@@ -234,7 +174,7 @@ class Completion:
             async with stream:
                 async for deltas in stream:
                     pieces = [self._take(delta, stream) for delta in deltas]
-                    if pieces := [piece for piece in pieces if piece.text or piece.finish_reason]:
+                    if pieces := [piece for piece in pieces if piece.says_something]:
                         yield pieces
             self._metrics.end_to_end.observe(time.monotonic() - self._submitted_at)
         except (asyncio.CancelledError, GeneratorExit):
@@ -245,29 +185,17 @@ class Completion:
             self._record(unfinished)
 
     def _take(self, delta: Delta, stream: Stream) -> Piece:
-        """Turn new tokens into text; end the sequence in the engine when they complete a stop string."""
+        """Turn new tokens into text; end the sequence in the engine when its text ends before it."""
         choice = self._choices[delta.request_id, delta.choice]
-        if delta.finish is Finish.ERROR:
-            raise internal_error(delta.error or "the engine failed on this request")
-        if delta.finish is Finish.ABORT:  # not by us: we leave the stream when we abort
-            raise unavailable(EngineDraining("the service is shutting down"))
-        before = choice.text.num_tokens
-        text = choice.text.push(delta.token_ids)
-        if delta.finish is not None:
-            text += choice.text.finish()
-        self._observe(delta, choice, choice.text.num_tokens - before)
-        finish_reason = stop_reason = None
-        if choice.text.stop is not None:
-            finish_reason, stop_reason = "stop", choice.text.stop
-            stream.abort(delta.request_id, delta.choice)
-        elif delta.finish is not None:
-            finish_reason = delta.finish.value
-            if delta.finish is Finish.STOP and self._end_of_text in self._ask.stop:
-                stop_reason = self._end_of_text
-        if finish_reason is not None:
-            choice.finished = True
-            self._metrics.finished.labels(finish_reason).inc()
-        return Piece(choice, text, finish_reason, stop_reason)
+        errors.check_delta(delta)
+        before = choice.num_tokens
+        piece = choice.take(delta)
+        self._observe(delta, choice, choice.num_tokens - before)
+        if piece.finish_reason is not None:
+            if delta.finish is None:
+                stream.abort(delta.request_id, delta.choice)
+            self._metrics.finished.labels(piece.finish_reason).inc()
+        return piece
 
     def _observe(self, delta: Delta, choice: Choice, num_tokens: int) -> None:
         if delta.choice == 0:  # the choices after it find its prompt in shared blocks
@@ -283,6 +211,17 @@ class Completion:
             else:
                 self._metrics.first_token.observe(now - self._submitted_at)
             choice.delivered_at = now
+
+    def _best(self) -> list[int]:
+        """Indices of the choices that are answered: all, or of each prompt the n likeliest, likeliest first."""
+        choices, num_samples = list(self._choices.values()), self._ask.num_samples
+        if num_samples == self._ask.n:
+            return list(range(len(choices)))
+        best = []
+        for start in range(0, len(choices), num_samples):
+            ranked = sorted(choices[start : start + num_samples], key=lambda choice: -choice.mean_logprob)
+            best += [choice.index for choice in ranked[: self._ask.n]]
+        return best
 
     def _record(self, unfinished: str) -> None:
         """Count what did not finish, and leave the figures of the log line."""
@@ -307,26 +246,75 @@ class Completion:
         return {name: round(1000 * seconds, 3) for name, seconds in moments.items()}
 
     def _usage(self) -> dict[str, Any]:
-        return _usage(
+        return usage_of(
             sum(len(request.prompt) for request in self._requests),
-            sum(choice.text.num_tokens for choice in self._choices.values()),
-            sum(self._cached_tokens.values()),
+            sum(choice.num_tokens for choice in self._choices.values()),
+            cached_tokens=sum(self._cached_tokens.values()),
+            truncated_tokens=sum(self._admitted.num_truncated),
         )
 
     def _choice_usage(self, choice: Choice) -> dict[str, Any]:
         """Of one prompt and one choice so far."""
-        request = self._requests[choice.index // self._ask.n]
-        return _usage(choice.num_prompt_tokens, choice.text.num_tokens, self._cached_tokens[request.id])
+        return usage_of(
+            len(choice.request.prompt),
+            choice.num_tokens,
+            cached_tokens=self._cached_tokens[choice.request.id],
+            truncated_tokens=self._admitted.num_truncated[choice.index // self._ask.num_samples],
+        )
 
 
-def _or_null(text: str | None) -> str:
-    return "null" if text is None else _json(text)
+class _Whole:
+    """A choice of a whole answer, from its pieces."""
+
+    def __init__(self) -> None:
+        self._texts: list[str] = []
+        self._logprobs: dict[str, list[Any]] | None = None
+        self._token_ids: dict[str, Any] = {}
+        self._end: dict[str, Any] = {}
+
+    def add(self, piece: Piece) -> None:
+        self._texts.append(piece.text)
+        if piece.logprobs is not None:
+            if self._logprobs is None:
+                self._logprobs = {name: [] for name in piece.logprobs}
+            for name, values in piece.logprobs.items():
+                self._logprobs[name] += values
+        if piece.token_ids is not None:
+            self._token_ids.setdefault("token_ids", []).extend(piece.token_ids)
+        if piece.prompt_token_ids is not None:
+            self._token_ids["prompt_token_ids"] = piece.prompt_token_ids
+        if piece.finish_reason is not None:
+            self._end = {"finish_reason": piece.finish_reason, "stop_reason": piece.stop_reason}
+
+    def encoded(self, index: int) -> bytes:
+        whole = {"index": index, "text": "".join(self._texts), "logprobs": self._logprobs}
+        return _json(whole | self._end | self._token_ids)
 
 
-def _usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:
+def _chunk(piece: Piece) -> str:
+    """One entry of `choices`. All but ASCII is escaped: some clients break lines at U+2028 and its like."""
+    logprobs = "null" if piece.logprobs is None else _ascii_json(piece.logprobs)
+    finish_reason = "null" if piece.finish_reason is None else f'"{piece.finish_reason}"'
+    stop_reason = "null" if piece.stop_reason is None else _ascii_json(piece.stop_reason)
+    ids = "" if piece.token_ids is None else f',"token_ids":{_ascii_json(piece.token_ids)}'
+    if piece.prompt_token_ids is not None:
+        ids += f',"prompt_token_ids":{_ascii_json(piece.prompt_token_ids)}'
+    return (
+        f'{{"index":{piece.choice.index},"text":{_ascii_json(piece.text)},"logprobs":{logprobs},'
+        f'"finish_reason":{finish_reason},"stop_reason":{stop_reason}{ids}}}'
+    )
+
+
+def _after(now: float, seconds: float | None) -> float | None:
+    return None if seconds is None else now + seconds
+
+
+def usage_of(
+    prompt_tokens: int, completion_tokens: int, *, cached_tokens: int, truncated_tokens: int = 0
+) -> dict[str, Any]:
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": cached_tokens},
+        "prompt_tokens_details": {"cached_tokens": cached_tokens, "truncated_tokens": truncated_tokens},
     }

@@ -2,6 +2,8 @@
 
     ApiError               carries its status, type, code and parameter
     EngineUnavailable      503 + Retry-After, by the table below
+    QueueTimeout           429 + Retry-After
+    DeadlineExceeded       504
     HTTPException          404 and 405 of the router
     ClientDisconnect       499: nobody reads it, the log and the metrics do
 Anything else is a bug: it is logged with its trace and answered with a 500.
@@ -10,6 +12,7 @@ Anything else is a bug: it is logged with its trace and answered with a 500.
 import logging
 from collections.abc import Mapping
 from http import HTTPStatus
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
@@ -18,17 +21,38 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from service.engine.client import EngineDraining, EngineFailed, EngineNotReady, EngineUnavailable
+from service.engine.client import (
+    DeadlineExceeded,
+    EngineDraining,
+    EngineFailed,
+    EngineNotReady,
+    EngineUnavailable,
+    QueueTimeout,
+)
+from service.engine.request import Delta, Finish
 
 log = logging.getLogger(__name__)
 
 # Seconds. Another replica can take a request of a draining one at once; a failed one needs a new process.
 _RETRY_AFTER: Mapping[type[EngineUnavailable], int] = {EngineNotReady: 5, EngineDraining: 1, EngineFailed: 60}
+_RETRY_AFTER_QUEUE = 5
 CLIENT_CLOSED_REQUEST = 499
-_BASE_MODEL = "This is a base model without a chat template or embeddings; use POST /v1/completions."
-_NOT_OFFERED = frozenset(
-    {"/v1/chat/completions", "/v1/responses", "/v1/embeddings", "/chat/completions", "/embeddings"}
-)
+# Routes of other servers that clients try, without their /v1, and what to use here.
+_COMPLETE = "It completes text: use POST /v1/completions."
+_CHAT = f"This is a base model without a chat template. {_COMPLETE}"
+_NOT_OFFERED: Mapping[str, str] = {
+    "/chat/completions": _CHAT,
+    "/responses": _CHAT,
+    "/messages": _CHAT,
+    "/embeddings": f"This model gives no embeddings. {_COMPLETE}",
+    "/generate": _COMPLETE,
+    "/rerank": "This model does not rank texts; POST /v1/score gives log-probabilities of continuations.",
+    "/score": "The route is POST /v1/score.",
+    "/moderations": f"This model does not classify texts. {_COMPLETE}",
+    "/audio/speech": _COMPLETE,
+    "/audio/transcriptions": _COMPLETE,
+    "/images/generations": _COMPLETE,
+}
 
 
 class ErrorBody(BaseModel):
@@ -68,6 +92,22 @@ class ApiError(Exception):
         return JSONResponse(self.body, self.status, self.headers)
 
 
+_DESCRIPTIONS: Mapping[int, str] = {
+    400: "A field, or the body, that cannot be used; `param` names it.",
+    404: "A model or a route that is not here.",
+    413: "The body is over the limit.",
+    429: "Not begun within queue_timeout_seconds; Retry-After says when to try again.",
+    500: "A fault of the server; the request has ended.",
+    503: "Loading, restarting or shutting down; Retry-After says when to try again.",
+    504: "Not finished within timeout_seconds.",
+}
+
+
+def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Error answers of a route, for the schema."""
+    return {status: {"model": ErrorEnvelope, "description": _DESCRIPTIONS[status]} for status in statuses}
+
+
 def unavailable(error: EngineUnavailable) -> ApiError:
     return ApiError(
         503,
@@ -86,6 +126,14 @@ def internal_error(message: str = "An error inside the server; its log has the d
     return ApiError(500, message, type="server_error", code="internal_error")
 
 
+def check_delta(delta: Delta) -> None:
+    """Raises ApiError for a sequence that did not end by itself."""
+    if delta.finish is Finish.ERROR:
+        raise internal_error(delta.error or "the engine failed on this request")
+    if delta.finish is Finish.ABORT:  # not by us: we leave the stream when we abort
+        raise unavailable(EngineDraining("the service is shutting down"))
+
+
 def to_api_error(error: Exception) -> ApiError:
     """The answer for any exception. What nobody expected is logged here, with its trace."""
     match error:
@@ -93,6 +141,11 @@ def to_api_error(error: Exception) -> ApiError:
             return error
         case EngineUnavailable():
             return unavailable(error)
+        case QueueTimeout():
+            headers = {"Retry-After": str(_RETRY_AFTER_QUEUE)}
+            return ApiError(429, str(error), type="overloaded_error", code="queue_timeout", headers=headers)
+        case DeadlineExceeded():
+            return ApiError(504, str(error), type="timeout_error", code="deadline_exceeded")
         case _:
             log.error("unexpected error", exc_info=error)
             return internal_error()
@@ -110,7 +163,11 @@ async def _answer_router(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     path, method = request.url.path, request.method
     if error.status_code == 404:
-        message = _BASE_MODEL if path.rstrip("/") in _NOT_OFFERED else f"There is no route {path[:200]}."
+        message = f"There is no route {path[:200]}."
+        if hint := _NOT_OFFERED.get(path.rstrip("/").removeprefix("/v1")):
+            message += f" {hint}"
+        elif path.rstrip("/").endswith(("/completions", "/models")):
+            message += " Routes are /v1/completions and /v1/models: a client's base URL ends in /v1, once."
         answer = ApiError(404, message, code="not_found")
     elif error.status_code == 405:
         answer = ApiError(405, f"{path} does not take {method[:20]}.", code="method_not_allowed", headers=error.headers)
@@ -123,5 +180,7 @@ def install(app: FastAPI) -> None:
     """Make every exception that a route raises an answer in the envelope."""
     app.add_exception_handler(ApiError, _answer)
     app.add_exception_handler(EngineUnavailable, _answer)
+    app.add_exception_handler(QueueTimeout, _answer)
+    app.add_exception_handler(DeadlineExceeded, _answer)
     app.add_exception_handler(ClientDisconnect, _answer_client_left)
     app.add_exception_handler(HTTPException, _answer_router)

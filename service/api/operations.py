@@ -1,15 +1,40 @@
 """Routes for those who run the service, and the list of models: health, version, metrics."""
 
+from typing import Any, Literal
+
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic import BaseModel, Field
 from starlette.responses import Response
 
+from service.api import errors
+from service.api.answers import Model, ModelList
 from service.api.errors import retry_after_seconds
 from service.api.metrics import Metrics
-from service.api.schemas import Model, ModelList
 from service.api.served import ServedModel
 from service.engine.client import EngineClient, EngineUnavailable
+
+
+class Liveness(BaseModel):
+    status: Literal["ok", "failed"]
+    phase: str
+
+
+class Readiness(BaseModel):
+    status: Literal["ok", "unavailable"]
+    phase: str = Field(description="start, download, load, warmup, ready, restart, drain or failed.")
+    progress: float = Field(description="Of the phase, from 0 to 1.")
+
+
+class Version(BaseModel):
+    version: str
+
+
+_READINESS: dict[int | str, dict[str, Any]] = {
+    200: {"model": Readiness},
+    503: {"model": Readiness, "description": "Not now; Retry-After says when to ask again."},
+}
 
 
 def operations_router(*, client: EngineClient, served: ServedModel, metrics: Metrics, version: str) -> APIRouter:
@@ -23,18 +48,22 @@ def operations_router(*, client: EngineClient, served: ServedModel, metrics: Met
             for name in served.names
         ]
 
-    @router.get("/v1/models", summary="The served names")
+    @router.get("/v1/models", summary="The served names", responses=errors.documented(503))
     async def list_models() -> ModelList:
         return ModelList(data=models())
 
-    @router.get("/v1/models/{model_id:path}", summary="One served name")
+    @router.get("/v1/models/{model_id:path}", summary="One served name", responses=errors.documented(404, 503))
     async def get_model(model_id: str) -> Model:
         available = models()
         served.check_name(model_id)
         return next(model for model in available if model.id == model_id)
 
     @router.head("/livez", include_in_schema=False)
-    @router.get("/livez", summary="503 when only a new process can help")
+    @router.get(
+        "/livez",
+        summary="503 when only a new process can help",
+        responses={200: {"model": Liveness}, 503: {"model": Liveness, "description": "Given up."}},
+    )
     async def livez() -> Response:
         failed = client.phase == "failed"
         return JSONResponse({"status": "failed" if failed else "ok", "phase": client.phase}, 503 if failed else 200)
@@ -42,9 +71,9 @@ def operations_router(*, client: EngineClient, served: ServedModel, metrics: Met
     @router.head("/readyz", include_in_schema=False)
     @router.head("/health", include_in_schema=False)
     @router.head("/ping", include_in_schema=False)
-    @router.get("/readyz", summary="200 while requests are taken")
-    @router.get("/health", summary="As /readyz")
-    @router.get("/ping", summary="As /readyz")
+    @router.get("/readyz", summary="200 while requests are taken", responses=_READINESS)
+    @router.get("/health", summary="As /readyz", responses=_READINESS)
+    @router.get("/ping", summary="As /readyz", responses=_READINESS)
     async def readyz() -> Response:
         body = {"status": "ok", "phase": client.phase, "progress": client.status.progress}
         try:
@@ -55,8 +84,8 @@ def operations_router(*, client: EngineClient, served: ServedModel, metrics: Met
         return JSONResponse(body)
 
     @router.get("/version", summary="The service's version")
-    async def get_version() -> dict[str, str]:
-        return {"version": version}
+    async def get_version() -> Version:
+        return Version(version=version)
 
     @router.get("/metrics", summary="Prometheus metrics", responses={200: {"content": {"text/plain": {}}}})
     async def get_metrics() -> Response:

@@ -36,6 +36,7 @@ class ApiConfig:
 
     model_names: tuple[str, ...]
     max_body_bytes: int
+    max_choices: int
     stream_keep_alive_seconds: float
     http_keep_alive_seconds: int
     drain_seconds: float
@@ -73,6 +74,7 @@ async def _serve(config: ApiConfig, listener: socket.socket, control: socket.soc
         client=client,
         model_names=config.model_names,
         max_body_bytes=config.max_body_bytes,
+        max_choices=config.max_choices,
         stream_keep_alive_seconds=config.stream_keep_alive_seconds,
         version=config.version,
         load_tokenizer=lambda model: load_tokenizer(Path(model.folder), end_of_text_id=model.end_of_text_id),

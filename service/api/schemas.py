@@ -1,52 +1,50 @@
-"""What POST /v1/completions takes and gives. Numbers are strict, null is the default, unknown fields are ignored."""
+"""What POST /v1/completions takes. Numbers are strict, null is the default, unknown fields are ignored."""
 
 import logging
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, model_validator
-from pydantic_core import PydanticCustomError, from_json
+from pydantic import BeforeValidator, Field, PlainValidator, model_validator
+from pydantic_core import PydanticCustomError
 
+from service.api.body import Body
 from service.api.errors import ApiError
+from service.engine.request import MAX_LOGPROBS
 
 log = logging.getLogger(__name__)
 
-MAX_SEQUENCES = 1024  # prompts x n of one request
 MAX_STOPS = 64
 MAX_STOP_CHARACTERS = 1024
-_INT64 = 2**63
+MAX_SAMPLES = 128  # n and best_of
+_MAX_LISTED = 1024  # ids or words in one field
+_MAX_TIMEOUT_SECONDS = 86_400
+_INT32, _INT64 = 2**31, 2**63
 _GREEDY_BELOW = 1e-5  # a temperature under this is 0
 
-_Schema = TypeVar("_Schema", bound=BaseModel)
-PromptForms = str | list[str] | list[int] | list[list[int]]
+Id = Annotated[int, Field(ge=0)]
+PromptForms = (
+    str
+    | Annotated[list[str], Field(min_length=1)]
+    | Annotated[list[Id], Field(min_length=1)]
+    | Annotated[list[list[Id]], Field(min_length=1)]
+)
+Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
+StopForms = Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)]
+TokenIds = Annotated[list[Id], Field(max_length=_MAX_LISTED)]
+Words = Annotated[list[Stop], Field(max_length=256)]
+BiasForm = Annotated[
+    dict[Annotated[str, Field(pattern=r"^[0-9]{1,10}$")], Annotated[float, Field(ge=-100, le=100)]],
+    Field(max_length=_MAX_LISTED, json_schema_extra={"additionalProperties": False}),
+]
 
 # Fields of this and other servers that would change the answer and are not offered, with their values that ask for
 # nothing. null asks for nothing everywhere.
 _UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
-    "logprobs": (),
-    "echo": (False,),
     "suffix": ("",),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
-    "logit_bias": ({},),
-    "bad_words": ([],),
-    "allowed_token_ids": (),
-    "stop_token_ids": ([],),
-    "include_stop_str_in_output": (False,),
-    "skip_special_tokens": (True,),
-    "split_special_tokens": (False,),
-    "return_token_ids": (False,),
-    "truncate_prompt_tokens": (),
-    "cache_salt": ("",),
     "prompt_logprobs": (),
     "prompt_embeds": ([],),
     "use_beam_search": (False,),
     "stop_regex": ("", []),
-    "response_format": ({}, {"type": "text"}),
-    "guided_json": ({},),
-    "guided_regex": ("",),
-    "guided_choice": ([],),
     "guided_grammar": ("",),
     "structured_outputs": ({},),
     "json_schema": ({},),
@@ -55,9 +53,15 @@ _UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "typical_p": (1,),
     "no_repeat_ngram_size": (0,),
     "logits_processors": ([],),
-    "repetition_stop": (False, {}, 0),
-    "timeout_seconds": (),
-    "queue_timeout_seconds": (),
+}
+_INSTEAD: Mapping[str, str] = {
+    "suffix": "this model has no infill tokens",
+    "prompt_logprobs": "use echo with logprobs",
+    "guided_grammar": "use guided_json, guided_regex or guided_choice",
+    "structured_outputs": "use guided_json, guided_regex or guided_choice",
+    "json_schema": "use guided_json",
+    "regex": "use guided_regex",
+    "grammar": "use guided_json, guided_regex or guided_choice",
 }
 
 
@@ -95,153 +99,195 @@ def _parse_stop(value: object) -> list[str]:
     return stops
 
 
-def _drop_nulls(value: object) -> object:
-    return {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else value
+def _parse_logit_bias(value: object) -> dict[int, float]:
+    if not isinstance(value, dict) or len(value) > _MAX_LISTED:
+        message = "must be an object of at most {limit} token ids"
+        raise PydanticCustomError("logit_bias", message, {"limit": _MAX_LISTED})
+    biases = {}
+    for key, bias in value.items():
+        if not (key.isascii() and key.isdigit() and len(key) <= 10):
+            raise PydanticCustomError("logit_bias", "each key must be a token id")
+        if isinstance(bias, bool) or not isinstance(bias, int | float) or not -100 <= bias <= 100:
+            raise PydanticCustomError("logit_bias", "each value must be a number from -100 to 100")
+        biases[int(key)] = float(bias)
+    return biases
 
 
-class StreamOptions(BaseModel):
+def _parse_repetition_stop(value: object) -> object:
+    return {False: None, True: {}}[value] if isinstance(value, bool) else value
+
+
+class StreamOptions(Body):
     """Only read with `stream`."""
 
-    model_config = ConfigDict(strict=True, extra="ignore")
-
-    include_usage: bool = Field(default=False, description="Add a last chunk with the usage of the whole request.")
-    continuous_usage_stats: bool = Field(default=False, description="Add the usage so far to every chunk.")
-
-    _nulls = model_validator(mode="before")(_drop_nulls)
+    include_usage: bool = Field(False, description="Add a last chunk with the usage of the whole request.")
+    continuous_usage_stats: bool = Field(False, description="Add the usage so far to every chunk.")
 
 
-class CompletionRequest(BaseModel):
+class RepetitionStopOptions(Body):
+    """What counts as a loop."""
+
+    max_pattern_tokens: int = Field(16, ge=1, le=128, description="Longest pattern that is looked for.")
+    min_repeats: int = Field(4, ge=2, le=1024, description="How often it stands in a row.")
+
+
+class CompletionRequest(Body):
     """A completion to generate. Every field may be left out or null."""
 
-    model_config = ConfigDict(strict=True, extra="ignore", protected_namespaces=())
-
+    # What to complete
     model: str | None = Field(None, description="A served name; see GET /v1/models.")
     prompt: Annotated[list[str | list[int]], PlainValidator(_parse_prompt, json_schema_input_type=PromptForms)] = Field(
         default_factory=_empty_prompt,
         description="Text, texts, token ids or lists of token ids. Empty is the start of a document.",
+        examples=["The capital of France is"],
     )
+    echo: bool = Field(False, description="Begin the text with the prompt, and the log-probabilities with its.")
+    split_special_tokens: bool = Field(
+        False, description="Take <|endoftext|> in the prompt's text as plain text, not as its token."
+    )
+    truncate_prompt_tokens: int | None = Field(
+        None,
+        ge=-1,
+        lt=_INT32,
+        description="Keep this many tokens of a longer prompt; -1 keeps what leaves room for max_tokens.",
+    )
+    truncation_side: Literal["left", "right"] = Field("left", description="Where tokens are dropped.")
+    cache_salt: str = Field("", max_length=256, description="Reuse cached prompts only of requests with the same salt.")
+
+    # How much, and where to end
     max_tokens: int | None = Field(
-        None, ge=1, lt=_INT64, description="Tokens to generate at most; by default 16, or fewer where only fewer fit."
+        None,
+        ge=0,
+        lt=_INT64,
+        description="Tokens to generate at most; by default 16, or fewer where only fewer fit. 0 needs echo.",
+        examples=[32],
     )
     min_tokens: int = Field(
-        0, ge=0, lt=_INT64, description="No end of text and no stop string before this many tokens."
+        0, ge=0, lt=_INT64, description="No end of text, stop id or stop string before this many tokens."
     )
-    temperature: float = Field(1.0, ge=0, le=2, allow_inf_nan=False, description="0 takes the likeliest token.")
+    stop: Annotated[list[str], PlainValidator(_parse_stop, json_schema_input_type=StopForms)] = Field(
+        default_factory=list,
+        description="Up to 64 strings of 1 to 1,024 characters; the text ends before the one that is complete first.",
+    )
+    stop_token_ids: TokenIds = Field(default_factory=list, description="Token ids that end the text, without theirs.")
+    include_stop_str_in_output: bool = Field(False, description="Leave what ended the text in it.")
+    ignore_eos: bool = Field(False, description="Go on after the end of text.")
+    repetition_stop: Annotated[
+        RepetitionStopOptions | None,
+        BeforeValidator(_parse_repetition_stop, json_schema_input_type=bool | RepetitionStopOptions),
+    ] = Field(None, description="End a text that repeats itself; true takes the defaults.")
+
+    # How tokens are drawn
+    temperature: float = Field(1.0, ge=0, le=2, description="0 takes the likeliest token.")
     top_p: float = Field(1.0, ge=0, le=1, description="Sample from the likeliest tokens that reach this probability.")
     top_k: int = Field(0, ge=-1, lt=_INT64, description="Sample from this many likeliest tokens; 0 and -1 are all.")
     min_p: float = Field(0.0, ge=0, le=1, description="Leave out tokens below this share of the likeliest one.")
-    n: int = Field(1, ge=1, le=128, description="Completions for each prompt.")
-    best_of: int | None = Field(None, ge=1, le=128, description="Only the value of n is supported.")
-    stop: Annotated[list[str], PlainValidator(_parse_stop, json_schema_input_type=str | list[str])] = Field(
-        default_factory=list, description="Up to 64 strings; the text ends before the one that is complete first."
-    )
     seed: int | None = Field(None, ge=-_INT64, lt=_INT64, description="The same seed draws the same numbers again.")
-    ignore_eos: bool = Field(False, description="Go on after the end of text.")
+    presence_penalty: float = Field(
+        0.0, ge=-2, le=2, description="Taken from the logit of each token that was generated before."
+    )
+    frequency_penalty: float = Field(0.0, ge=-2, le=2, description="The same, for each time it was.")
+    repetition_penalty: float = Field(
+        1.0,
+        ge=0.001,
+        le=1000,
+        description="Divides the positive logits of tokens in prompt or text, multiplies others.",
+    )
+    logit_bias: Annotated[dict[int, float], PlainValidator(_parse_logit_bias, json_schema_input_type=BiasForm)] = Field(
+        default_factory=dict,
+        description="Token id to -100..100, added to its logit; -100 bans it, 100 leaves only such tokens.",
+    )
+    allowed_token_ids: Annotated[list[Id], Field(min_length=1)] | None = Field(
+        None, description="Only these tokens are generated."
+    )
+    bad_words: Words = Field(
+        default_factory=list,
+        description="Never generated, in the token spellings of the word alone and after a space.",
+    )
+    response_format: dict[str, Any] | None = Field(
+        None, description="The text is JSON: {type: json_object}, or {type: json_schema, json_schema: {schema}}."
+    )
+    guided_json: dict[str, Any] | str | None = Field(None, description="The text matches this JSON schema.")
+    guided_regex: str | None = Field(None, description="The text matches this regular expression.")
+    guided_choice: Annotated[list[str], Field(min_length=1, max_length=_MAX_LISTED)] | None = Field(
+        None, description="The text is one of these."
+    )
+
+    # What comes back
+    n: int = Field(1, ge=1, le=MAX_SAMPLES, description="Completions for each prompt.")
+    best_of: int | None = Field(
+        None,
+        ge=1,
+        le=MAX_SAMPLES,
+        description="Generate so many, and give the n of the highest mean log-probability. Not with stream.",
+    )
+    logprobs: int | None = Field(
+        None, ge=0, le=MAX_LOGPROBS, description="Log-probabilities of each token and of this many best ones."
+    )
+    return_token_ids: bool = Field(False, description="Add token_ids and prompt_token_ids to each choice.")
+    skip_special_tokens: bool = Field(True, description="A generated end of text has no text.")
     stream: bool = Field(False, description="Answer with server-sent events.")
-    stream_options: StreamOptions = StreamOptions()
+    stream_options: StreamOptions = Field(StreamOptions(), description="Ignored without stream.")
+
+    # How it is served
+    priority: int = Field(0, ge=-_INT32, lt=_INT32, description="Lower leaves the queue first.")
+    timeout_seconds: float | None = Field(
+        None, gt=0, le=_MAX_TIMEOUT_SECONDS, description="Give up, with a 504, when the answer takes longer."
+    )
+    queue_timeout_seconds: float | None = Field(
+        None, gt=0, le=_MAX_TIMEOUT_SECONDS, description="Give up, with a 429, when it has not begun by then."
+    )
     user: str | None = Field(None, description="Taken and ignored.")
 
     @model_validator(mode="before")
     @classmethod
     def _before(cls, value: object) -> object:
-        value = _drop_nulls(value)
         if isinstance(value, dict):
+            value = dict(value)
             _refuse_unsupported(value)
-            if value.get("stream", False) is False:
+            if value.get("stream") in (None, False):
                 value.pop("stream_options", None)
         return value
 
     @model_validator(mode="after")
     def _after(self) -> "CompletionRequest":
-        if self.best_of is not None and self.best_of != self.n:
-            raise ApiError(400, "best_of: is not supported by this server, except as the value of n", param="best_of")
-        if len(self.prompt) * self.n > MAX_SEQUENCES:
-            message = f"prompt: {len(self.prompt)} prompts x n of {self.n} is more than {MAX_SEQUENCES} completions"
-            raise ApiError(400, message, param="prompt")
+        if self.best_of is not None and self.best_of < self.n:
+            raise _wrong("best_of", f"must be at least n, which is {self.n}")
+        if self.stream and self.num_samples > self.n:
+            raise _wrong("best_of", "cannot be streamed")
+        if self.max_tokens == 0 and not self.echo:
+            raise _wrong("max_tokens", "0 is only possible with echo")
+        if self.truncate_prompt_tokens == 0:
+            raise _wrong("truncate_prompt_tokens", "must be at least 1, or -1")
         return self
 
     @property
     def greedy(self) -> bool:
         return self.temperature < _GREEDY_BELOW
 
+    @property
+    def constrained(self) -> bool:
+        """A grammar may have to be compiled, which takes its time."""
+        fields = (self.response_format, self.guided_json, self.guided_regex, self.guided_choice)
+        return any(field is not None for field in fields)
+
+    @property
+    def num_samples(self) -> int:
+        """Sequences that are generated for each prompt; `n` of them are answered."""
+        return max(self.n, self.best_of or 1)
+
+
+def _wrong(param: str, message: str) -> ApiError:
+    return ApiError(400, f"{param}: {message}", param=param)
+
 
 def _refuse_unsupported(body: Mapping[str, Any]) -> None:
     for name, harmless in _UNSUPPORTED.items():
-        if name in body and not any(
+        if body.get(name) is not None and not any(
             body[name] == value and isinstance(body[name], bool) == isinstance(value, bool) for value in harmless
         ):
-            raise ApiError(400, f"{name}: is not supported by this server", param=name)
+            hint = f": {_INSTEAD[name]}" if name in _INSTEAD else ""
+            raise _wrong(name, f"is not supported by this server{hint}")
     unknown = body.keys() - CompletionRequest.model_fields.keys() - _UNSUPPORTED.keys()
     if unknown:
         log.debug("ignored unknown fields: %s", ", ".join(sorted(unknown))[:500])
-
-
-def parse_body(body: bytes, schema: type[_Schema]) -> _Schema:
-    """The request in a body of JSON. Raises ApiError (400), naming the parameter."""
-    try:
-        value = from_json(body, allow_inf_nan=False)
-    except ValueError as error:  # also invalid UTF-8 and too deep a nesting
-        raise ApiError(400, f"The body is not valid JSON: {error}", code="invalid_json") from None
-    if not isinstance(value, dict):
-        raise ApiError(400, "The body must be a JSON object.", code="invalid_json")
-    try:
-        return schema.model_validate(value)
-    except ValidationError as error:
-        problems = [(".".join(map(str, item["loc"])), item["msg"]) for item in error.errors(include_url=False)]
-        message = "; ".join(f"{param}: {problem}" for param, problem in problems)
-        raise ApiError(400, message, param=problems[0][0]) from None
-
-
-class PromptTokensDetails(BaseModel):
-    cached_tokens: int
-
-
-class Timings(BaseModel):
-    """Milliseconds, in the usage chunk of a stream; a plain answer has them in its Server-Timing header."""
-
-    queue_ms: float
-    prefill_ms: float
-    decode_ms: float
-
-
-class Usage(BaseModel):
-    """Each prompt counts once; completion tokens are all that were sampled, up to the one that completes a stop."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: PromptTokensDetails
-    timings: Timings | None = None
-
-
-class Choice(BaseModel):
-    index: int
-    text: str
-    logprobs: None = None
-    finish_reason: Literal["stop", "length"] | None
-    stop_reason: str | None = None
-
-
-class Completion(BaseModel):
-    """The answer; with `stream`, also the shape of every event."""
-
-    id: str
-    object: Literal["text_completion"] = "text_completion"
-    created: int
-    model: str
-    choices: list[Choice]
-    usage: Usage | None = None
-    system_fingerprint: str
-
-
-class Model(BaseModel):
-    id: str
-    object: Literal["model"] = "model"
-    created: int
-    owned_by: str
-    max_model_len: int
-
-
-class ModelList(BaseModel):
-    object: Literal["list"] = "list"
-    data: list[Model]

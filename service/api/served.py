@@ -9,7 +9,9 @@ from pathlib import Path
 
 from service.api.errors import ApiError
 from service.api.text import Tokenizer
+from service.checkpoint.tokenizer import TokenizerFiles
 from service.engine.client import EngineClient
+from service.engine.grammar import Grammars
 from service.engine.request import ModelInfo
 
 log = logging.getLogger(__name__)
@@ -33,6 +35,7 @@ class ServedModel:
         self._version = version
         self._load_tokenizer = load_tokenizer
         self._tokenizer: Tokenizer | None = None
+        self._grammars: Grammars | None = None
 
     @property
     def name(self) -> str:
@@ -44,15 +47,26 @@ class ServedModel:
         assert self._tokenizer is not None, "asked for before the client was ready"
         return self._tokenizer
 
+    @property
+    def grammars(self) -> Grammars:
+        """What compiles grammars over the tokenizer's tokens."""
+        assert self._grammars is not None, "asked for before the client was ready"
+        return self._grammars
+
     async def on_ready(self, model: ModelInfo) -> None:
         """EngineClient.on_ready: read the tokenizer, once. Without one nothing can be served, so the client fails."""
         if self._tokenizer is None:
             try:
-                self._tokenizer = await asyncio.to_thread(self._load_tokenizer, model)
+                tokenizer = await asyncio.to_thread(self._load_tokenizer, model)
             except Exception as error:  # whatever it is, another try would not mend it
                 log.exception("the tokenizer cannot be used")
                 self._client.fail(f"the tokenizer cannot be used: {error}")
                 return
+            self._tokenizer = tokenizer
+            self._grammars = Grammars(
+                lambda: TokenizerFiles(tokenizer.backend, tokenizer.token_bytes),
+                end_of_text_id=tokenizer.end_of_text_id,
+            )
         log.info("ready: %s answers on /v1/completions", self.name)
 
     def check_name(self, name: str | None) -> None:
@@ -61,37 +75,51 @@ class ServedModel:
             message = f"model: {name[:200]!r} is not served here; served: {', '.join(self.names)}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
-    def stop_token_ids(self, stops: Sequence[str]) -> tuple[int, ...]:
-        """The end of text has no text that could match a stop string, so a stop that names it stops at its id."""
-        return (self.tokenizer.end_of_text_id,) if self.tokenizer.end_of_text in stops else ()
-
     def fingerprint(self, model: ModelInfo) -> str:
         """Equal where the version, the model (a hub snapshot's folder is its commit), dtype and device are."""
         device = model.device.split(":")[0]
         about = f"{self._version} {Path(model.folder).name} {model.dtype} {device}"
         return f"fp_{hashlib.sha256(about.encode()).hexdigest()[:12]}"
 
-    def prompt_ids(self, prompts: Sequence[str | list[int]], model: ModelInfo) -> list[tuple[int, ...]]:
-        """The ids of each prompt; the empty one is the end of text. Raises ApiError (400).
+    def prompt_ids(
+        self,
+        prompts: Sequence[str | list[int]],
+        model: ModelInfo,
+        *,
+        split_special: bool = False,
+        truncate: int | None = None,
+        side: str = "left",
+        param: str = "prompt",
+    ) -> tuple[list[tuple[int, ...]], list[int]]:
+        """The ids of each prompt, and how many of each were dropped; the empty one is the end of text.
 
-        Encodes, so call it in a thread for long texts. The length in tokens is for the caller to check.
+        `truncate` is the most that are kept; `side` is where the others are dropped. Raises ApiError (400), naming
+        `param`. Encodes, so call it in a thread for long texts. The length in tokens is for the caller to check.
         """
-        end_of_text = [self.tokenizer.end_of_text_id]
-        max_bytes = model.context_length * self.tokenizer.longest_token_bytes
         texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+        if truncate is None:
+            self.check_texts(texts, model, param=param)
+        encoded = iter(self.tokenizer.encode(texts, split_special=split_special) if texts else [])
+        ids = [next(encoded) if isinstance(prompt, str) else prompt for prompt in prompts]
+        for place, prompt in enumerate(ids):
+            if prompt and not 0 <= min(prompt) <= max(prompt) < model.vocab_size:
+                message = f"{param}: ids must be 0..{model.vocab_size - 1}, and prompt {place} has others"
+                raise ApiError(400, message, param=param)
+        whole = [tuple(prompt or [self.tokenizer.end_of_text_id]) for prompt in ids]
+        if truncate is None:
+            return whole, [0] * len(whole)
+        kept = [prompt[-truncate:] if side == "left" else prompt[:truncate] for prompt in whole]
+        return kept, [len(prompt) - len(part) for prompt, part in zip(whole, kept, strict=True)]
+
+    def check_texts(self, texts: Sequence[str], model: ModelInfo, *, param: str) -> None:
+        """Raises ApiError (400) for a text that cannot fit the context, before it is encoded."""
+        max_bytes = model.context_length * self.tokenizer.longest_token_bytes
         for text in texts:
             if len(text) > max_bytes or len(text.encode()) > max_bytes:
                 raise ApiError(
                     400,
-                    f"prompt: a text of {len(text)} characters cannot fit the model's context of "
-                    f"{model.context_length} tokens, which is at most {max_bytes} bytes",
-                    param="prompt",
+                    f"{param}: This model's maximum context length is {model.context_length} tokens, which are at most "
+                    f"{max_bytes} bytes; a text of {len(text)} characters cannot fit",
+                    param=param,
                     code="context_length_exceeded",
                 )
-        encoded = iter(self.tokenizer.encode(texts) if texts else [])
-        ids = [next(encoded) if isinstance(prompt, str) else prompt for prompt in prompts]
-        for place, prompt in enumerate(ids):
-            if prompt and not 0 <= min(prompt) <= max(prompt) < model.vocab_size:
-                message = f"prompt: ids must be 0..{model.vocab_size - 1}, and prompt {place} has others"
-                raise ApiError(400, message, param="prompt")
-        return [tuple(prompt or end_of_text) for prompt in ids]

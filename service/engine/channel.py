@@ -52,13 +52,20 @@ class Channel:
                 raise ChannelClosed from error
             del self._outbox[:sent]
 
-    def wait(self) -> None:
-        """Block until there is something to read, sending meanwhile what still waits. Raises ChannelClosed."""
+    def wait(self, wake: socket.socket) -> None:
+        """Block until there is something to read here or in `wake`, whose bytes are taken; send meanwhile what waits.
+
+        Raises ChannelClosed.
+        """
         while True:
             self.flush()
             poll = select.poll()
             poll.register(self._socket, select.POLLIN | (select.POLLOUT if self._outbox else 0))
-            if any(event & ~select.POLLOUT for _, event in poll.poll()):
+            poll.register(wake, select.POLLIN)
+            ready = {file for file, event in poll.poll() if event & ~select.POLLOUT}
+            if wake.fileno() in ready:
+                wake.recv(_READ_BYTES)
+            if ready:
                 return
 
     def receive(self) -> list[object]:

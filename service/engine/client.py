@@ -5,6 +5,8 @@ Errors:
     ├── EngineNotReady         loading, or being restarted
     ├── EngineDraining         the service is shutting down
     └── EngineFailed           the supervisor has given up on the engine
+    QueueTimeout               a request of the group did not start in time
+    DeadlineExceeded           the group did not finish in time
 A sequence that fails after it was taken ends with a Delta whose finish is ERROR.
 """
 
@@ -12,26 +14,36 @@ import asyncio
 import logging
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Sequence
-from types import TracebackType
-from typing import Self
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 
 import msgspec
 
 from service.engine.channel import HEADER_BYTES, MAX_MESSAGE_BYTES, frame
 from service.engine.request import (
     Abort,
-    Delta,
     EngineStats,
     Finish,
     ModelInfo,
     Publish,
     Ready,
     Request,
+    SamplingParams,
     Status,
     Submit,
     ToApi,
 )
+from service.engine.stream import DeadlineExceeded, QueueTimeout, Stream
+
+__all__ = [
+    "DeadlineExceeded",
+    "EngineClient",
+    "EngineDraining",
+    "EngineFailed",
+    "EngineNotReady",
+    "EngineUnavailable",
+    "QueueTimeout",
+    "Stream",
+]
 
 log = logging.getLogger(__name__)
 
@@ -50,98 +62,6 @@ class EngineDraining(EngineUnavailable):
 
 class EngineFailed(EngineUnavailable):
     """The supervisor has given up on the engine."""
-
-
-class Stream:
-    """The deltas of a group of requests: an async context manager, and an async iterator over lists of Deltas.
-
-    Leaving the context aborts whatever has not finished. Deltas that arrive before the reader takes them are merged,
-    so the mailbox holds at most one Delta a sequence. Iteration ends when every sequence has had its last Delta.
-    """
-
-    def __init__(self, client: "EngineClient", requests: Sequence[Request]) -> None:
-        self._client = client
-        self._request_ids = [request.id for request in requests]
-        self._open = {(request.id, choice) for request in requests for choice in range(request.n)}
-        self._mailbox: dict[tuple[int, int], Delta] = {}
-        self._arrived = asyncio.Event()
-        self._unstarted = {request.id: request for request in requests}
-        self._resubmitted = False
-        self.submitted_at = time.monotonic()
-        self.started_at: dict[int, float] = {}  # request id -> when it left the engine's queue (monotonic seconds)
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for request_id in {request_id for request_id, _ in self._open}:
-            self._client._abort(request_id, None)
-        self._open.clear()
-        self._client._forget(self)
-
-    async def __aiter__(self) -> AsyncIterator[list[Delta]]:
-        while self._open or self._mailbox:
-            if not self._mailbox:
-                self._arrived.clear()
-                await self._arrived.wait()
-            deltas = list(self._mailbox.values())
-            self._mailbox.clear()
-            yield deltas
-
-    def abort(self, request_id: int, choice: int) -> None:
-        """End one sequence: nothing more of it is delivered. Used when a stop string is found in its text."""
-        if (request_id, choice) in self._open:
-            self._close((request_id, choice))
-            self._client._abort(request_id, choice)
-        self._mailbox.pop((request_id, choice), None)
-        self._arrived.set()
-
-    def _deliver(self, delta: Delta) -> None:
-        key = (delta.request_id, delta.choice)
-        if key not in self._open:
-            return
-        self._unstarted.pop(delta.request_id, None)
-        if delta.finish is not None:
-            self._close(key)
-        earlier = self._mailbox.get(key)
-        if earlier is not None:
-            delta = msgspec.structs.replace(
-                delta,
-                token_ids=earlier.token_ids + delta.token_ids,
-                cached_tokens=earlier.cached_tokens,
-            )
-        self._mailbox[key] = delta
-        self._arrived.set()
-
-    def _close(self, key: tuple[int, int]) -> None:
-        self._open.discard(key)
-        if not self._open:
-            self._client._settled(self)
-
-    def _mark_started(self, request_id: int) -> None:
-        if self._unstarted.pop(request_id, None) is not None:
-            self.started_at[request_id] = time.monotonic()
-
-    def _engine_lost(self, error: str) -> None:
-        """End what the lost engine had begun. What it had not begun stays, to be submitted again, once."""
-        if self._resubmitted:
-            self._unstarted.clear()
-        self._end(Finish.ERROR, error, kept=self._unstarted)
-
-    def _end(self, finish: Finish, error: str, *, kept: Collection[int] = ()) -> None:
-        """End every open sequence but those of the requests `kept`."""
-        for request_id, choice in list(self._open):
-            if request_id not in kept:
-                self._deliver(Delta(request_id, choice, (), finish, error))
-
-    def _take_unstarted(self) -> list[Request]:
-        self._resubmitted = True
-        return list(self._unstarted.values())
 
 
 class EngineClient:
@@ -215,10 +135,23 @@ class EngineClient:
             raise EngineNotReady(f"the model is not ready yet (phase: {self.status.phase})")
         return self.model
 
-    def submit(self, requests: Sequence[Request]) -> Stream:
-        """Hand `requests` to the engine as one group. Raises EngineUnavailable."""
+    def submit(
+        self,
+        requests: Sequence[Request],
+        params: SamplingParams,
+        *,
+        completing_ids: bytes = b"",
+        deadline: float | None = None,
+        queue_deadline: float | None = None,
+    ) -> Stream:
+        """Hand `requests` to the engine as one group, drawn by `params`. Raises EngineUnavailable.
+
+        `completing_ids` is Submit's. Deadlines are in monotonic seconds: all must have finished by the one, and have
+        started by the other.
+        """
         self.check_ready()
-        stream = Stream(self, requests)
+        submit = Submit(tuple(requests), params, completing_ids)
+        stream = Stream(self, submit, deadline=deadline, queue_deadline=queue_deadline)
         for request in requests:
             self._streams[request.id] = stream
         if not self._busy:
@@ -226,7 +159,7 @@ class EngineClient:
         self._busy.add(stream)
         self._work_open.set()
         self._idle.clear()
-        self._send(Submit(tuple(requests)))
+        self._send(submit)
         return stream
 
     # What the supervisor's words lead to
@@ -247,8 +180,8 @@ class EngineClient:
     def abandon(self, error: str) -> None:
         """The service ends: so does everything open, as ABORT with an error."""
         for stream in self._unique_streams():
-            for request_id in stream._request_ids:
-                self._abort(request_id, None)
+            for request in stream._submit.requests:
+                self._abort(request.id, None)
             stream._end(Finish.ABORT, error)
 
     def fail(self, reason: str = "the engine failed too often and is not being restarted") -> None:
@@ -334,9 +267,9 @@ class EngineClient:
                 self._watcher = self._spawn(self._watch())
                 if self._failed is None:
                     self._on_up(model)
-                again = [request for stream in self._unique_streams() for request in stream._take_unstarted()]
-                if again:
-                    self._send(Submit(tuple(again)))
+                for stream in self._unique_streams():
+                    if (again := stream._take_unstarted()) is not None:
+                        self._send(again)
 
     def _unique_streams(self) -> list[Stream]:
         return list(dict.fromkeys(self._streams.values()))
@@ -346,8 +279,8 @@ class EngineClient:
 
     def _forget(self, stream: Stream) -> None:
         self._settled(stream)
-        for request_id in stream._request_ids:
-            self._streams.pop(request_id, None)
+        for request in stream._submit.requests:
+            self._streams.pop(request.id, None)
         if not self._streams:
             self._idle.set()
 

@@ -18,7 +18,9 @@ from tqdm import tqdm
 from service.checkpoint.download import resolve
 from service.checkpoint.hub import CheckpointError, read_config, read_state
 from service.checkpoint.tokenizer import read_tokenizer
+from service.engine.compiler import Compile
 from service.engine.config import EngineConfig
+from service.engine.grammar import Grammars
 from service.engine.request import ModelInfo
 from service.engine.scheduler import Scheduler
 from service.model.batch import OutOfMemory
@@ -83,6 +85,7 @@ class Loaded:
     model: ModelInfo
     runner: TorchRunner
     scheduler: Scheduler
+    compile_grammar: Compile  # makes the library's tokenizer of the model's folder when first called
 
 
 def load(config: EngineConfig, report: Reporter) -> Loaded:
@@ -147,6 +150,7 @@ def _load(config: EngineConfig, report: Reporter) -> Loaded:
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         context_length=model.config.context_length,
+        vocab_size=model.config.vocab_size,
         end_of_text_id=model.config.end_of_text_id,
     )
     info = ModelInfo(
@@ -160,7 +164,8 @@ def _load(config: EngineConfig, report: Reporter) -> Loaded:
         dtype=str(model.dtype).removeprefix("torch."),
         device=str(device),
     )
-    return Loaded(info, runner, scheduler)
+    grammars = Grammars(lambda: read_tokenizer(folder), end_of_text_id=model.config.end_of_text_id)
+    return Loaded(info, runner, scheduler, grammars.compile)
 
 
 def _device(name: str) -> torch.device:

@@ -3,6 +3,8 @@
 It ignores SIGINT and SIGTERM, and ends when its channel closes or its parent is gone.
 """
 
+from __future__ import annotations
+
 import logging
 import multiprocessing
 import multiprocessing.connection
@@ -12,14 +14,19 @@ import socket
 import sys
 import threading
 import time
+from typing import TYPE_CHECKING
 
 from service.engine.channel import Channel, ChannelClosed
+from service.engine.compiler import Compile, GrammarCompiler
 from service.engine.config import EngineConfig
 from service.engine.core import Core
 from service.engine.request import Abort, Delta, EngineStats, Publish, Ready, Status, Submit, ToEngine
 from service.engine.scheduler import Scheduler
 from service.logs import configure_logging
 from service.model.batch import DeviceLost, Runner
+
+if TYPE_CHECKING:
+    from service.engine.grammar import Constraint
 
 log = logging.getLogger(__name__)
 
@@ -46,11 +53,11 @@ def _end_with(sentinel: int) -> None:
 
 
 class Publisher:
-    """What the API is to hear, and when: starts, first tokens and ends at once, other tokens by interval."""
+    """What the API is to hear, and when: starts, first tokens, urgent ones and ends at once, the rest by interval."""
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
-        self._tokens: dict[tuple[int, int], list[int]] = {}  # held back
+        self._held: dict[tuple[int, int], Delta] = {}
         self._begun: set[tuple[int, int]] = set()  # sequences whose first token is out
         self._published_at = 0.0
         self._stats_at = 0.0
@@ -66,17 +73,19 @@ class Publisher:
         urgent = []
         for delta in deltas:
             key = (delta.request_id, delta.choice)
+            held = self._held.pop(key, None)
+            if held is not None:
+                delta = held.then(delta)
             if delta.finish is not None:
-                held = self._tokens.pop(key, None)
                 self._begun.discard(key)
-                if held is not None:
-                    delta = Delta(*key, (*held, *delta.token_ids), delta.finish, delta.error, delta.cached_tokens)
                 urgent.append(delta)
             elif key not in self._begun:
                 self._begun.add(key)
                 urgent.append(delta)
+            elif delta.urgent:
+                urgent.append(delta)
             else:
-                self._tokens.setdefault(key, []).extend(delta.token_ids)
+                self._held[key] = delta
         if urgent:
             self._channel.send(Publish(deltas=tuple(urgent)))
 
@@ -89,14 +98,14 @@ class Publisher:
         now = time.monotonic()
         num_streams = len(self._begun)
         interval = 0.0 if num_streams <= _PUBLISH_AT_ONCE else _PUBLISH_SECONDS_A_STREAM * num_streams
-        send_tokens = bool(self._tokens) and (idle or now - self._published_at >= min(interval, _MAX_PUBLISH_SECONDS))
+        send_tokens = bool(self._held) and (idle or now - self._published_at >= min(interval, _MAX_PUBLISH_SECONDS))
         send_stats = idle or now - self._stats_at >= _STATS_SECONDS
         if not send_tokens and not send_stats:
             return
         deltas: tuple[Delta, ...] = ()
         if send_tokens:
-            deltas = tuple(Delta(*key, tuple(token_ids)) for key, token_ids in self._tokens.items())
-            self._tokens.clear()
+            deltas = tuple(self._held.values())
+            self._held.clear()
             self._published_at = now
         stats: EngineStats | None = None
         if send_stats:
@@ -110,11 +119,12 @@ class Publisher:
 class Loop:
     """Steps the engine for as long as the channel is open."""
 
-    def __init__(self, channel: Channel, scheduler: Scheduler, runner: Runner) -> None:
+    def __init__(self, channel: Channel, scheduler: Scheduler, runner: Runner, compile_grammar: Compile) -> None:
         self._channel = channel
         self._scheduler = scheduler
         self._core = Core(scheduler, runner)
         self._publisher = Publisher(channel)
+        self._compiler = GrammarCompiler(compile_grammar, scheduler.is_open)
 
     def run(self) -> None:
         """Return when the channel closes. Raises DeviceLost, after which the process must end."""
@@ -123,10 +133,12 @@ class Loop:
             while True:
                 if self._core.idle:
                     self._publisher.due(self._scheduler, idle=True)
-                    self._channel.wait()
+                    self._channel.wait(self._compiler.wake)
                     stepped_at = time.perf_counter()
                 for message in self._channel.receive():
                     self._take(message)
+                for request_ids, compiled in self._compiler.take():
+                    self._supply(request_ids, compiled)
                 num_steps, num_sampled = self._scheduler.num_steps, self._scheduler.num_sampled
                 self._publisher.deltas(self._core.step(self._publisher.started))
                 if self._scheduler.num_steps > num_steps:
@@ -136,14 +148,26 @@ class Loop:
                 self._publisher.due(self._scheduler, idle=False)
         except ChannelClosed:
             return
+        finally:
+            self._compiler.close()
 
     def _take(self, message: object) -> None:
         match message:
-            case Submit(requests):
+            case Submit(requests, params, completing_ids):
                 for request in requests:
-                    self._scheduler.add(request)
+                    self._scheduler.add(request, params, completing_ids=completing_ids)
+                if params.grammar is not None:
+                    self._compiler.submit(tuple(request.id for request in requests), params.grammar)
             case Abort(request_id, choice):
                 self._publisher.deltas(self._scheduler.abort(request_id, choice))
+
+    def _supply(self, request_ids: tuple[int, ...], compiled: Constraint | BaseException) -> None:
+        for request_id in request_ids:
+            if isinstance(compiled, BaseException):
+                error = f"the grammar could not be compiled: {compiled}"
+                self._publisher.deltas(self._scheduler.refuse(request_id, error))
+            else:
+                self._scheduler.supply(request_id, compiled)
 
 
 def main(config: EngineConfig, sock: socket.socket) -> None:
@@ -161,7 +185,7 @@ def main(config: EngineConfig, sock: socket.socket) -> None:
             log.error("%s", error)
             sys.exit(EXIT_UNUSABLE)
         channel.send(Ready(loaded.model))
-        Loop(channel, loaded.scheduler, loaded.runner).run()
+        Loop(channel, loaded.scheduler, loaded.runner, loaded.compile_grammar).run()
         loaded.runner.close()
     except ChannelClosed:
         return

@@ -7,6 +7,8 @@ import enum
 
 import msgspec
 
+MAX_LOGPROBS = 20  # best tokens that can be reported
+
 
 class Finish(enum.StrEnum):
     """Why a sequence ended."""
@@ -18,17 +20,26 @@ class Finish(enum.StrEnum):
 
 
 class SamplingParams(msgspec.Struct, frozen=True, array_like=True):
-    """How the tokens of one request are drawn. Range checks are the API's; the engine trusts these numbers."""
+    """How the tokens of a group of requests are drawn. Range checks are the API's; the engine trusts these numbers."""
 
-    max_tokens: int
+    max_tokens: int  # 0: nothing is generated, the prompt is scored
     temperature: float = 1.0  # 0 is greedy
     top_k: int = 0  # 0 is off
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int = 0  # int64; the draw depends on (seed, choice, position) alone
-    min_tokens: int = 0
+    min_tokens: int = 0  # end of text and stop ids are banned before this many
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
+    presence_penalty: float = 0.0  # these two count generated tokens
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0  # counts the prompt too
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (id, what is added to its logit), each id once
+    allowed_token_ids: tuple[int, ...] | None = None  # None allows all
+    banned_token_ids: tuple[int, ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()  # of two ids or more; the last is banned where the others stand before
+    grammar: str | None = None  # of llguidance; the text must match it
+    num_logprobs: int | None = None  # report each token's log-probability, and so many of the best (0..MAX_LOGPROBS)
 
 
 class Request(msgspec.Struct, frozen=True, array_like=True):
@@ -36,8 +47,21 @@ class Request(msgspec.Struct, frozen=True, array_like=True):
 
     id: int
     prompt: tuple[int, ...]
-    params: SamplingParams
     n: int = 1
+    score_from: int | None = None  # prompt tokens from this index (>= 1) on get log-probabilities
+    priority: int = 0  # lower leaves the queue first
+    cache_salt: str = ""  # blocks are shared only with requests of the same salt
+
+
+class Logprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Natural logs of the raw distribution at T tokens: before temperature, filters, bias and penalties. Finite."""
+
+    chosen: bytes = b""  # fp32 [T], of the token that stands there
+    top_ids: bytes = b""  # int32 [T, N], the N best, best first
+    top: bytes = b""  # fp32 [T, N]
+
+    def __add__(self, other: "Logprobs") -> "Logprobs":
+        return Logprobs(self.chosen + other.chosen, self.top_ids + other.top_ids, self.top + other.top)
 
 
 class Delta(msgspec.Struct, frozen=True, array_like=True):
@@ -49,6 +73,24 @@ class Delta(msgspec.Struct, frozen=True, array_like=True):
     finish: Finish | None = None
     error: str | None = None
     cached_tokens: int = 0  # prompt tokens taken from shared blocks; told with the sequence's first tokens
+    logprobs: Logprobs | None = None  # of token_ids, where they were asked for
+    prompt_logprobs: Logprobs | None = None  # of prompt[score_from:], whole, with the sequence's first Delta
+    urgent: bool = False  # a token may complete a stop string: publish at once
+
+    def then(self, later: "Delta") -> "Delta":
+        """This and the next Delta of the same sequence as one."""
+        logprobs = later.logprobs if self.logprobs is None else self.logprobs + (later.logprobs or Logprobs())
+        return Delta(
+            self.request_id,
+            self.choice,
+            self.token_ids + later.token_ids,
+            later.finish,
+            later.error,
+            self.cached_tokens,
+            logprobs,
+            self.prompt_logprobs or later.prompt_logprobs,
+            later.urgent,
+        )
 
 
 class EngineStats(msgspec.Struct, frozen=True, array_like=True):
@@ -85,7 +127,11 @@ class ModelInfo(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Submit(msgspec.Struct, frozen=True, array_like=True, tag="submit"):
+    """A group of requests, drawn alike."""
+
     requests: tuple[Request, ...]
+    params: SamplingParams
+    completing_ids: bytes = b""  # bit i % 8 of byte i // 8: token i can complete a stop string; empty: none can
 
 
 class Abort(msgspec.Struct, frozen=True, array_like=True, tag="abort"):

@@ -11,6 +11,9 @@ import numpy.typing as npt
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
+Float32 = npt.NDArray[np.float32]
+
+NUM_TOP = 20  # best tokens whose log-probabilities a step gives, where it gives any
 
 # One entry a sampled row. `seed` and `choice` and the row's position are all that its random number depends on.
 SAMPLING = np.dtype(
@@ -21,10 +24,11 @@ SAMPLING = np.dtype(
         ("min_p", np.float32),
         ("seed", np.int64),
         ("choice", np.int32),
-        (
-            "min_length",
-            np.int32,
-        ),  # a row at a position before this may not sample end of text
+        ("min_length", np.int32),  # a row at a position before this may not sample end of text
+        ("num_prompt", np.int32),  # these four are read only in a batch with `histories`
+        ("presence_penalty", np.float32),
+        ("frequency_penalty", np.float32),
+        ("repetition_penalty", np.float32),
     ]
 )
 NOT_FINITE = -1  # StepOutput's token id for a row whose logits held a NaN or an infinity
@@ -58,6 +62,43 @@ class Batch:
     sample_indices: Int32  # [R] which of the T tokens gives row r its logits
     sample_positions: Int32  # [R] the position of the token to be sampled
     sampling: npt.NDArray[np.void]  # [R] of SAMPLING
+    # Only where a row asks for it: a step without these computes nothing for them.
+    masks: Int32 | None = None  # [R, ceil(V / 32)] bit i % 32 of word i // 32: token i may be sampled
+    biases: "Biases | None" = None
+    # [R, width], width >= 1: a row's tokens before its last (which the device has), then -1; all -1 without penalties.
+    histories: Int32 | None = None
+    logprobs: bool = False  # give those of the sampled tokens
+    scored: "Scored | None" = None
+
+
+@dataclass(frozen=True, slots=True)
+class Biases:
+    """What is added to some logits; no (row, id) twice."""
+
+    rows: Int32  # [E]
+    token_ids: Int32  # [E]
+    values: Float32  # [E]
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """Tokens of prompts whose log-probabilities are wanted."""
+
+    indices: Int32  # [P] which of the T tokens comes before
+    targets: Int32  # [P] token ids
+
+
+@dataclass(frozen=True, slots=True)
+class TopLogprobs:
+    """Natural logs of the raw distribution: before temperature, filters, bias, penalties and masks.
+
+    `chosen` is a NaN where logits held a NaN or an infinity; elsewhere all are finite, and `chosen` equals the entry
+    of `top` for the same token.
+    """
+
+    chosen: Float32  # [N], of the sampled token or the target
+    top_ids: Int32  # [N, NUM_TOP], best first
+    top: Float32  # [N, NUM_TOP]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +106,8 @@ class StepOutput:
     """The sampled tokens of a step."""
 
     token_ids: Int32  # [R]; NOT_FINITE where a row could not be sampled
+    logprobs: TopLogprobs | None = None  # [R], where the batch asked for them
+    scores: TopLogprobs | None = None  # [P], where the batch had `scored`
 
 
 class Runner(Protocol):

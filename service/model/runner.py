@@ -1,24 +1,29 @@
-"""The runner: batches of integers to the device, one token a sampled row back. Called by the engine process."""
+"""The runner: batches of integers to the device, sampled tokens and log-probabilities back. Called by the engine."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from service.model.attention import Decodes, KVCache, PagedAttention, Prefill
-from service.model.batch import SAMPLING, Batch, DeviceLost, OutOfMemory, StepOutput
+from service.model.batch import SAMPLING, Batch, Biases, DeviceLost, Int32, OutOfMemory, Scored, StepOutput
+from service.model.config import ModelConfig
 from service.model.gpt2 import GPT2
-from service.model.sampler import SamplingTensors, sample
+from service.model.logprobs import logprob_words, unpack_logprobs
+from service.model.sampler import LogitBiases, Penalties, SamplingTensors, sample
 
 # Tokens of context that one gather of decodes copies: on a CPU what its caches hold, on a GPU what its memory does.
 _MOST_GATHERED = {"cpu": 2048, "cuda": 2**19}
 # How much longer than the shortest the longest of them may be: on a GPU another gather costs more than padding does.
 _MOST_PADDING = {"cpu": 2, "cuda": 1024}
 _SHORT = 64  # tokens of context, up to which padding costs less than another gather
+# Prompt tokens whose logits stand in memory at once (200 KB each): enough to keep the head's product busy.
+_MOST_SCORED = {"cpu": 128, "cuda": 512}
+# Where each field of SAMPLING lies in its record, in words of 32 bits.
+_WORD = {name: offset // 4 for name, (_, offset, *_) in SAMPLING.fields.items()}  # type: ignore[union-attr]
 
 
 class KVMemoryError(ValueError):
@@ -26,8 +31,20 @@ class KVMemoryError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
+class _Results:
+    tokens: Tensor  # [R] int64
+    logprobs: Tensor | None  # [R, ...] words of model/logprobs.py
+    scores: Tensor | None  # [P, ...] the same
+
+    def to_host(self) -> "_Results":
+        """Copies that are filled once what is queued on the GPU so far is done."""
+        logprobs, scores = (None if words is None else _to_host(words) for words in (self.logprobs, self.scores))
+        return _Results(_to_host(self.tokens), logprobs, scores)
+
+
+@dataclass(frozen=True, slots=True)
 class _Launched:
-    tokens: Tensor  # [R] on the host, filled once `done` has happened
+    results: _Results  # on the host, filled once `done` has happened
     done: torch.cuda.Event | None
 
 
@@ -57,21 +74,20 @@ class TorchRunner:
     def launch(self, batch: Batch) -> None:
         """Start computing `batch`; on a CPU, compute it."""
         try:
-            tokens = self._step(batch)
+            results = self._step(batch)
             if self._device.type == "cuda":
-                host = torch.empty(len(tokens), dtype=torch.int64, pin_memory=True)
-                host.copy_(tokens, non_blocking=True)
+                host = results.to_host()
                 done = torch.cuda.Event()  # type: ignore[no-untyped-call]
                 done.record()
                 self._launched.append(_Launched(host, done))
             else:
-                self._launched.append(_Launched(tokens, None))
-            self._previous = tokens
+                self._launched.append(_Launched(results, None))
+            self._previous = results.tokens
         except RuntimeError as error:
             raise _translate(error) from error
 
     def collect(self) -> StepOutput:
-        """The samples of the oldest launched batch; if that raises, everything launched is gone."""
+        """The results of the oldest launched batch; if that raises, everything launched is gone."""
         launched = self._launched.popleft()
         if launched.done is not None:
             try:
@@ -79,55 +95,78 @@ class TorchRunner:
             except RuntimeError as error:
                 self._launched.clear()
                 raise _translate(error) from error
-        return StepOutput(launched.tokens.numpy().astype(np.int32))
+        results = launched.results
+        return StepOutput(
+            results.tokens.numpy().astype(np.int32),
+            logprobs=None if results.logprobs is None else unpack_logprobs(results.logprobs.numpy()),
+            scores=None if results.scores is None else unpack_logprobs(results.scores.numpy()),
+        )
 
     def close(self) -> None:
         self._launched.clear()
         del self._cache, self._model
 
-    def _step(self, batch: Batch) -> Tensor:
-        sampling = batch.sampling
-        (
-            token_ids,
-            sources,
-            positions,
-            slots,
-            tables,
-            lengths,
-            indices,
-            draw_positions,
-            words,
-        ) = self._upload(
-            batch.token_ids,
-            batch.token_sources,
-            batch.positions,
-            batch.slots,
-            batch.block_tables.ravel(),
-            batch.context_lengths,
-            batch.sample_indices,
-            batch.sample_positions,
-            np.ascontiguousarray(sampling).view(np.int32),
-        )
-        token_ids = token_ids.long()
+    def _step(self, batch: Batch) -> _Results:
+        arrays = {
+            "token_ids": batch.token_ids,
+            "sources": batch.token_sources,
+            "positions": batch.positions,
+            "slots": batch.slots,
+            "tables": batch.block_tables.ravel(),
+            "lengths": batch.context_lengths,
+            "indices": batch.sample_indices,
+            "sample_positions": batch.sample_positions,
+            "sampling": np.ascontiguousarray(batch.sampling).view(np.int32),
+        }
+        inputs = self._upload(arrays | _asked(batch))
+        token_ids, sources = inputs["token_ids"].long(), inputs["sources"]
         if (batch.token_sources >= 0).any():
             # A row that could not be sampled is NOT_FINITE here; what is computed from it is dropped.
             sampled = self._previous[sources.clamp(min=0)].clamp(min=0)
             token_ids = torch.where(sources >= 0, sampled, token_ids)
-        tables = tables.view(batch.block_tables.shape)
-        attention = self._attention(batch, slots.long(), tables, lengths)
-        hidden = self._model.hidden(token_ids, positions.long(), self._cache, attention)
-        if not len(sampling):
-            return self._previous[:0]
-        logits = self._model.logits(hidden[indices.long()])
+        tables = inputs["tables"].view(batch.block_tables.shape)
+        attention = self._attention(batch, inputs["slots"].long(), tables, inputs["lengths"])
+        hidden = self._model.hidden(token_ids, inputs["positions"].long(), self._cache, attention)
+        scores = None
+        if batch.scored is not None:
+            scores = self._score(hidden, inputs["scored_indices"].long(), inputs["scored_targets"].long())
+        if not len(batch.sampling):
+            return _Results(self._previous[:0], None, scores)
+        logits = self._model.logits(hidden[inputs["indices"].long()])
+        tokens = self._sample(batch, inputs, logits=logits, token_ids=token_ids)
+        return _Results(tokens, logprob_words(logits, tokens) if batch.logprobs else None, scores)
+
+    def _sample(self, batch: Batch, inputs: Mapping[str, Tensor], *, logits: Tensor, token_ids: Tensor) -> Tensor:
+        """Tokens [R] from logits [R, V]; `token_ids` [T] are the step's, those in flight included."""
+        sampling = batch.sampling
+        words, positions = inputs["sampling"].view(len(sampling), -1), inputs["sample_positions"].long()
         drawn = sampling["temperature"] > 0
         filters = (sampling["top_k"] > 0) | (sampling["top_p"] < 1) | (sampling["min_p"] > 0)
+        penalties = biases = masks = None
+        if batch.histories is not None:
+            last = token_ids[inputs["indices"].long()]
+            penalties = _unpack_penalties(words, inputs["histories"].view(batch.histories.shape), last)
+        if batch.biases is not None:
+            rows, ids, values = (inputs[name] for name in ("bias_rows", "bias_ids", "bias_values"))
+            biases = LogitBiases(rows.long(), ids.long(), values.view(torch.float32))
+        if batch.masks is not None:
+            masks = inputs["masks"].view(batch.masks.shape)
         return sample(
             logits,
-            _unpack(words.view(len(sampling), -1), draw_positions.long()),
+            _unpack(words, positions),
             end_of_text_id=self._model.config.end_of_text_id,
             drawn=bool(drawn.any()),
             filtered=bool((drawn & filters).any()),
+            penalties=penalties,
+            biases=biases,
+            masks=masks,
         )
+
+    def _score(self, hidden: Tensor, indices: Tensor, targets: Tensor) -> Tensor:
+        """Words [P, ...] of model/logprobs.py for P targets. Never holds the logits of more than a slice of them."""
+        size = _MOST_SCORED[self._device.type]
+        slices = zip(torch.split(indices, size), torch.split(targets, size), strict=True)
+        return torch.cat([logprob_words(self._model.logits(hidden[rows]), ids) for rows, ids in slices])
 
     def _attention(self, batch: Batch, slots: Tensor, tables: Tensor, lengths: Tensor) -> PagedAttention:
         num_decodes = batch.num_decodes
@@ -153,12 +192,31 @@ class TorchRunner:
             block_size=self._block_size,
         )
 
-    def _upload(self, *arrays: npt.NDArray[np.int32]) -> Sequence[Tensor]:
-        """The arrays on the device, by one copy."""
-        sizes = [array.size for array in arrays]
+    def _upload(self, arrays: Mapping[str, Int32]) -> dict[str, Tensor]:
+        """The flat arrays on the device, by one copy."""
+        sizes = [array.size for array in arrays.values()]
         packed = torch.empty(sum(sizes), dtype=torch.int32, pin_memory=self._device.type == "cuda")
-        np.concatenate(arrays, out=packed.numpy())
-        return torch.split(packed.to(self._device, non_blocking=True), sizes)
+        np.concatenate(list(arrays.values()), out=packed.numpy())
+        return dict(zip(arrays, torch.split(packed.to(self._device, non_blocking=True), sizes), strict=True))
+
+
+def _asked(batch: Batch) -> dict[str, Int32]:
+    """What only some batches have, as flat arrays of 32-bit words."""
+    arrays: dict[str, Int32] = {}
+    if batch.masks is not None:
+        arrays["masks"] = batch.masks.ravel()
+    if batch.histories is not None:
+        arrays["histories"] = batch.histories.ravel()
+    if batch.biases is not None:
+        arrays["bias_rows"], arrays["bias_ids"] = batch.biases.rows, batch.biases.token_ids
+        arrays["bias_values"] = batch.biases.values.view(np.int32)
+    if batch.scored is not None:
+        arrays["scored_indices"], arrays["scored_targets"] = batch.scored.indices, batch.scored.targets
+    return arrays
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
 def cut_decodes(lengths: Sequence[int], device_type: str) -> list[tuple[int, int]]:
@@ -175,17 +233,27 @@ def cut_decodes(lengths: Sequence[int], device_type: str) -> list[tuple[int, int
 
 def _unpack(words: Tensor, positions: Tensor) -> SamplingTensors:
     """SAMPLING's records, as rows of 32-bit words, in tensors."""
-    word = {name: offset // 4 for name, (_, offset, *_) in SAMPLING.fields.items()}  # type: ignore[union-attr]
-    low, high = words[:, word["seed"]].long(), words[:, word["seed"] + 1].long()
+    low, high = words[:, _WORD["seed"]].long(), words[:, _WORD["seed"] + 1].long()
     return SamplingTensors(
-        temperature=words[:, word["temperature"]].view(torch.float32),
-        top_k=words[:, word["top_k"]].long(),
-        top_p=words[:, word["top_p"]].view(torch.float32),
-        min_p=words[:, word["min_p"]].view(torch.float32),
+        temperature=words[:, _WORD["temperature"]].view(torch.float32),
+        top_k=words[:, _WORD["top_k"]].long(),
+        top_p=words[:, _WORD["top_p"]].view(torch.float32),
+        min_p=words[:, _WORD["min_p"]].view(torch.float32),
         seed=high << 32 | low & 0xFFFFFFFF,
-        choice=words[:, word["choice"]].long(),
+        choice=words[:, _WORD["choice"]].long(),
         position=positions,
-        may_end=positions >= words[:, word["min_length"]],
+        may_end=positions >= words[:, _WORD["min_length"]],
+    )
+
+
+def _unpack_penalties(words: Tensor, histories: Tensor, last: Tensor) -> Penalties:
+    return Penalties(
+        histories=histories.long(),
+        last=last,
+        num_prompt=words[:, _WORD["num_prompt"]].long(),
+        repetition=words[:, _WORD["repetition_penalty"]].view(torch.float32),
+        frequency=words[:, _WORD["frequency_penalty"]].view(torch.float32),
+        presence=words[:, _WORD["presence_penalty"]].view(torch.float32),
     )
 
 
@@ -235,27 +303,31 @@ def measure_kv_memory(
 
 
 def warm_up(runner: TorchRunner, *, max_num_seqs: int, max_num_batched_tokens: int) -> None:
-    """Run the largest prefill and the largest decode step once, on block 0: first calls are slow, and memory peaks."""
-    context = runner._model.config.context_length
-    lengths = [context] * (max_num_batched_tokens // context) or [max_num_batched_tokens]
+    """Run the largest prefill and the largest decode step once, on block 0: first calls are slow, and memory peaks.
+
+    Both ask for all that a batch can ask for, which takes the most memory.
+    """
+    config = runner._model.config
+    lengths = [config.context_length] * (max_num_batched_tokens // config.context_length) or [max_num_batched_tokens]
     for counts in (lengths, [1] * max_num_seqs):
-        runner.launch(_dummy(counts, context, runner._block_size))
+        runner.launch(_dummy(counts, config, runner._block_size))
         runner.collect()
 
 
-def _dummy(counts: list[int], context_length: int, block_size: int) -> Batch:
+def _dummy(counts: list[int], config: ModelConfig, block_size: int) -> Batch:
     num_sequences = len(counts)
     query_starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
     num_tokens = int(query_starts[-1])
     sampling = np.zeros(num_sequences, dtype=SAMPLING)
-    sampling["temperature"], sampling["top_p"] = 1, 0.9
+    sampling["temperature"], sampling["top_p"], sampling["repetition_penalty"] = 1, 0.9, 1.1
+    rows = np.arange(num_sequences, dtype=np.int32)
     decode = num_tokens == num_sequences
-    lengths = np.full(num_sequences, context_length, np.int32) if decode else np.asarray(counts, np.int32)
+    lengths = np.full(num_sequences, config.context_length, np.int32) if decode else np.asarray(counts, np.int32)
     width = -(-int(lengths.max()) // block_size)
     return Batch(
         token_ids=np.zeros(num_tokens, np.int32),
         token_sources=np.full(num_tokens, -1, np.int32),
-        positions=np.arange(num_tokens, dtype=np.int32) % context_length,
+        positions=np.arange(num_tokens, dtype=np.int32) % config.context_length,
         slots=np.zeros(num_tokens, np.int32) if decode else np.arange(num_tokens, dtype=np.int32) % block_size,
         query_starts=query_starts,
         context_lengths=lengths,
@@ -264,4 +336,9 @@ def _dummy(counts: list[int], context_length: int, block_size: int) -> Batch:
         sample_indices=query_starts[1:] - 1,
         sample_positions=lengths,
         sampling=sampling,
+        masks=np.full((num_sequences, -(-config.vocab_size // 32)), -1, np.int32),
+        biases=Biases(rows, np.zeros_like(rows), np.ones(num_sequences, np.float32)),
+        histories=np.zeros((num_sequences, config.context_length - 1), np.int32),
+        logprobs=True,
+        scored=Scored(np.arange(num_tokens, dtype=np.int32), np.zeros(num_tokens, np.int32)),
     )

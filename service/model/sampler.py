@@ -33,6 +33,27 @@ class SamplingTensors:
     may_end: Tensor  # bool: end of text may be drawn
 
 
+@dataclass(frozen=True, slots=True)
+class Penalties:
+    """What R rows have said so far and what saying it again costs them. 1, 0 and 0 leave a row as it is."""
+
+    histories: Tensor  # [R, width] int64: column i has the token at position i, up to the last but one; then -1
+    last: Tensor  # [R] int64: the token before the one to be drawn
+    num_prompt: Tensor  # [R] int64: tokens from this position on were generated
+    repetition: Tensor  # [R] fp32, counts every token
+    frequency: Tensor  # [R] fp32, these two count generated ones
+    presence: Tensor  # [R] fp32
+
+
+@dataclass(frozen=True, slots=True)
+class LogitBiases:
+    """What is added to E logits; no (row, id) twice."""
+
+    rows: Tensor  # [E] int64
+    token_ids: Tensor  # [E] int64
+    values: Tensor  # [E] fp32
+
+
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
     """Philox4x32-10: four words for a counter of four and a key of two; a word is an int64 tensor in 0..2^32-1."""
     c0, c1, c2, c3 = counter
@@ -64,13 +85,25 @@ def sample(
     end_of_text_id: int,
     drawn: bool = True,
     filtered: bool = True,
+    penalties: Penalties | None = None,
+    biases: LogitBiases | None = None,
+    masks: Tensor | None = None,
 ) -> Tensor:
     """Token ids [R], int64, for fp32 logits [R, V]; NOT_FINITE for a row that holds a NaN or an infinity.
 
-    `drawn` and `filtered` say whether any row draws, and whether any that draws has a filter: they choose the
-    operators of the whole batch, never a row's result.
+    Penalties come first, then biases, then `masks` [R, ceil(V / 32)], int32 (bit i % 32 of word i // 32: token i may
+    be taken; a row has one at least) and the ban of end of text, then temperature and filters.
+    `drawn` and `filtered` say whether any row draws, and whether any that draws has a filter: they and what is None
+    choose the operators of the whole batch, never a row's result. The caller's logits stay as they are.
     """
     finite = torch.isfinite(logits.sum(-1))
+    if penalties is not None:
+        logits = _penalize(logits, penalties, sampling.position)
+    if biases is not None:
+        at = (biases.rows, biases.token_ids)
+        logits = logits.index_put(at, logits[at] + biases.values)
+    if masks is not None:
+        logits = logits.masked_fill(~_unpack_bits(masks, logits.shape[-1]), -torch.inf)
     banned = torch.where(sampling.may_end, logits[:, end_of_text_id], -torch.inf)
     logits = logits.clone()
     logits[:, end_of_text_id] = banned
@@ -84,6 +117,30 @@ def sample(
         draw = _invert(probabilities, uniform(sampling.seed, sampling.choice, sampling.position))
         tokens = torch.where(greedy, tokens, draw)
     return torch.where(finite, tokens, NOT_FINITE)
+
+
+def _penalize(logits: Tensor, penalties: Penalties, position: Tensor) -> Tensor:
+    """Repetition, then frequency and presence, where a row has said an id; `position` [R] is the one to be drawn."""
+    histories, last = penalties.histories, penalties.last[:, None]
+    positions = torch.arange(histories.shape[1], device=logits.device)
+    generated = (positions >= penalties.num_prompt[:, None]) & (histories >= 0)
+    generated = torch.cat((generated, (position > penalties.num_prompt)[:, None]), -1)
+    said = torch.cat((torch.where(histories >= 0, histories, last), last), -1)  # padding says the last again, uncounted
+    counts = torch.zeros_like(logits).scatter_add_(-1, said, generated.float()).gather(-1, said)
+    repetition, frequency, presence = (
+        column[:, None] for column in (penalties.repetition, penalties.frequency, penalties.presence)
+    )
+    scores = logits.gather(-1, said)
+    scores = torch.where(scores > 0, scores / repetition, scores * repetition)
+    scores = scores - frequency * counts - presence * (counts > 0)
+    return logits.scatter(-1, said, scores)  # an id said twice gets the same score twice
+
+
+def _unpack_bits(words: Tensor, size: int) -> Tensor:
+    """[R, size] bool of [R, ceil(size / 32)] int32 words, lowest bit first."""
+    octets = words.view(torch.uint8)[:, :, None]  # of a little-endian machine
+    bits = octets >> torch.arange(8, dtype=torch.uint8, device=words.device) & 1
+    return bits.bool().flatten(1)[:, :size]
 
 
 def _filter(probabilities: Tensor, sampling: SamplingTensors) -> Tensor:

@@ -80,6 +80,7 @@ async def start(tokenizer: Tokenizer) -> AsyncIterator[Start]:
         defaults: dict[str, Any] = {
             "model_names": ["demo", "org/alias"],
             "max_body_bytes": 8 * 2**20,
+            "max_choices": 1024,
             "stream_keep_alive_seconds": 15.0,
             "version": "1.2.3",
             "load_tokenizer": lambda _: tokenizer,

@@ -1,7 +1,7 @@
 """An engine at the other end of a real socket pair: speaks the records of request.py and makes tokens by a script.
 
 The script is a pure function of (request, choice), so a request gets the same tokens in any company. Everything the
-API sends is kept (`submitted`, `aborted`), and tests wait for it on `changed` instead of sleeping.
+API sends is kept (`submitted` with `params`, `aborted`), and tests wait for it on `changed` instead of sleeping.
 """
 
 import asyncio
@@ -10,6 +10,7 @@ import socket
 from collections.abc import Callable, Sequence
 
 import msgspec
+import numpy as np
 
 from service.engine.channel import HEADER_BYTES, frame
 from service.engine.request import (
@@ -17,10 +18,12 @@ from service.engine.request import (
     Delta,
     EngineStats,
     Finish,
+    Logprobs,
     ModelInfo,
     Publish,
     Ready,
     Request,
+    SamplingParams,
     Status,
     Submit,
     ToApi,
@@ -38,15 +41,35 @@ MODEL = ModelInfo(
     dtype="float32",
     device="cpu",
 )
-Script = Callable[[Request, int], Sequence[int]]
+Script = Callable[[Request, SamplingParams, int], Sequence[int]]
 
 
-def random_tokens(request: Request, choice: int) -> list[int]:
+def random_tokens(request: Request, params: SamplingParams, choice: int) -> list[int]:
     """As many ids as were asked for, drawn from what a draw may depend on: prompt, seed, choice and position."""
-    drawn = 0 if request.params.temperature == 0 else request.params.seed
+    drawn = 0 if params.temperature == 0 else params.seed
     digest = hashlib.shake_128(repr((request.prompt, drawn, choice if drawn else 0)).encode())
-    data = digest.digest(2 * request.params.max_tokens)
+    data = digest.digest(2 * params.max_tokens)
     return [int.from_bytes(data[i : i + 2], "big") % 50256 for i in range(0, len(data), 2)]
+
+
+def logprob_entries(token_ids: Sequence[int], num_top: int) -> list[tuple[float, dict[int, float]]]:
+    """For each token its log-probability and the best ones: a pure function of the id. Each third is the best."""
+    entries = []
+    for token_id in token_ids:
+        best = {(token_id + token_id % 3 + 7 * rank) % MODEL.vocab_size: -0.1 * (rank + 1) for rank in range(num_top)}
+        rounded = {other: float(np.float32(value)) for other, value in best.items()}
+        entries.append((rounded.get(token_id, float(np.float32(-9.3 - token_id % 5))), rounded))
+    return entries
+
+
+def logprobs_of(token_ids: Sequence[int], num_top: int) -> Logprobs:
+    """The same as the engine's record."""
+    entries = logprob_entries(token_ids, num_top)
+    return Logprobs(
+        np.array([chosen for chosen, _ in entries], np.float32).tobytes(),
+        np.array([list(best) for _, best in entries], np.int32).tobytes(),
+        np.array([list(best.values()) for _, best in entries], np.float32).tobytes(),
+    )
 
 
 class FakeEngine:
@@ -62,6 +85,7 @@ class FakeEngine:
         self.tokens_before_gate = 0
         self.announce_started = True
         self.submitted: list[Request] = []
+        self.submits: list[Submit] = []
         self.aborted: list[Abort] = []
         self.changed = asyncio.Condition()
         self._open: dict[tuple[int, int], asyncio.Task[None]] = {}
@@ -117,11 +141,12 @@ class FakeEngine:
             while True:
                 size = int.from_bytes(await self._reader.readexactly(HEADER_BYTES), "big")
                 match decoder.decode(await self._reader.readexactly(size)):
-                    case Submit(requests):
+                    case Submit(requests, params) as submit:
+                        self.submits.append(submit)
                         self.submitted += requests
                         for request in requests:
                             for choice in range(request.n):
-                                task = asyncio.ensure_future(self._generate(request, choice))
+                                task = asyncio.ensure_future(self._generate(request, params, choice))
                                 self._open[request.id, choice] = task
                     case Abort() as abort:
                         self.aborted.append(abort)
@@ -133,38 +158,31 @@ class FakeEngine:
         except asyncio.IncompleteReadError:
             pass
 
-    async def _generate(self, request: Request, choice: int) -> None:
-        params = request.params
+    async def _generate(self, request: Request, params: SamplingParams, choice: int) -> None:
         stops = set(params.stop_token_ids) | (set() if params.ignore_eos else {MODEL.end_of_text_id})
-        tokens = list(self.script(request, choice))[: params.max_tokens]
-        end = next(
-            (i + 1 for i, t in enumerate(tokens) if t in stops and i + 1 > params.min_tokens),
-            None,
-        )
+        tokens = list(self.script(request, params, choice))[: params.max_tokens]
+        end = next((i + 1 for i, t in enumerate(tokens) if t in stops and i + 1 > params.min_tokens), None)
         finish = Finish.LENGTH if end is None else Finish.STOP
         tokens = tokens[:end]
         if choice == 0 and self.announce_started:
             self.send(Publish(started=(request.id,)))
-        for start in range(0, len(tokens), self.tokens_per_delta):
+        num_top = params.num_logprobs or 0
+        scores = None if request.score_from is None else logprobs_of(request.prompt[request.score_from :], num_top)
+        for start in range(0, max(1, len(tokens)), self.tokens_per_delta):
             if start >= self.tokens_before_gate:
                 await self.gate.wait()
             await asyncio.sleep(self.seconds_per_delta)
             piece = tuple(tokens[start : start + self.tokens_per_delta])
-            last = start + len(piece) == len(tokens)
-            cached = self.cached_tokens if start == 0 else 0
-            self.send(
-                Publish(
-                    deltas=(
-                        Delta(
-                            request.id,
-                            choice,
-                            piece,
-                            finish if last else None,
-                            cached_tokens=cached,
-                        ),
-                    )
-                )
+            delta = Delta(
+                request.id,
+                choice,
+                piece,
+                finish if start + len(piece) == len(tokens) else None,
+                cached_tokens=0 if start else self.cached_tokens,
+                logprobs=None if params.num_logprobs is None else logprobs_of(piece, num_top),
+                prompt_logprobs=None if start else scores,
             )
+            self.send(Publish(deltas=(delta,)))
         self._open.pop((request.id, choice), None)
         async with self.changed:
             self.changed.notify_all()

@@ -15,20 +15,35 @@ def test_importing_the_app_loads_no_torch() -> None:
     assert not {"torch", "transformers"} & modules
 
 
-async def test_openapi_describes_request_and_errors(api: Service) -> None:
-    """The request's fields with their descriptions, the answer, the envelope; no 422; every reference resolves."""
+async def test_openapi_describes_every_field(api: Service) -> None:
+    """Fields of requests have a description; what may be left out may be null; every reference resolves."""
     schema = (await api.http.get("/openapi.json")).json()
-    post = schema["paths"]["/v1/completions"]["post"]
-    reference = post["requestBody"]["content"]["application/json"]["schema"]["$ref"]
-    request = schema["components"]["schemas"][reference.rsplit("/", 1)[1]]
-    assert CompletionRequest.model_fields.keys() == request["properties"].keys()
-    assert 4 == len(request["properties"]["prompt"]["anyOf"])
-    assert {"200", "default"} == post["responses"].keys()
-    assert {"application/json", "text/event-stream"} == post["responses"]["200"]["content"].keys()
-    for routes in schema["paths"].values():
-        for operation in routes.values():
-            assert "422" not in operation["responses"]
-            envelope = operation["responses"]["default"]["content"]["application/json"]["schema"]["$ref"]
-            assert "#/components/schemas/ErrorEnvelope" == envelope
+    described = {}
+    for path, routes in schema["paths"].items():
+        if "post" in routes:
+            reference = routes["post"]["requestBody"]["content"]["application/json"]["schema"]["$ref"]
+            described[path] = schema["components"]["schemas"][reference.rsplit("/", 1)[1]]
+    assert {"/v1/completions", "/v1/score", "/tokenize", "/detokenize"} == described.keys()
+    assert CompletionRequest.model_fields.keys() == described["/v1/completions"]["properties"].keys()
+    for body in described.values():
+        for name, field in body["properties"].items():
+            assert field["description"].endswith("."), name
+            assert ({"type": "null"} in field.get("anyOf", ())) != (name in body.get("required", ())), name
     names = {part.split('"')[0] for part in str(schema).replace("'", '"').split("#/components/schemas/")[1:]}
     assert names <= schema["components"]["schemas"].keys()
+
+
+async def test_openapi_lists_every_status(api: Service) -> None:
+    """What a route can answer, each error in the envelope; never FastAPI's 422."""
+    schema = (await api.http.get("/openapi.json")).json()
+    expected = {"200", "400", "404", "413", "429", "500", "503", "504"}
+    completions = schema["paths"]["/v1/completions"]["post"]["responses"]
+    assert expected == completions.keys()
+    assert {"application/json", "text/event-stream"} == completions["200"]["content"].keys()
+    for path, routes in schema["paths"].items():
+        for operation in routes.values():
+            assert operation["responses"].keys() <= expected
+            for status, answer in operation["responses"].items():
+                if status != "200" and path not in ("/livez", "/readyz", "/health", "/ping"):
+                    envelope = answer["content"]["application/json"]["schema"]["$ref"]
+                    assert "#/components/schemas/ErrorEnvelope" == envelope

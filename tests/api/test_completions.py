@@ -9,7 +9,7 @@ import httpx
 import openai
 import pytest
 
-from service.api import schemas
+from service.api import answers
 from tests.api.conftest import Service, Start
 from tests.api.fake_engine import random_tokens
 
@@ -43,7 +43,7 @@ def whole(answer: dict[str, Any]) -> dict[int, tuple[str, str, str | None]]:
 def say(api: Service, text: str) -> None:
     """Make the engine generate exactly `text`, and the end of text after it."""
     tokens = [*api.tokenizer.encode([text])[0], 50256]
-    api.engine.script = lambda _request, _choice: tokens
+    api.engine.script = lambda _request, _params, _choice: tokens
 
 
 async def test_a_plain_answer_has_every_field_of_the_contract(api: Service) -> None:
@@ -55,7 +55,7 @@ async def test_a_plain_answer_has_every_field_of_the_contract(api: Service) -> N
         json={"model": "org/alias", "prompt": "Hello world", "seed": 3},
     )
     answer = response.json()
-    schemas.Completion.model_validate(answer, strict=True)
+    answers.Completion.model_validate(answer, strict=True)
     assert {
         "id",
         "object",
@@ -68,7 +68,7 @@ async def test_a_plain_answer_has_every_field_of_the_contract(api: Service) -> N
     assert answer["id"].startswith("cmpl-")
     assert ("text_completion", "demo") == (answer["object"], answer["model"])
     assert before <= answer["created"] <= time.time()
-    text = api.tokenizer.decode(random_tokens(api.engine.submitted[0], 0))
+    text = api.tokenizer.decode(random_tokens(api.engine.submitted[0], api.engine.submits[0].params, 0))
     expected = {
         "index": 0,
         "text": text,
@@ -78,7 +78,7 @@ async def test_a_plain_answer_has_every_field_of_the_contract(api: Service) -> N
     }
     assert [expected] == answer["choices"]
     usage = {"prompt_tokens": 2, "completion_tokens": 16, "total_tokens": 18}
-    assert usage | {"prompt_tokens_details": {"cached_tokens": 1}} == answer["usage"]
+    assert usage | {"prompt_tokens_details": {"cached_tokens": 1, "truncated_tokens": 0}} == answer["usage"]
     timings = [part.split(";dur=") for part in response.headers["server-timing"].split(", ")]
     assert ["queue", "prefill", "decode"] == [name for name, _ in timings]
     assert all(float(milliseconds) >= 0 for _, milliseconds in timings)
@@ -91,7 +91,7 @@ async def test_the_stream_joined_is_the_plain_answer(api: Service) -> None:
     chunks = await events(api, **body, stream_options={"include_usage": True})
     assert whole(plain) == joined(chunks)
     for chunk in chunks:
-        schemas.Completion.model_validate(chunk, strict=True)
+        answers.Completion.model_validate(chunk, strict=True)
         assert chunk["id"] == chunks[0]["id"]
     assert [None] * (len(chunks) - 1) == [chunk["usage"] for chunk in chunks[:-1]]
     assert [] == chunks[-1]["choices"]
@@ -131,7 +131,9 @@ async def test_choices_are_prompt_major(api: Service) -> None:
     texts = [choice["text"] for choice in answer["choices"]]
     assert list(range(6)) == [choice["index"] for choice in answer["choices"]]
     expected = [
-        api.tokenizer.decode(random_tokens(request, sample)) for request in api.engine.submitted for sample in (0, 1)
+        api.tokenizer.decode(random_tokens(request, api.engine.submits[0].params, sample))
+        for request in api.engine.submitted
+        for sample in (0, 1)
     ]
     assert expected == texts
     assert texts[0:2] == texts[4:6]
@@ -142,7 +144,7 @@ async def test_cached_tokens_count_each_prompt_once(api: Service) -> None:
     """Summed over prompts, not over the samples that share one."""
     api.engine.cached_tokens = 2
     answer = await api.complete(prompt=[[1, 2, 3], [4, 5, 6]], n=3)
-    assert {"cached_tokens": 4} == answer["usage"]["prompt_tokens_details"]
+    assert {"cached_tokens": 4, "truncated_tokens": 0} == answer["usage"]["prompt_tokens_details"]
     assert 6 == answer["usage"]["prompt_tokens"]
 
 
@@ -213,7 +215,7 @@ async def test_a_long_prompt_is_read_in_a_thread_the_same(api: Service) -> None:
 async def test_parameters_reach_the_engine(api: Service, body: dict[str, Any], expected: dict[str, Any]) -> None:
     """Defaults, the values that mean off, and what is mapped."""
     await api.complete(**body)
-    params = api.engine.submitted[0].params
+    params = api.engine.submits[0].params
     assert expected == {name: getattr(params, name) for name in expected}
 
 
@@ -221,8 +223,8 @@ async def test_without_a_seed_each_request_draws_its_own(api: Service) -> None:
     """63 random bits a request, the same for all its prompts."""
     await api.complete(prompt=["a", "b"])
     await api.complete(prompt="a")
-    first, second, third = (request.params.seed for request in api.engine.submitted)
-    assert first == second != third
+    first, second = (submit.params.seed for submit in api.engine.submits)
+    assert first != second
     assert 0 <= first < 2**63
 
 
@@ -260,7 +262,7 @@ async def test_tokens_after_a_stop_are_dropped(api: Service) -> None:
 async def test_stop_wins_over_length_and_one_choice_stops_alone(api: Service) -> None:
     """The last permitted token completes a stop: `stop`. The other choice goes on to its own end."""
     tokens = api.tokenizer.encode(["a b c d", "w x y z"])
-    api.engine.script = lambda _request, choice: tokens[choice]
+    api.engine.script = lambda _request, _params, choice: tokens[choice]
     answer = await api.complete(n=2, max_tokens=4, stop="d")
     assert {0: ("a b c ", "stop", "d"), 1: ("w x y z", "length", None)} == whole(answer)
 
@@ -283,7 +285,7 @@ async def test_min_tokens_suppresses_stop_strings(api: Service) -> None:
 async def test_end_of_text(api: Service) -> None:
     """It has no text and is counted; named as a stop it is the stop_reason; with ignore_eos it is passed over."""
     tokens = [64, 50256, 65]
-    api.engine.script = lambda _request, _choice: tokens
+    api.engine.script = lambda _request, _params, _choice: tokens
     answer = await api.complete()
     assert {0: ("a", "stop", None)} == whole(answer)
     assert 2 == answer["usage"]["completion_tokens"]
@@ -344,8 +346,8 @@ async def test_openai_clients_get_the_same_text(api: Service) -> None:
         answer = await client.completions.create(**body)
         assert expected == answer.choices[0].text
         with pytest.raises(openai.BadRequestError) as caught:
-            await client.completions.create(model="demo", prompt="x", logprobs=2)
-        assert "logprobs" == caught.value.param
+            await client.completions.create(model="demo", prompt="x", suffix="y")
+        assert "suffix" == caught.value.param
         with pytest.raises(openai.NotFoundError) as missing:
             await client.completions.create(model="gpt-4", prompt="x")
         assert "model_not_found" == missing.value.code

@@ -171,3 +171,69 @@ def test_many_long_stop_strings_cost_little(tokenizer: Tokenizer) -> None:
     for _ in range(400):
         stream.push([token])
     assert steps <= 400 * 4 * 64  # a constant for each character and stop string
+
+
+@settings(max_examples=300, deadline=None)
+@given(runs())
+def test_a_token_that_completes_a_stop_is_one_of_those_told(
+    tokenizer: Tokenizer, run: tuple[list[list[str]], list[str], int]
+) -> None:
+    """The step at which a stop string is found always has such an id, whatever the ids and the stops."""
+    deliveries, stops, _ = run
+    told = tokenizer.completing(stops)
+    assert (50257 + 7) // 8 * bool(stops) == len(told)
+    stream = TextStream(tokenizer, StopStrings(stops))
+    for token in chain(*deliveries):
+        token_id = known_id(tokenizer, token)
+        stream.push([token_id])
+        if stream.stop is not None:
+            assert told[token_id // 8] >> token_id % 8 & 1
+            break
+
+
+@given(st.lists(st.text("abth e日", min_size=1, max_size=6), min_size=1, max_size=3))
+def test_the_tokens_told_are_few_and_right(tokenizer: Tokenizer, stops: list[str]) -> None:
+    """Exactly those that contain a stop string or begin with a tail of one."""
+    told = tokenizer.completing(stops)
+    found = {token_id for token_id in range(50257) if told[token_id // 8] >> token_id % 8 & 1}
+    tails = tuple(stop.encode()[i:] for stop in stops for i in range(1, len(stop.encode())))
+    whole = [stop.encode() for stop in stops]
+    expected = {
+        token_id
+        for token_id, data in enumerate(tokenizer.spelled_bytes)
+        if data.startswith(tails) or any(stop in data for stop in whole)
+    }
+    assert expected == found
+
+
+def test_the_end_of_text_can_be_plain_text(tokenizer: Tokenizer) -> None:
+    """Seven tokens, wherever it stands."""
+    plain = [27, 91, 437, 1659, 5239, 91, 29]
+    assert [[*plain, 1279, *plain[1:]], [64, *plain, 65]] == tokenizer.encode(
+        ["<|endoftext|> <|endoftext|>", "a<|endoftext|>b"], split_special=True
+    )
+    assert "a<|endoftext|>b" == tokenizer.decode([64, 50256, 65], spelled=True)
+
+
+@settings(max_examples=200, deadline=None)
+@given(runs(), st.booleans())
+def test_a_stop_that_stays_ends_the_text(
+    tokenizer: Tokenizer, run: tuple[list[list[str]], list[str], int], skip_special: bool
+) -> None:
+    """With include_stop the text is the cut one and the stop string."""
+    deliveries, stops, min_tokens = run
+    ids = [known_id(tokenizer, token) for token in chain(*deliveries)]
+    cut, kept = (
+        TextStream(
+            tokenizer, StopStrings(stops), min_tokens=min_tokens, include_stop=include, skip_special=skip_special
+        )
+        for include in (False, True)
+    )
+    texts = ["", ""]
+    for i, stream in enumerate((cut, kept)):
+        for token_id in ids:
+            if stream.stop is None:
+                texts[i] += stream.push([token_id])
+        texts[i] += stream.finish()
+    assert (cut.stop, cut.num_tokens) == (kept.stop, kept.num_tokens)
+    assert texts[0] + (cut.stop or "") == texts[1]

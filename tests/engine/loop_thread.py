@@ -5,10 +5,13 @@ import threading
 from collections.abc import Callable
 
 from service.engine.channel import Channel
+from service.engine.compiler import Compile
 from service.engine.process import Loop
 from service.engine.request import ModelInfo, Ready, ToEngine
 from service.engine.scheduler import Scheduler
-from tests.engine.fake_runner import END_OF_TEXT, VOCAB_SIZE, FakeRunner
+from tests.engine.fake_grammar import FakeConstraint
+from tests.engine.fake_model import END_OF_TEXT, VOCAB_SIZE
+from tests.engine.fake_runner import FakeRunner
 
 CONTEXT_LENGTH = 128
 MODEL = ModelInfo("/nowhere", CONTEXT_LENGTH, VOCAB_SIZE, END_OF_TEXT, 64, 4, 16, "float32", "cpu")
@@ -18,7 +21,12 @@ class LoopThread:
     """Ready at once. `peer` is the API's end of its channel; closing that ends the loop."""
 
     def __init__(
-        self, *, max_num_seqs: int = 16, depth: int = 0, before_step: Callable[[], None] | None = None
+        self,
+        *,
+        max_num_seqs: int = 16,
+        depth: int = 0,
+        before_step: Callable[[], None] | None = None,
+        compile_grammar: Compile = FakeConstraint,
     ) -> None:
         self.peer, sock = socket.socketpair()
         self._sock = sock
@@ -29,6 +37,7 @@ class LoopThread:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=32,
             context_length=CONTEXT_LENGTH,
+            vocab_size=VOCAB_SIZE,
             end_of_text_id=END_OF_TEXT,
         )
         if before_step is not None:
@@ -39,6 +48,7 @@ class LoopThread:
                 launch(batch)  # type: ignore[arg-type]
 
             self.runner.launch = gated  # type: ignore[method-assign]
+        self._compile_grammar = compile_grammar
         channel = Channel(sock, ToEngine)
         channel.send(Ready(MODEL))
         self.thread = threading.Thread(target=self._run, args=(channel,), daemon=True)
@@ -46,7 +56,7 @@ class LoopThread:
 
     def _run(self, channel: Channel) -> None:
         try:
-            Loop(channel, self.scheduler, self.runner).run()
+            Loop(channel, self.scheduler, self.runner, self._compile_grammar).run()
         finally:
             self._sock.close()
 

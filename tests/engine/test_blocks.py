@@ -4,26 +4,26 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from service.engine.blocks import BlockPool
+from service.engine.blocks import ROOT, BlockPool, Node
 
 BLOCK_SIZE = 2
 NUM_BLOCKS = 12
 
 
 class Pool(RuleBasedStateMachine):
-    """Sequences of token pairs come and go; what `match` finds must hold exactly the tokens asked for."""
+    """Sequences of token pairs come and go; what `match` finds must hold exactly the tokens and root asked for."""
 
     def __init__(self) -> None:
         super().__init__()
         self.pool = BlockPool(NUM_BLOCKS, BLOCK_SIZE)
         self.held: list[list[int]] = []
-        self.content: dict[int, tuple[int, ...]] = {}  # block -> the whole prefix up to and including it
+        self.content: dict[int, tuple[Node, tuple[int, ...]]] = {}  # block -> root, and all tokens up to its end
 
-    @rule(tokens=st.lists(st.integers(0, 1), min_size=2, max_size=8))
-    def begin(self, tokens: list[int]) -> None:
-        blocks, node = self.pool.match(tokens)
+    @rule(tokens=st.lists(st.integers(0, 1), min_size=2, max_size=8), root=st.sampled_from([ROOT, "a", "b"]))
+    def begin(self, tokens: list[int], root: Node) -> None:
+        blocks, node = self.pool.match(tokens, root)
         for number, block in enumerate(blocks):
-            assert tuple(tokens[: (number + 1) * BLOCK_SIZE]) == self.content[block]
+            assert (root, tuple(tokens[: (number + 1) * BLOCK_SIZE])) == self.content[block]
         needed = self.pool.blocks_for(len(tokens)) - len(blocks)
         if needed + self.pool.num_cached(blocks) > self.pool.num_free:
             return
@@ -34,7 +34,7 @@ class Pool(RuleBasedStateMachine):
         blocks = blocks + taken
         for number in range(num_hits, len(tokens) // BLOCK_SIZE):
             start = number * BLOCK_SIZE
-            self.content[blocks[number]] = tuple(tokens[: start + BLOCK_SIZE])
+            self.content[blocks[number]] = (root, tuple(tokens[: start + BLOCK_SIZE]))
             node = self.pool.register(blocks[number], node, tuple(tokens[start : start + BLOCK_SIZE]))
         self.held.append(blocks)
 
@@ -46,7 +46,7 @@ class Pool(RuleBasedStateMachine):
     @rule()
     def forget(self) -> None:
         self.pool.forget()
-        assert ([], self.pool.root) == self.pool.match([0, 0, 0])
+        assert ([], ROOT) == self.pool.match([0, 0, 0])
 
     @invariant()
     def every_block_is_held_or_free(self) -> None:
@@ -63,10 +63,10 @@ def test_the_block_given_back_longest_ago_is_reused_first() -> None:
     """And of one sequence its end before its beginning, so that short prefixes stay shared longest."""
     pool = BlockPool(4, 1)
     first = pool.take(2)
-    node = pool.register(first[0], pool.root, (7,))
+    node = pool.register(first[0], ROOT, (7,))
     pool.register(first[1], node, (8,))
     second = pool.take(2)
-    pool.register(second[0], pool.root, (9,))
+    pool.register(second[0], ROOT, (9,))
     pool.give_back(first)
     pool.give_back(second)
     assert [second[1]] == pool.take(1)  # never registered: nothing is lost
@@ -78,9 +78,9 @@ def test_a_stale_child_is_never_found() -> None:
     """When a block's content is gone, what was registered after it does not match its successor's tokens."""
     pool = BlockPool(2, 1)
     blocks = pool.take(2)
-    node = pool.register(blocks[0], pool.root, (1,))
+    node = pool.register(blocks[0], ROOT, (1,))
     pool.register(blocks[1], node, (2,))
     pool.give_back([blocks[0]])
     again = pool.take(1)
-    pool.register(again[0], pool.root, (1,))
+    pool.register(again[0], ROOT, (1,))
     assert again == pool.match([1, 2, 3])[0]

@@ -21,8 +21,22 @@ def pair() -> Iterator[Pair]:
         yield Channel(ours, ToEngine), theirs
 
 
+@pytest.fixture
+def wake() -> Iterator[tuple[socket.socket, socket.socket]]:
+    """What else a channel waits for, and the end that is written to."""
+    reader, writer = socket.socketpair()
+    with reader, writer:
+        yield reader, writer
+
+
 MESSAGES = [
-    Submit((Request(2**48 + 1, (1, 2, 50256), SamplingParams(5, seed=-(2**63), stop_token_ids=(7,))),)),
+    Submit(
+        (Request(2**48 + 1, (1, 2, 50256), 2, score_from=1, priority=-1, cache_salt="s"),),
+        SamplingParams(
+            5, seed=-(2**63), stop_token_ids=(7,), logit_bias=((7, -1.5),), bad_words=((1, 2),), grammar="g"
+        ),
+        b"\x00\xff",
+    ),
     Abort(3, None),
     Abort(4, 2),
 ]
@@ -40,10 +54,10 @@ def test_messages_survive_any_split(pair: Pair, piece: int) -> None:
     assert MESSAGES == received
 
 
-def test_sending_never_blocks_and_wait_delivers_the_rest(pair: Pair) -> None:
+def test_sending_never_blocks_and_wait_delivers_the_rest(pair: Pair, wake: tuple[socket.socket, socket.socket]) -> None:
     """More than the socket holds stays in the channel, and goes out while it waits for the peer."""
     channel, theirs = pair
-    big = Submit((Request(1, tuple(range(1000)), SamplingParams(1)),) * 1000)
+    big = Submit((Request(1, tuple(range(1000))),) * 1000, SamplingParams(1))
     channel.send(big)
     data = bytearray()
 
@@ -54,17 +68,33 @@ def test_sending_never_blocks_and_wait_delivers_the_rest(pair: Pair) -> None:
 
     reader = threading.Thread(target=read)
     reader.start()
-    channel.wait()
+    channel.wait(wake[0])
     reader.join()
     assert big == msgspec.msgpack.decode(bytes(data[4:]), type=Submit)
     assert [MESSAGES[1]] == channel.receive()
 
 
-def test_a_closed_peer_is_told_on_both_ways(pair: Pair) -> None:
+def test_a_wake_ends_the_wait_and_is_taken_by_it(pair: Pair, wake: tuple[socket.socket, socket.socket]) -> None:
+    """However often it was rung; with nothing read from the channel, and nothing left that would end the next wait."""
+    channel, theirs = pair
+    reader, writer = wake
+    for _ in range(3):
+        writer.send(b"\0")
+    channel.wait(reader)
+    assert [] == channel.receive()
+    reader.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        reader.recv(1)
+    theirs.sendall(frame(MESSAGES[1], msgspec.msgpack.Encoder()))
+    channel.wait(reader)
+    assert [MESSAGES[1]] == channel.receive()
+
+
+def test_a_closed_peer_is_told_on_both_ways(pair: Pair, wake: tuple[socket.socket, socket.socket]) -> None:
     """Reading and writing raise ChannelClosed, and wait returns."""
     channel, theirs = pair
     theirs.close()
-    channel.wait()
+    channel.wait(wake[0])
     with pytest.raises(ChannelClosed):
         channel.receive()
     with pytest.raises(ChannelClosed):

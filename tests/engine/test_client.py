@@ -1,91 +1,29 @@
 """The asyncio face of the engine, against the engine's own loop in a thread."""
 
 import asyncio
+import functools
 import socket
 import threading
-from collections.abc import AsyncIterator, Callable
-from typing import Protocol
 
 import msgspec
 import pytest
 
 from service.engine.channel import frame
-from service.engine.client import EngineClient, EngineDraining, EngineFailed, EngineNotReady, EngineUnavailable, Stream
-from service.engine.request import Delta, EngineStats, Finish, Publish, Ready, Request, SamplingParams
-from tests.engine.loop_thread import MODEL, LoopThread
-from tests.engine.test_scheduler import alone
-
-
-class Attach(Protocol):
-    """Starts an engine and attaches it; returns when it is ready."""
-
-    async def __call__(
-        self, *, max_num_seqs: int = 16, before_step: Callable[[], None] | None = None
-    ) -> LoopThread: ...
-
-
-@pytest.fixture
-def stalls() -> list[float]:
-    return []
-
-
-@pytest.fixture
-async def client(stalls: list[float]) -> AsyncIterator[EngineClient]:
-    client = EngineClient(
-        api_number=3, stall_seconds=0.2, on_stall=lambda: stalls.append(asyncio.get_running_loop().time())
-    )
-    yield client
-    await client.close()
-
-
-@pytest.fixture
-def attach(client: EngineClient) -> Attach:
-    async def attach(*, max_num_seqs: int = 16, before_step: Callable[[], None] | None = None) -> LoopThread:
-        engine = LoopThread(max_num_seqs=max_num_seqs, before_step=before_step)
-        ready = asyncio.Event()
-
-        async def on_ready(_: object) -> None:
-            asyncio.get_running_loop().call_soon(ready.set)
-
-        client.on_ready = on_ready
-        client.attach(engine.peer)
-        await ready.wait()
-        await until(lambda: client.ready or client.phase in ("drain", "failed"))
-        return engine
-
-    return attach
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Give the loop its turns until `condition` holds; a test's time-out is its bound."""
-    while not condition():  # noqa: ASYNC110 - what it waits for is the product's state, which has no event for tests
-        await asyncio.sleep(0.001)
-
-
-def request(client: EngineClient, *, n: int = 1, max_tokens: int = 20, prompt: tuple[int, ...] = (1, 2, 3)) -> Request:
-    return Request(client.new_request_id(), prompt, SamplingParams(max_tokens, seed=5, ignore_eos=True), n)
-
-
-async def collect(stream: Stream) -> dict[tuple[int, int], list[Delta]]:
-    deltas: dict[tuple[int, int], list[Delta]] = {}
-    async for batch in stream:
-        for delta in batch:
-            deltas.setdefault((delta.request_id, delta.choice), []).append(delta)
-    return deltas
-
-
-def tokens(deltas: list[Delta]) -> list[int]:
-    return [token for delta in deltas for token in delta.token_ids]
+from service.engine.client import EngineClient, EngineDraining, EngineFailed, EngineNotReady, EngineUnavailable
+from service.engine.request import Delta, EngineStats, Finish, Publish, Ready, SamplingParams
+from tests.engine.attached import LONG, PARAMS, Attach, collect, request, tokens, until
+from tests.engine.loop_thread import MODEL
+from tests.engine.oracle import Ask, alone, answers
 
 
 async def test_a_group_of_requests_gets_all_its_tokens(client: EngineClient, attach: Attach) -> None:
     """Every choice of every request, each with one finish; and the engine is told nothing when all is over."""
     engine = await attach()
     group = [request(client, n=2), request(client, prompt=(9,) * 30)]
-    async with client.submit(group) as stream:
+    async with client.submit(group, PARAMS) as stream:
         deltas = await collect(stream)
     for each in group:
-        assert alone(each) == [tokens(deltas[each.id, choice]) for choice in range(each.n)]
+        assert alone(Ask(each, PARAMS)) == [tokens(deltas[each.id, choice]) for choice in range(each.n)]
         assert all([Finish.LENGTH] == [d.finish for d in deltas[each.id, c] if d.finish] for c in range(each.n))
         assert stream.started_at[each.id] >= stream.submitted_at
     await client.wait_idle()
@@ -97,7 +35,7 @@ async def test_leaving_aborts_what_has_not_finished(client: EngineClient, attach
     """The engine hears of it, and the blocks come back long before the requests' natural end."""
     gate = threading.Semaphore(10)
     await attach(before_step=gate.acquire)
-    async with client.submit([request(client, n=3, max_tokens=100)]) as stream:
+    async with client.submit([request(client, n=3)], LONG) as stream:
         async for _ in stream:
             break
     gate.release(5)
@@ -109,16 +47,16 @@ async def test_leaving_aborts_what_has_not_finished(client: EngineClient, attach
 async def test_an_aborted_choice_is_silent_and_the_others_go_on(client: EngineClient, attach: Attach) -> None:
     """As when a stop string is found in one of n."""
     await attach()
-    each = request(client, n=3, max_tokens=60)
+    each = request(client, n=3)
     seen: dict[int, list[int]] = {0: [], 1: [], 2: []}
-    async with client.submit([each]) as stream:
+    async with client.submit([each], LONG) as stream:
         async for batch in stream:
             for delta in batch:
                 seen[delta.choice] += delta.token_ids
                 if delta.choice == 1:
                     stream.abort(each.id, 1)
                     length = len(seen[1])
-    expected = alone(each)
+    expected = alone(Ask(each, LONG))
     assert [expected[0], expected[2]] == [seen[0], seen[2]]
     assert expected[1][:length] == seen[1]
 
@@ -126,12 +64,12 @@ async def test_an_aborted_choice_is_silent_and_the_others_go_on(client: EngineCl
 async def test_a_slow_reader_finds_its_deltas_merged(client: EngineClient, attach: Attach) -> None:
     """At most one Delta a sequence waits, however many tokens it has become."""
     await attach()
-    each = request(client, n=2, max_tokens=100)
-    async with client.submit([each]) as stream:
+    each = request(client, n=2)
+    async with client.submit([each], LONG) as stream:
         await until(lambda: len(stream._mailbox) == 2 and all(d.finish for d in stream._mailbox.values()))
         deltas = await collect(stream)
     assert [1, 1] == [len(found) for found in deltas.values()]
-    assert alone(each) == [tokens(deltas[each.id, choice]) for choice in range(2)]
+    assert alone(Ask(each, LONG)) == [tokens(deltas[each.id, choice]) for choice in range(2)]
 
 
 async def test_when_the_engine_dies_the_begun_end_and_the_queued_are_served_by_the_next(
@@ -141,7 +79,8 @@ async def test_when_the_engine_dies_the_begun_end_and_the_queued_are_served_by_t
     gate = threading.Semaphore(3)
     first = await attach(max_num_seqs=1, before_step=gate.acquire)
     begun, queued = request(client), request(client, prompt=(4, 5))
-    async with client.submit([begun]) as one, client.submit([queued]) as two:
+    other, everything = SamplingParams(9, temperature=0, num_logprobs=1, ignore_eos=True), b"\xff" * 13
+    async with client.submit([begun], PARAMS) as one, client.submit([queued], other, completing_ids=everything) as two:
         await until(lambda: begun.id in one.started_at)
         first.die(gate)
         deltas = await collect(one)
@@ -150,11 +89,30 @@ async def test_when_the_engine_dies_the_begun_end_and_the_queued_are_served_by_t
         assert "engine stopped" in (last.error or "")
         await until(lambda: not client.ready)
         with pytest.raises(EngineNotReady):
-            client.submit([request(client)])
+            client.submit([request(client)], PARAMS)
         await attach()
         assert client.num_restarts == 1
         served = await collect(two)
-        assert alone(queued) == [tokens(served[queued.id, 0])]
+        whole = functools.reduce(Delta.then, served[queued.id, 0])
+        (expected,) = answers(Ask(queued, other))
+        assert (tuple(expected.tokens), expected.logprobs) == (whole.token_ids, whole.logprobs)
+        assert all(delta.urgent for delta in served[queued.id, 0])
+
+
+async def test_of_a_group_only_what_had_not_begun_is_submitted_again(client: EngineClient, attach: Attach) -> None:
+    """The next engine computes nothing for a sequence that has ended."""
+    gate = threading.Semaphore(3)
+    first = await attach(max_num_seqs=1, before_step=gate.acquire)
+    begun, queued = request(client), request(client, prompt=(4, 5))
+    async with client.submit([begun, queued], PARAMS) as stream:
+        await until(lambda: begun.id in stream.started_at)
+        first.die(gate)
+        await until(lambda: not client.ready)
+        second = await attach()
+        deltas = await collect(stream)
+    assert Finish.ERROR is deltas[begun.id, 0][-1].finish
+    assert alone(Ask(queued, PARAMS)) == [tokens(deltas[queued.id, 0])]
+    assert {2} == {num for batch in second.runner.launches for num in batch.sampling["num_prompt"].tolist()}
 
 
 async def test_a_queued_request_is_submitted_again_once(client: EngineClient, attach: Attach) -> None:
@@ -162,7 +120,7 @@ async def test_a_queued_request_is_submitted_again_once(client: EngineClient, at
     blocker, queued = request(client), request(client)
     gate = threading.Semaphore(0)
     engine = await attach(max_num_seqs=1, before_step=gate.acquire)
-    async with client.submit([blocker]), client.submit([queued]) as stream:
+    async with client.submit([blocker], PARAMS), client.submit([queued], PARAMS) as stream:
         for _ in range(2):
             await until(lambda: client.ready)
             engine.die(gate)
@@ -184,7 +142,7 @@ async def test_a_silent_engine_with_open_work_is_a_stall(
     await asyncio.sleep(0.3)
     assert [] == stalls
     began = asyncio.get_running_loop().time()
-    async with client.submit([request(client)]):
+    async with client.submit([request(client)], PARAMS):
         await until(lambda: bool(stalls))
         assert stalls[0] - began >= 0.19
         assert client.last_message_age_seconds >= 0.19
@@ -197,7 +155,7 @@ async def test_a_reader_that_takes_its_time_is_no_stall(
 ) -> None:
     """The engine has done its part and is silent; whoever has not read the answer yet is not its fault."""
     await attach()
-    async with client.submit([request(client)]) as stream:
+    async with client.submit([request(client)], PARAMS) as stream:
         await until(lambda: not stream._open)
         await asyncio.sleep(0.3)
         assert [] == stalls
@@ -214,14 +172,14 @@ async def test_nothing_is_taken_before_ready_while_draining_or_after_failure(
 ) -> None:
     """Each with its own error, all of one family."""
     with pytest.raises(EngineNotReady, match="phase: start"):
-        client.submit([request(client)])
+        client.submit([request(client)], PARAMS)
     await attach()
     client.drain()
     with pytest.raises(EngineDraining):
-        client.submit([request(client)])
+        client.submit([request(client)], PARAMS)
     client.fail()
     with pytest.raises(EngineFailed):
-        client.submit([request(client)])
+        client.submit([request(client)], PARAMS)
     assert issubclass(EngineFailed, EngineUnavailable)
 
 
@@ -229,7 +187,7 @@ async def test_draining_lets_open_work_finish_and_abandoning_ends_it(client: Eng
     """wait_idle returns when the last request is answered; abandon answers all with an error and frees the engine."""
     gate = threading.Semaphore(0)
     await attach(before_step=gate.acquire)
-    async with client.submit([request(client)]) as stream:
+    async with client.submit([request(client)], PARAMS) as stream:
         client.drain()
         idle = asyncio.ensure_future(client.wait_idle())
         gate.release(1000)
@@ -243,7 +201,7 @@ async def test_abandon_ends_everything_with_an_error(client: EngineClient, attac
     """Begun or queued; and the engine's blocks come back."""
     gate = threading.Semaphore(5)
     await attach(max_num_seqs=1, before_step=gate.acquire)
-    async with client.submit([request(client), request(client)]) as stream:
+    async with client.submit([request(client), request(client)], PARAMS) as stream:
         await until(lambda: bool(stream.started_at))
         client.abandon("the service is shutting down")
         deltas = await collect(stream)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -11,7 +12,7 @@ from service.engine.core import Core
 from service.engine.request import Delta, Finish, Request, SamplingParams
 from service.engine.scheduler import Scheduler
 from service.model.attention import KVCache, PagedAttention, Prefill
-from service.model.batch import DeviceLost, OutOfMemory
+from service.model.batch import Batch, DeviceLost, OutOfMemory
 from service.model.gpt2 import GPT2
 from service.model.runner import (
     KVMemoryError,
@@ -22,9 +23,10 @@ from service.model.runner import (
     cut_decodes,
     warm_up,
 )
+from tests.model.batches import BLOCK_SIZE
 from tests.model.conftest import Pair
 
-BLOCK_SIZE = 8
+GREEDY = SamplingParams(20, temperature=0.0, ignore_eos=True)
 
 
 def forward(model: GPT2, token_ids: list[int]) -> torch.Tensor:
@@ -51,7 +53,9 @@ def forward(model: GPT2, token_ids: list[int]) -> torch.Tensor:
         return model.logits(model.hidden(torch.tensor(token_ids, device=model.device), positions, cache, attention))
 
 
-def run(runner: TorchRunner, requests: list[Request], *, budget: int = 32) -> dict[int, list[Delta]]:
+def run(
+    runner: TorchRunner, requests: list[Request], params: SamplingParams, *, budget: int = 32
+) -> dict[int, list[Delta]]:
     """Every request's deltas (n = 1), batched by the engine's core."""
     scheduler = Scheduler(
         num_blocks=runner.num_blocks,
@@ -59,10 +63,11 @@ def run(runner: TorchRunner, requests: list[Request], *, budget: int = 32) -> di
         max_num_seqs=8,
         max_num_batched_tokens=budget,
         context_length=128,
+        vocab_size=515,
         end_of_text_id=1,
     )
     for request in requests:
-        scheduler.add(request)
+        scheduler.add(request, params)
     core = Core(scheduler, runner)
     deltas: dict[int, list[Delta]] = {request.id: [] for request in requests}
     while not core.idle:
@@ -71,10 +76,12 @@ def run(runner: TorchRunner, requests: list[Request], *, budget: int = 32) -> di
     return deltas
 
 
-def generate(model: GPT2, requests: list[Request], *, num_blocks: int = 64, budget: int = 32) -> dict[int, list[int]]:
+def generate(
+    model: GPT2, requests: list[Request], params: SamplingParams, *, num_blocks: int = 64, budget: int = 32
+) -> dict[int, list[int]]:
     """Every request's tokens."""
     runner = TorchRunner(model, num_blocks=num_blocks, block_size=BLOCK_SIZE)
-    deltas = run(runner, requests, budget=budget)
+    deltas = run(runner, requests, params, budget=budget)
     return {number: [token for delta in found for token in delta.token_ids] for number, found in deltas.items()}
 
 
@@ -112,11 +119,8 @@ def test_greedy_tokens_in_a_batch_equal_transformers_alone(make_pair: Callable[.
     lengths = [1, 2, 7, 8, 9, 40, 64, 100]
     prompts = [torch.randint(2, 515, (length,), generator=generator).tolist() for length in lengths]
     prompts += [prompts[-1][:50], prompts[-1][:64], prompts[-1]]
-    requests = [
-        Request(number, tuple(prompt), SamplingParams(20, temperature=0.0, ignore_eos=True))
-        for number, prompt in enumerate(prompts)
-    ]
-    tokens = generate(ours, requests, num_blocks=40, budget=budget)
+    requests = [Request(number, tuple(prompt)) for number, prompt in enumerate(prompts)]
+    tokens = generate(ours, requests, GREEDY, num_blocks=40, budget=budget)
     for number, prompt in enumerate(prompts):
         expected = theirs.generate(
             torch.tensor([prompt]),
@@ -136,10 +140,33 @@ def test_a_seed_gives_the_same_tokens_in_any_company(
     """Sampled with every filter, alone and among seven others."""
     _, ours = make_pair()
     params = SamplingParams(30, temperature=0.9, top_k=50, top_p=0.9, min_p=0.01, seed=-5, ignore_eos=True)
-    requests = [Request(number, tuple(range(number, number + 9)), params) for number in range(2, 9)]
-    together = generate(ours, requests)
+    requests = [Request(number, tuple(range(number, number + 9))) for number in range(2, 9)]
+    together = generate(ours, requests, params)
     for request in requests:
-        assert generate(ours, [request])[request.id] == together[request.id]
+        assert generate(ours, [request], params)[request.id] == together[request.id]
+
+
+@pytest.mark.parametrize("budget", [9, 1000])
+def test_echoed_and_generated_tokens_have_the_log_probabilities_of_transformers(
+    make_pair: Callable[..., Pair], budget: int
+) -> None:
+    """Within 1e-4, through the scheduler, with penalties; prompts that share a prefix, chunked or whole, preempted."""
+    theirs, ours = make_pair()
+    params = SamplingParams(
+        20, temperature=0.8, seed=4, ignore_eos=True, repetition_penalty=1.3, frequency_penalty=0.4, num_logprobs=3
+    )
+    prompts = [tuple(range(5, 5 + length)) for length in (1, 9, 40, 64, 100, 100)]
+    requests = [Request(number, prompt, score_from=1) for number, prompt in enumerate(prompts)]
+    deltas = run(TorchRunner(ours, num_blocks=20, block_size=BLOCK_SIZE), requests, params, budget=budget)
+    for number, prompt in enumerate(prompts):
+        tokens = [token for delta in deltas[number] for token in delta.token_ids]
+        assert 20 == len(tokens)
+        with torch.inference_mode():
+            expected = theirs(torch.tensor([[*prompt, *tokens]])).logits[0].log_softmax(-1).numpy()
+        expected = expected[np.arange(len(prompt) + 19), [*prompt[1:], *tokens]]
+        parts = [deltas[number][0].prompt_logprobs] + [delta.logprobs for delta in deltas[number]]
+        found = b"".join(part.chosen for part in parts if part is not None)
+        np.testing.assert_allclose(np.frombuffer(found, np.float32), expected, atol=1e-4, rtol=0)
 
 
 def test_what_others_left_in_a_block_poisons_nobody(make_pair: Callable[..., Pair]) -> None:
@@ -147,12 +174,11 @@ def test_what_others_left_in_a_block_poisons_nobody(make_pair: Callable[..., Pai
     _, ours = make_pair()
     runner = TorchRunner(ours, num_blocks=64, block_size=BLOCK_SIZE)
     runner._cache._cache.fill_(float("nan"))
-    params = SamplingParams(20, temperature=0.0, ignore_eos=True)
-    requests = [Request(number, tuple(range(2, 3 + 13 * number)), params) for number in range(6)]
-    deltas = run(runner, requests)
+    requests = [Request(number, tuple(range(2, 3 + 13 * number))) for number in range(6)]
+    deltas = run(runner, requests, GREEDY)
     for request in requests:
         tokens = [token for delta in deltas[request.id] for token in delta.token_ids]
-        assert generate(ours, [request])[request.id] == tokens
+        assert generate(ours, [request], GREEDY)[request.id] == tokens
 
 
 @pytest.mark.parametrize("depth", [0, 1])
@@ -163,12 +189,11 @@ def test_a_row_that_is_not_finite_ends_alone(make_pair: Callable[..., Pair], dep
     runner.depth = depth
     ours._token_embedding = ours._token_embedding.clone()
     ours._token_embedding[7] = float("nan")
-    params = SamplingParams(20, temperature=0.0, ignore_eos=True)
-    bad, good = Request(1, (5, 6, 7), params), Request(2, (5, 6, 8), params)
-    deltas = run(runner, [bad, good])
+    bad, good = Request(1, (5, 6, 7)), Request(2, (5, 6, 8))
+    deltas = run(runner, [bad, good], GREEDY)
     assert [Finish.ERROR] == [delta.finish for delta in deltas[1]]
     assert () == deltas[1][0].token_ids
-    assert generate(ours, [good])[2] == [token for delta in deltas[2] for token in delta.token_ids]
+    assert generate(ours, [good], GREEDY)[2] == [token for delta in deltas[2] for token in delta.token_ids]
 
 
 @given(st.lists(st.integers(1, 1024), max_size=40), st.sampled_from(["cpu", "cuda"]))
@@ -197,9 +222,30 @@ def test_warm_up_leaves_the_runner_as_it_was(make_pair: Callable[..., Pair]) -> 
     _, ours = make_pair()
     runner = TorchRunner(ours, num_blocks=64, block_size=BLOCK_SIZE)
     warm_up(runner, max_num_seqs=4, max_num_batched_tokens=64)
-    request = Request(1, (5, 6, 7), SamplingParams(20, seed=3, ignore_eos=True))
-    tokens = [token for delta in run(runner, [request])[1] for token in delta.token_ids]
-    assert generate(ours, [request])[1] == tokens
+    request, params = Request(1, (5, 6, 7)), SamplingParams(20, seed=3, ignore_eos=True)
+    tokens = [token for delta in run(runner, [request], params)[1] for token in delta.token_ids]
+    assert generate(ours, [request], params)[1] == tokens
+
+
+def test_warm_up_asks_for_all_that_takes_memory(
+    make_pair: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the largest prefill, of which every token is scored, and in the largest decode step."""
+    _, ours = make_pair()
+    runner = TorchRunner(ours, num_blocks=1, block_size=BLOCK_SIZE)
+    batches: list[Batch] = []
+    launch = runner.launch
+    monkeypatch.setattr(runner, "launch", lambda batch: (batches.append(batch), launch(batch)))
+    warm_up(runner, max_num_seqs=4, max_num_batched_tokens=300)
+    assert [(256, 2), (4, 4)] == [(len(batch.token_ids), len(batch.sampling)) for batch in batches]
+    for batch in batches:
+        assert batch.logprobs
+        assert batch.masks is not None
+        assert batch.biases is not None
+        assert batch.histories is not None
+        assert (len(batch.sampling), 127) == batch.histories.shape
+        assert batch.scored is not None
+        assert len(batch.token_ids) == len(batch.scored.indices)
 
 
 def test_device_errors_are_told_apart() -> None:

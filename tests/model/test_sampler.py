@@ -1,12 +1,15 @@
-"""The sampler: the counter hash against its published vectors, the filters and the draw against their definitions."""
+"""The sampler: the counter hash against its published vectors, the filters and the draw against their definitions.
+
+What changes logits before the draw (penalties, biases, masks) is in test_adjusted_logits.py.
+"""
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from service.model.sampler import SamplingTensors, philox, sample, uniform
+from tests.model.rows import tensors
+from tests.model.test_operators import Operators
 
 END = 3
 # Made by an implementation in Python's own integers.
@@ -32,31 +35,6 @@ PINNED = [
     9934592,
     7249840,
 ]
-
-
-def tensors(num_rows: int, **given: object) -> SamplingTensors:
-    """Defaults of a plain draw, with `given` columns; a scalar fills its column."""
-    defaults: dict[str, object] = {
-        "temperature": 1.0,
-        "top_k": 0,
-        "top_p": 1.0,
-        "min_p": 0.0,
-        "seed": 0,
-        "choice": 0,
-        "position": list(range(num_rows)),
-        "may_end": True,
-    }
-    kinds = {
-        "temperature": torch.float32,
-        "top_p": torch.float32,
-        "min_p": torch.float32,
-        "may_end": torch.bool,
-    }
-
-    def column(name: str, value: object) -> Tensor:
-        return torch.tensor(value, dtype=kinds.get(name, torch.int64)).expand(num_rows).clone()
-
-    return SamplingTensors(**{name: column(name, value) for name, value in (defaults | given).items()})
 
 
 @pytest.mark.parametrize(
@@ -202,18 +180,6 @@ def test_a_non_finite_logit_gives_no_token(value: float, temperature: float) -> 
     tokens = sample(logits, tensors(3, temperature=temperature), end_of_text_id=END).tolist()
     assert [-1, -1] == [tokens[0], tokens[2]]
     assert tokens[1] >= 0
-
-
-class Operators(TorchDispatchMode):
-    """Records the operators that are called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
 
 
 def test_the_same_operators_run_whatever_the_values() -> None:

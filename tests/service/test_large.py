@@ -151,8 +151,8 @@ def test_greedy_ids_and_logits(
 
     monkeypatch.setattr(ours, "logits", compute_and_keep)
     params = SamplingParams(_NUM_TOKENS, temperature=0.0)
-    requests = [Request(number, tuple(prompt), params) for number, prompt in enumerate(prompts())]
-    assert dict(enumerate(expected.tokens)) == generate(ours, requests, num_blocks=128)
+    requests = [Request(number, tuple(prompt)) for number, prompt in enumerate(prompts())]
+    assert dict(enumerate(expected.tokens)) == generate(ours, requests, params, num_blocks=128)
     differences = torch.stack([(expected.logits - row).abs().amax(-1) for row in rows])
     nearest = differences.min(-1)
     assert nearest.values.max() < 1e-4

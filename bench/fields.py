@@ -1,0 +1,113 @@
+"""What a request's fields cost a decode step: milliseconds with each beside a plain greedy step of the same run.
+
+python -m bench.fields [--model FOLDER] [--device cpu|cuda] [--dtype float32] [--batches 1,8] [--context 256] [--out F]
+"""
+
+import argparse
+import json
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bench.decode import step_seconds
+from bench.random_model import write_random_model
+from service.checkpoint.hub import read_config, read_state
+from service.model.batch import Batch, Biases
+from service.model.gpt2 import GPT2
+
+Ask = Callable[[Batch], Batch]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    batch: int
+    field: str
+    step_ms: float
+    ratio: float  # to the plain step
+
+
+def sampled(batch: Batch, **values: float) -> Batch:
+    sampling = batch.sampling.copy()
+    for name, value in values.items():
+        sampling[name] = value
+    return replace(batch, sampling=sampling)
+
+
+def penalised(batch: Batch) -> Batch:
+    count = len(batch.sample_indices)
+    histories = np.random.default_rng(0).integers(0, 50000, (count, int(batch.context_lengths.max()) - 1), np.int32)
+    asked = sampled(batch, num_prompt=8, presence_penalty=0.5, frequency_penalty=0.5, repetition_penalty=1.2)
+    return replace(asked, histories=histories)
+
+
+def biased(batch: Batch) -> Batch:
+    rows = np.repeat(np.arange(len(batch.sample_indices), dtype=np.int32), 100)
+    ids = np.tile(np.arange(100, dtype=np.int32), len(batch.sample_indices))
+    return replace(batch, biases=Biases(rows, ids, np.ones(len(rows), np.float32)))
+
+
+def masked(batch: Batch) -> Batch:
+    words = -(-50257 // 32)
+    return replace(batch, masks=np.full((len(batch.sample_indices), words), 0x55555555, np.int32))
+
+
+ASKED: Mapping[str, Ask] = {
+    "drawn": lambda batch: sampled(batch, temperature=1),
+    "drawn, top_p": lambda batch: sampled(batch, temperature=1, top_p=0.9),
+    "penalties": penalised,
+    "logit_bias of 100 ids": biased,
+    "mask": masked,
+    "logprobs": lambda batch: replace(batch, logprobs=True),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, help="a GPT-2 folder; by default random weights of the 345M's shape")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", help="by default bfloat16 on a GPU and float32 on a CPU")
+    parser.add_argument("--batches", default="1,8")
+    parser.add_argument("--context", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    dtype = getattr(torch, arguments.dtype or ("bfloat16" if arguments.device.startswith("cuda") else "float32"))
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = arguments.model or write_random_model(Path(scratch))
+        config = read_config(folder)
+        model = GPT2(config, read_state(folder, config, dtype=dtype, device=arguments.device))
+    rows = []
+    for size in map(int, arguments.batches.split(",")):
+        # Before and after: these machines are noisy.
+        plain = [step_seconds(model, size, arguments.context, arguments.steps)]
+        asked = {
+            name: step_seconds(model, size, arguments.context, arguments.steps, ask=ask) for name, ask in ASKED.items()
+        }
+        plain.append(step_seconds(model, size, arguments.context, arguments.steps))
+        least = min(plain)
+        rows += [Row(size, "plain", 1000 * seconds, seconds / least) for seconds in plain]
+        rows += [Row(size, name, 1000 * seconds, seconds / least) for name, seconds in asked.items()]
+    device = torch.cuda.get_device_name() if arguments.device.startswith("cuda") else platform.processor() or "CPU"
+    about = {
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "context": arguments.context,
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    print(about)
+    for row in rows:
+        print(f"batch {row.batch:4}  {row.field:24} {row.step_ms:8.3f} ms  {row.ratio:5.2f}")
+    if arguments.out is not None:
+        arguments.out.write_text(json.dumps(about | {"rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""Request bodies: JSON read strictly, null as the default of every optional field, errors that name the field."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, ValidationError, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, from_json
+
+from service.api.errors import ApiError
+
+_Schema = TypeVar("_Schema", bound=BaseModel)
+_Result = TypeVar("_Result")
+_LONG_BODY_BYTES = 8192  # from here on a body is read in a thread, so that the event loop goes on
+_MAX_PROBLEMS = 10  # told in one message
+_ABOUT = frozenset({"anyOf", "title", "description", "default", "examples"})  # of a field, not of its form
+
+
+class Body(BaseModel):
+    """What a body, or an object within one, is made of: strict types, unknown fields ignored, null as the default."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", protected_namespaces=(), allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, value: object) -> object:
+        return {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else value
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """The schema says so too: what is optional may be null."""
+        schema = handler(core_schema)
+        resolved = handler.resolve_ref_schema(schema)
+        for name, field in resolved.get("properties", {}).items():
+            if name not in resolved.get("required", ()):
+                _allow_null(field)
+        return schema
+
+
+def _allow_null(field: dict[str, Any]) -> None:
+    forms = field.setdefault("anyOf", [])
+    if not forms:
+        moved = {key: field.pop(key) for key in list(field) if key not in _ABOUT}
+        forms.append(moved)
+    if {"type": "null"} not in forms:
+        forms.append({"type": "null"})
+
+
+def parse_body(body: bytes, schema: type[_Schema]) -> _Schema:
+    """The request in a body of JSON. Raises ApiError (400), naming the parameter."""
+    try:
+        value = from_json(body, allow_inf_nan=False)
+    except ValueError as error:  # also invalid UTF-8 and too deep a nesting
+        raise ApiError(400, f"The body is not valid JSON: {error}", code="invalid_json") from None
+    if not isinstance(value, dict):
+        raise ApiError(400, "The body must be a JSON object.", code="invalid_json")
+    try:
+        return schema.model_validate(value)
+    except ValidationError as error:
+        problems = [(_param(item["loc"], value), item["msg"]) for item in error.errors(include_url=False)]
+        message = "; ".join(f"{param}: {problem}" for param, problem in problems[:_MAX_PROBLEMS])
+        raise ApiError(400, message, param=problems[0][0]) from None
+
+
+def _param(location: tuple[int | str, ...], value: object) -> str:
+    """Where an error is, in the client's terms: without the names that pydantic gives to the forms of a union."""
+    parts = []
+    for part in location:
+        match value:
+            case dict() if part in value or part == location[-1]:  # or missing
+                value = value.get(part)
+            case list() if isinstance(part, int):
+                value = value[part]
+            case _:
+                continue
+        parts.append(str(part))
+    return ".".join(parts)
+
+
+async def work_on(body: bytes, work: Callable[[bytes], _Result], *, slow: bool = False) -> _Result:
+    """`work(body)`, in a thread where that may take long: for a long body, or when the caller knows it is `slow`."""
+    if slow or len(body) >= _LONG_BODY_BYTES:
+        return await asyncio.to_thread(work, body)
+    return work(body)
+
+
+def documented_body(schema: type[Body]) -> dict[str, Any]:
+    """The request body in the OpenAPI schema of a route that reads it by itself."""
+    content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema.__name__}"}}}
+    return {"requestBody": {"content": content, "required": True}}

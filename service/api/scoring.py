@@ -1,0 +1,224 @@
+"""POST /v1/score: log-probabilities of continuations, in one pass over all items, each shared context computed once."""
+
+import asyncio
+import math
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, Field
+from starlette.responses import Response
+
+from service.api import answers, errors
+from service.api.body import Body, documented_body, parse_body, work_on
+from service.api.completions import usage_of
+from service.api.connection import while_connected
+from service.api.errors import ApiError
+from service.api.metrics import Metrics
+from service.api.served import ServedModel
+from service.engine.client import EngineClient
+from service.engine.request import Delta, ModelInfo, SamplingParams
+from service.engine.request import Request as EngineRequest
+
+Text = str | list[int]
+_SCORING = SamplingParams(max_tokens=0, temperature=0.0, num_logprobs=1)
+_json = msgspec.json.Encoder().encode
+
+
+class ScoreItem(Body):
+    """A context and what may follow it, both text or both token ids."""
+
+    context: Text = Field("", description="Empty is the start of a document.", examples=["The capital of France is"])
+    continuation: Text = Field(description="What is scored; not empty.", examples=[" Paris"])
+
+
+class ScoreRequest(Body):
+    """Continuations to score."""
+
+    model: str | None = Field(None, description="A served name; see GET /v1/models.")
+    items: list[ScoreItem] = Field(min_length=1, description="Pairs of a context and what may follow it.")
+    timeout_seconds: float | None = Field(
+        None, gt=0, le=86_400, description="Give up, with a 504, when the answer takes longer."
+    )
+
+
+REQUEST_SCHEMAS = (ScoreRequest,)
+
+
+class ScoreResult(BaseModel):
+    logprob: float = Field(description="Sum of token_logprobs.")
+    token_logprobs: list[float]
+    tokens: list[str]
+    token_ids: list[int]
+    is_greedy: bool = Field(description="Each token is the likeliest at its place.")
+    context_tokens: int
+    continuation_tokens: int
+
+
+class Scores(BaseModel):
+    """Results in the order of the items."""
+
+    id: str
+    object: Literal["score"] = "score"
+    created: int
+    model: str
+    results: list[ScoreResult]
+    usage: answers.Usage
+    system_fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    context: tuple[int, ...]
+    continuation: tuple[int, ...]
+
+
+def scoring_router(*, client: EngineClient, served: ServedModel, metrics: Metrics, max_items: int) -> APIRouter:
+    router = APIRouter()
+
+    def read(body: bytes, model: ModelInfo) -> tuple[ScoreRequest, list[_Pair]]:
+        ask = parse_body(body, ScoreRequest)
+        served.check_name(ask.model)
+        if len(ask.items) > max_items:
+            raise ApiError(400, f"items: {len(ask.items)} are more than {max_items}", param="items")
+        return ask, _pairs(ask.items, served, model)
+
+    @router.post(
+        "/v1/score",
+        summary="Score continuations",
+        description="How likely each continuation is after its context, by the model's own distribution. Text is "
+        "split into tokens as lm-evaluation-harness does it: a context's last spaces belong to the continuation.",
+        response_class=JSONResponse,
+        responses={200: {"model": Scores}, **errors.documented(400, 404, 413, 500, 503, 504)},
+        openapi_extra=documented_body(ScoreRequest),
+    )
+    async def score(request: Request) -> Response:
+        model = client.check_ready()
+        body = await request.body()
+        ask, pairs = await work_on(body, lambda body: read(body, model))
+        work = _scored(client, metrics, pairs, timeout_seconds=ask.timeout_seconds, summary=request.state.summary)
+        deltas = await while_connected(request.receive, work)
+        head = {
+            "id": f"score-{uuid.uuid4().hex}",
+            "object": "score",
+            "created": int(time.time()),
+            "model": served.name,
+            "system_fingerprint": served.fingerprint(model),
+        }
+        answer = await work_on(body, lambda _: _encoded(head, pairs, deltas, served.tokenizer.names))
+        return Response(answer, media_type="application/json")
+
+    return router
+
+
+async def _scored(
+    client: EngineClient,
+    metrics: Metrics,
+    pairs: Sequence[_Pair],
+    *,
+    timeout_seconds: float | None,
+    summary: dict[str, Any],
+) -> list[Delta]:
+    """The engine's one Delta of each pair. Raises ApiError, EngineUnavailable and DeadlineExceeded."""
+    requests = [
+        EngineRequest(client.new_request_id(), pair.context + pair.continuation, score_from=len(pair.context))
+        for pair in pairs
+    ]
+    prompt_tokens = sum(len(request.prompt) for request in requests)
+    deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
+    stream = client.submit(requests, _SCORING, deadline=deadline)
+    metrics.prompt_tokens.inc(prompt_tokens)
+    deltas: dict[int, Delta] = {}
+    unfinished = "error"
+    try:
+        async with stream:
+            async for arrived in stream:
+                for delta in arrived:
+                    errors.check_delta(delta)
+                    deltas[delta.request_id] = delta
+                    metrics.finished.labels(str(delta.finish)).inc()
+        metrics.end_to_end.observe(time.monotonic() - stream.submitted_at)
+    except asyncio.CancelledError:  # the client has left
+        unfinished = "abort"
+        metrics.aborted.inc()
+        raise
+    finally:
+        num_unfinished = len(requests) - len(deltas)
+        metrics.finished.labels(unfinished).inc(num_unfinished)
+        for started_at in stream.started_at.values():
+            metrics.queue.observe(started_at - stream.submitted_at)
+        summary.update(num_choices=len(requests), prompt_tokens=prompt_tokens, num_unfinished=num_unfinished)
+    return [deltas[request.id] for request in requests]
+
+
+def _encoded(head: dict[str, Any], pairs: Sequence[_Pair], deltas: Sequence[Delta], names: Sequence[str]) -> bytes:
+    """The answer. An item at a time, so that in a thread it lets the event loop go on."""
+    results = [_json(_result(pair, delta, names)) for pair, delta in zip(pairs, deltas, strict=True)]
+    usage = usage_of(
+        sum(len(pair.context) + len(pair.continuation) for pair in pairs),
+        0,
+        cached_tokens=sum(delta.cached_tokens for delta in deltas),
+    )
+    return b'%b,"results":[%b],"usage":%b}' % (_json(head)[:-1], b",".join(results), _json(usage))
+
+
+def _result(pair: _Pair, delta: Delta, names: Sequence[str]) -> dict[str, Any]:
+    scores = delta.prompt_logprobs
+    assert scores is not None, "score_from was asked for"
+    logprobs = np.frombuffer(scores.chosen, np.float32).tolist()
+    assert len(logprobs) == len(pair.continuation)
+    return {
+        "logprob": math.fsum(logprobs),
+        "token_logprobs": logprobs,
+        "tokens": [names[token_id] for token_id in pair.continuation],
+        "token_ids": pair.continuation,
+        "is_greedy": np.frombuffer(scores.top_ids, np.int32).tolist() == list(pair.continuation),
+        "context_tokens": len(pair.context),
+        "continuation_tokens": len(pair.continuation),
+    }
+
+
+def _pairs(items: Sequence[ScoreItem], served: ServedModel, model: ModelInfo) -> list[_Pair]:
+    """The ids of each item, checked. Raises ApiError (400), naming the item."""
+    texts: list[str] = []  # of each item of text: the context without its last spaces, and context and continuation
+    for number, item in enumerate(items):
+        if not item.continuation:
+            raise _wrong(f"items.{number}.continuation", "must not be empty")
+        match item.context or type(item.continuation)(), item.continuation:
+            case str(context), str(continuation):
+                served.check_texts([context + continuation], model, param=f"items.{number}")
+                texts += [context.rstrip(), context + continuation]
+            case list(context_ids), list(continuation_ids):
+                for name, ids in (("context", context_ids), ("continuation", continuation_ids)):
+                    if ids and not 0 <= min(ids) <= max(ids) < model.vocab_size:
+                        raise _wrong(f"items.{number}.{name}", f"ids must be 0..{model.vocab_size - 1}")
+            case _:
+                raise _wrong(f"items.{number}", "context and continuation must both be text or both token ids")
+    encoded = iter(served.tokenizer.encode(texts) if texts else [])
+    pairs = []
+    for number, item in enumerate(items):
+        if isinstance(item.continuation, str):
+            # As lm-evaluation-harness splits them: the continuation is what both together have more than the context.
+            context_ids = next(encoded)
+            continuation_ids = next(encoded)[len(context_ids) :]
+        else:
+            context_ids, continuation_ids = [] if isinstance(item.context, str) else item.context, item.continuation
+        if not continuation_ids:
+            raise _wrong(f"items.{number}.continuation", "has no token of its own after this context")
+        pair = _Pair(tuple(context_ids) or (served.tokenizer.end_of_text_id,), tuple(continuation_ids))
+        length = len(pair.context) + len(pair.continuation)
+        if length > model.context_length:
+            message = f"has {length} tokens, context and continuation together; the model takes {model.context_length}"
+            raise _wrong(f"items.{number}", message, code="context_length_exceeded")
+        pairs.append(pair)
+    return pairs
+
+
+def _wrong(param: str, message: str, *, code: str | None = None) -> ApiError:
+    return ApiError(400, f"{param}: {message}", param=param, code=code)

@@ -1,0 +1,141 @@
+"""The deltas of a group of requests, as the API process reads them. Made by the engine's client."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Collection
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+import msgspec
+
+from service.engine.request import Delta, Finish, Submit
+
+if TYPE_CHECKING:
+    from service.engine.client import EngineClient
+
+
+class QueueTimeout(Exception):
+    """A request of the group has not left the engine's queue by its queue deadline."""
+
+
+class DeadlineExceeded(Exception):
+    """The group has not finished by its deadline."""
+
+
+class Stream:
+    """The deltas of a group of requests: an async context manager, and an async iterator over lists of Deltas.
+
+    Leaving the context aborts whatever has not finished. Deltas that arrive before the reader takes them are merged,
+    so the mailbox holds at most one Delta a sequence. Iteration ends when every sequence has had its last Delta. It
+    raises QueueTimeout and DeadlineExceeded; what is whole when the reader comes for it is never late.
+    """
+
+    def __init__(
+        self, client: EngineClient, submit: Submit, *, deadline: float | None, queue_deadline: float | None
+    ) -> None:
+        requests = submit.requests
+        self._client = client
+        self._submit = submit
+        self._deadline = deadline
+        self._queue_deadline = queue_deadline
+        self._open = {(request.id, choice) for request in requests for choice in range(request.n)}
+        self._mailbox: dict[tuple[int, int], Delta] = {}
+        self._arrived = asyncio.Event()
+        self._unstarted = {request.id: request for request in requests}
+        self._resubmitted = False
+        self.submitted_at = time.monotonic()
+        self.started_at: dict[int, float] = {}  # request id -> when it left the engine's queue (monotonic seconds)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for request_id in {request_id for request_id, _ in self._open}:
+            self._client._abort(request_id, None)
+        self._open.clear()
+        self._client._forget(self)
+
+    async def __aiter__(self) -> AsyncIterator[list[Delta]]:
+        while self._open or self._mailbox:
+            seconds_left = self._check_deadlines()
+            if not self._mailbox:
+                self._arrived.clear()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(seconds_left):
+                        await self._arrived.wait()
+                continue
+            deltas = list(self._mailbox.values())
+            self._mailbox.clear()
+            yield deltas
+
+    def abort(self, request_id: int, choice: int) -> None:
+        """End one sequence: nothing more of it is delivered. Used when a stop string is found in its text."""
+        if (request_id, choice) in self._open:
+            self._close((request_id, choice))
+            self._client._abort(request_id, choice)
+            if request_id in self._unstarted and not any(open_id == request_id for open_id, _ in self._open):
+                del self._unstarted[request_id]  # nobody waits for its start
+        self._mailbox.pop((request_id, choice), None)
+        self._arrived.set()
+
+    def _deliver(self, delta: Delta) -> None:
+        key = (delta.request_id, delta.choice)
+        if key not in self._open:
+            return
+        self._unstarted.pop(delta.request_id, None)
+        if delta.finish is not None:
+            self._close(key)
+        earlier = self._mailbox.get(key)
+        if earlier is not None:
+            delta = earlier.then(delta)
+        self._mailbox[key] = delta
+        self._arrived.set()
+
+    def _close(self, key: tuple[int, int]) -> None:
+        self._open.discard(key)
+        if not self._open:
+            self._client._settled(self)
+
+    def _mark_started(self, request_id: int) -> None:
+        if self._unstarted.pop(request_id, None) is not None:
+            self.started_at[request_id] = time.monotonic()
+
+    def _engine_lost(self, error: str) -> None:
+        """End what the lost engine had begun. What it had not begun stays, to be submitted again, once."""
+        if self._resubmitted:
+            self._unstarted.clear()
+        self._end(Finish.ERROR, error, kept=self._unstarted)
+
+    def _end(self, finish: Finish, error: str, *, kept: Collection[int] = ()) -> None:
+        """End every open sequence but those of the requests `kept`."""
+        for request_id, choice in list(self._open):
+            if request_id not in kept:
+                self._deliver(Delta(request_id, choice, (), finish, error))
+
+    def _take_unstarted(self) -> Submit | None:
+        """What is to be submitted again."""
+        self._resubmitted = True
+        if not self._unstarted:
+            return None
+        return msgspec.structs.replace(self._submit, requests=tuple(self._unstarted.values()))
+
+    def _check_deadlines(self) -> float | None:
+        """Seconds until the next deadline, if there is one. Raises QueueTimeout, DeadlineExceeded."""
+        if not self._open:
+            return None
+        now = time.monotonic()
+        if self._deadline is not None and now >= self._deadline:
+            raise DeadlineExceeded("the request was not answered by its deadline")
+        queue_deadline = self._queue_deadline if self._unstarted else None
+        if queue_deadline is not None and now >= queue_deadline:
+            raise QueueTimeout("the request waited in the queue for longer than it may")
+        deadlines = (self._deadline, queue_deadline)
+        return min((deadline - now for deadline in deadlines if deadline is not None), default=None)

@@ -1,0 +1,134 @@
+"""How a stream is read, by the engine's own loop in a thread: deadlines, and what the reader finds merged."""
+
+import asyncio
+import threading
+import time
+
+import msgspec
+import pytest
+
+from service.engine.client import DeadlineExceeded, EngineClient, EngineUnavailable, QueueTimeout, Stream
+from service.engine.request import Delta, Finish, Request
+from tests.engine.attached import LONG, PARAMS, Attach, collect, request, until
+from tests.engine.oracle import Answer, Ask, answers
+
+
+async def idle(client: EngineClient) -> None:
+    """The engine has let go of everything."""
+    await client.wait_idle()
+    await until(lambda: client.stats.num_running + client.stats.num_waiting + client.stats.num_blocks_used == 0)
+
+
+async def test_a_deadline_ends_a_wait_and_aborts_what_is_open(client: EngineClient, attach: Attach) -> None:
+    """Not before its time; the engine is freed by leaving the context."""
+    gate = threading.Semaphore(2)
+    await attach(before_step=gate.acquire)
+    deadline = time.monotonic() + 0.1
+    with pytest.raises(DeadlineExceeded):
+        async with client.submit([request(client, n=2)], LONG, deadline=deadline) as stream:
+            await collect(stream)
+    assert time.monotonic() >= deadline
+    gate.release(1000)
+    await idle(client)
+    assert client.stats.num_steps < 50
+
+
+async def test_a_deadline_ends_a_stream_whose_tokens_keep_coming(client: EngineClient, attach: Attach) -> None:
+    """It is looked at before each batch of deltas, not only where the reader must wait."""
+    gate = threading.Semaphore(0)
+    await attach(before_step=gate.acquire)
+    deadline = time.monotonic() + 0.05
+    batches: list[list[Delta]] = []
+
+    async def read(stream: Stream) -> None:
+        gate.release()
+        async for deltas in stream:
+            batches.append(deltas)
+            gate.release()
+            await until(lambda: bool(stream._mailbox))
+
+    async with client.submit([request(client)], LONG, deadline=deadline) as stream:
+        with pytest.raises(DeadlineExceeded):
+            await read(stream)
+    assert 0 < len(batches) < 100
+    assert time.monotonic() >= deadline
+    gate.release(1000)
+    await idle(client)
+
+
+async def test_a_whole_answer_is_not_late(client: EngineClient, attach: Attach) -> None:
+    """A reader that comes for it after the deadline gets all of it."""
+    await attach()
+    each = request(client)
+    async with client.submit([each], PARAMS, deadline=time.monotonic() + 0.05) as stream:
+        await until(lambda: not stream._open)
+        await asyncio.sleep(0.06)
+        deltas = await collect(stream)
+    assert Finish.LENGTH is deltas[each.id, 0][-1].finish
+
+
+async def test_a_request_that_has_not_started_in_time_is_a_queue_timeout(client: EngineClient, attach: Attach) -> None:
+    """The one that runs meanwhile is past its own."""
+    gate = threading.Semaphore(0)
+    await attach(max_num_seqs=1, before_step=gate.acquire)
+    queue_deadline = time.monotonic() + 0.1
+    group = [request(client), request(client)]
+    async with client.submit([request(client)], LONG, queue_deadline=queue_deadline) as running:
+        gate.release()
+        await until(lambda: bool(running.started_at))
+        with pytest.raises(QueueTimeout):
+            async with client.submit(group, LONG, queue_deadline=queue_deadline) as stream:
+                await collect(stream)
+        assert time.monotonic() >= queue_deadline
+        gate.release(1000)
+        await collect(running)
+    await idle(client)
+
+
+async def test_a_start_ends_the_queue_deadline(client: EngineClient, attach: Attach) -> None:
+    """A reader that waits through it then waits for its tokens, until the deadline of the whole."""
+    gate = threading.Semaphore(1)
+    await attach(before_step=gate.acquire)
+    now = time.monotonic()
+    with pytest.raises(DeadlineExceeded):
+        async with client.submit([request(client)], LONG, queue_deadline=now + 0.4, deadline=now + 0.6) as stream:
+            await collect(stream)
+    assert time.monotonic() >= now + 0.6
+    gate.release(1000)
+
+
+async def test_a_choice_aborted_before_its_start_is_not_waited_for(client: EngineClient, attach: Attach) -> None:
+    """The request's start, which then never comes, is no queue timeout; nor is it submitted to a next engine."""
+    gate = threading.Semaphore(1)
+    engine = await attach(max_num_seqs=1, before_step=gate.acquire)
+    first, second = request(client), request(client)
+    async with client.submit([first, second], PARAMS, queue_deadline=time.monotonic() + 0.2) as stream:
+        await until(lambda: first.id in stream.started_at)
+        stream.abort(second.id, 0)
+        await asyncio.sleep(0.21)
+        gate.release(1000)
+        deltas = await collect(stream)
+        assert {(first.id, 0)} == set(deltas)
+        engine.die(gate)
+        await until(lambda: not client.ready)
+        assert stream._take_unstarted() is None
+
+
+async def test_a_reader_finds_what_came_meanwhile_as_one_delta(client: EngineClient, attach: Attach) -> None:
+    """Tokens, log-probabilities, the prompt's, and the finish."""
+    await attach()
+    each = Request(client.new_request_id(), tuple(range(9)), 2, score_from=1)
+    params = msgspec.structs.replace(PARAMS, num_logprobs=3)
+    async with client.submit([each], params, completing_ids=b"\xff" * 13) as stream:
+        await until(lambda: not stream._open)
+        deltas = await collect(stream)
+    for choice, expected in enumerate(answers(Ask(each, params))):
+        (got,) = deltas[each.id, choice]
+        assert expected == Answer(list(got.token_ids), got.finish, got.logprobs, got.prompt_logprobs)
+        assert got.urgent
+
+
+def test_deadlines_are_no_unavailability() -> None:
+    """Another replica would not mend them."""
+    assert not issubclass(DeadlineExceeded, EngineUnavailable)
+    assert not issubclass(QueueTimeout, EngineUnavailable)
