@@ -11,6 +11,8 @@ from service.api.served import ServedModel
 from service.api.text import StopStrings
 from service.engine.request import ModelInfo, SamplingParams
 
+_MAX_LOGPROBS = 4_000_000  # log-probabilities in one answer: they are some 100 bytes each, in memory and in JSON
+
 
 @dataclass(frozen=True, slots=True)
 class Admitted:
@@ -41,6 +43,7 @@ def admit(ask: CompletionRequest, served: ServedModel, model: ModelInfo, *, max_
     )
     tokenizer = served.tokenizer
     params = sampling_params(ask, prompts, model, tokenizer, grammar=grammar_of(ask, served.grammars))
+    _check_logprobs(ask, prompts, params)
     # The end of text has no text where it is skipped, so it is stopped at by its id alone.
     stops = [stop for stop in ask.stop if stop != tokenizer.end_of_text or not ask.skip_special_tokens]
     echoes: list[Echo | None] = [None] * len(prompts)
@@ -58,3 +61,13 @@ def admit(ask: CompletionRequest, served: ServedModel, model: ModelInfo, *, max_
         stops=StopStrings(stops),
         completing_ids=tokenizer.completing(stops),
     )
+
+
+def _check_logprobs(ask: CompletionRequest, prompts: list[tuple[int, ...]], params: SamplingParams) -> None:
+    if ask.logprobs is None:
+        return
+    echoed = sum(map(len, prompts)) if ask.echo else 0
+    count = (echoed + len(prompts) * params.max_tokens) * ask.num_samples * (ask.logprobs + 1)
+    if count > _MAX_LOGPROBS:
+        message = f"logprobs: {count} log-probabilities in one answer are more than {_MAX_LOGPROBS}"
+        raise ApiError(400, message, param="logprobs")

@@ -4,7 +4,7 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -52,7 +52,7 @@ def completions_router(
         body = await request.body()
         ask = await work_on(body, lambda body: parse_body(body, CompletionRequest))
         admitted = await work_on(
-            body, lambda _: admit(ask, served, model, max_choices=max_choices), slow=ask.constrained
+            body, lambda _: admit(ask, served, model, max_choices=max_choices), slow=ask.slow_to_admit
         )
         completion = Completion(client, served, metrics, model, admitted=admitted, summary=request.state.summary)
         if ask.stream:
@@ -128,7 +128,11 @@ class Completion:
             async for batch in batches:
                 for piece in batch:
                     wholes[piece.choice.index].add(piece)
-        choices = b",".join([wholes[index].encoded(place) for place, index in enumerate(self._best())])
+        chosen = [wholes[index] for index in self._best()]
+        if self._ask.logprobs is None:
+            choices = _encoded(chosen)
+        else:  # up to some tens of milliseconds a choice
+            choices = await asyncio.to_thread(_encoded, chosen)
         timing = ", ".join(f"{name};dur={milliseconds}" for name, milliseconds in self._timings().items())
         body = b'%b,"choices":[%b],"usage":%b}' % (_json(self._head)[:-1], choices, _json(self._usage()))
         return Response(body, headers={"Server-Timing": timing}, media_type="application/json")
@@ -173,7 +177,11 @@ class Completion:
         try:
             async with stream:
                 async for deltas in stream:
-                    pieces = [self._take(delta, stream) for delta in deltas]
+                    pieces = []
+                    for delta in deltas:
+                        pieces.append(self._take(delta, stream))
+                        if delta.prompt_logprobs is not None:  # its entries took their time: let others go on
+                            await asyncio.sleep(0)
                     if pieces := [piece for piece in pieces if piece.says_something]:
                         yield pieces
             self._metrics.end_to_end.observe(time.monotonic() - self._submitted_at)
@@ -289,6 +297,10 @@ class _Whole:
     def encoded(self, index: int) -> bytes:
         whole = {"index": index, "text": "".join(self._texts), "logprobs": self._logprobs}
         return _json(whole | self._end | self._token_ids)
+
+
+def _encoded(wholes: Sequence[_Whole]) -> bytes:
+    return b",".join([whole.encoded(index) for index, whole in enumerate(wholes)])
 
 
 def _chunk(piece: Piece) -> str:

@@ -128,6 +128,8 @@ def internal_error(message: str = "An error inside the server; its log has the d
 
 def check_delta(delta: Delta) -> None:
     """Raises ApiError for a sequence that did not end by itself."""
+    if delta.finish is Finish.GRAMMAR:
+        raise ApiError(400, delta.error or "the grammar cannot be used", code="grammar_error")
     if delta.finish is Finish.ERROR:
         raise internal_error(delta.error or "the engine failed on this request")
     if delta.finish is Finish.ABORT:  # not by us: we leave the stream when we abort

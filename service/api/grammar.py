@@ -24,7 +24,7 @@ _JSON_FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separat
 def grammar_of(ask: CompletionRequest, grammars: Grammars) -> str | None:
     """The grammar that the text must match, or None. Raises ApiError (400), naming the field.
 
-    Compiles with `grammars`, which is bounded, but takes up to a few tenths of a second: call it in a thread.
+    Compiles with `grammars`, which is bounded, but may take about a second: call it in a thread.
     """
     given = [name for name in FIELDS if getattr(ask, name) is not None]
     if ask.response_format is not None and ask.response_format.get("type") == "text":

@@ -15,6 +15,7 @@ log = logging.getLogger(__name__)
 
 MAX_STOPS = 64
 MAX_STOP_CHARACTERS = 1024
+_FEW_STOPS = 4
 MAX_SAMPLES = 128  # n and best_of
 _MAX_LISTED = 1024  # ids or words in one field
 _MAX_TIMEOUT_SECONDS = 86_400
@@ -266,10 +267,10 @@ class CompletionRequest(Body):
         return self.temperature < _GREEDY_BELOW
 
     @property
-    def constrained(self) -> bool:
-        """A grammar may have to be compiled, which takes its time."""
-        fields = (self.response_format, self.guided_json, self.guided_regex, self.guided_choice)
-        return any(field is not None for field in fields)
+    def slow_to_admit(self) -> bool:
+        """A grammar has to be compiled, or many stop strings looked for in the vocabulary: some ten milliseconds."""
+        grammars = (self.response_format, self.guided_json, self.guided_regex, self.guided_choice)
+        return len(self.stop) > _FEW_STOPS or any(field is not None for field in grammars)
 
     @property
     def num_samples(self) -> int:

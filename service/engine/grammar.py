@@ -108,7 +108,7 @@ class Grammars:
     def compile(self, text: str) -> Constraint:
         """The Constraint at the start of `text`, a Lark grammar of llguidance. Raises GrammarError.
 
-        Takes up to some tenths of a second; lets go of the GIL.
+        Takes a few ms as a rule, and about a second at worst (measured); lets go of the GIL.
         """
         return _on_deep_stack(lambda: self._compile(_BYTE_EXACT + text), self._starting)
 
@@ -144,7 +144,7 @@ def _on_deep_stack(work: Callable[[], _T], starting: threading.Lock) -> _T:
 
 
 def _limits() -> LLParserLimits:
-    """Work and memory of one grammar, in the library's own units: about a tenth of a second to begin, less a token."""
+    """Work and memory of one grammar, in the library's own units: a second to begin at worst, a few ms a token."""
     return LLParserLimits(
         initial_lexer_fuel=200_000,
         step_lexer_fuel=50_000,

@@ -163,11 +163,13 @@ class Loop:
 
     def _supply(self, request_ids: tuple[int, ...], compiled: Constraint | BaseException) -> None:
         for request_id in request_ids:
-            if isinstance(compiled, BaseException):
-                error = f"the grammar could not be compiled: {compiled}"
-                self._publisher.deltas(self._scheduler.refuse(request_id, error))
-            else:
+            try:
+                if isinstance(compiled, BaseException):
+                    raise compiled
                 self._scheduler.supply(request_id, compiled)
+            except Exception as error:  # of the grammar's library, which also makes a copy for each sequence
+                message = f"the grammar could not be compiled: {error}"
+                self._publisher.deltas(self._scheduler.refuse(request_id, message))
 
 
 def main(config: EngineConfig, sock: socket.socket) -> None:

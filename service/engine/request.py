@@ -17,6 +17,7 @@ class Finish(enum.StrEnum):
     LENGTH = "length"  # max_tokens, or the context's edge
     ABORT = "abort"  # the API asked: client left, stop string found, deadline, shutdown
     ERROR = "error"  # a step failed, or the engine died; `Delta.error` says which
+    GRAMMAR = "grammar"  # the request's grammar cannot be used, or became too complex on the way; likewise
 
 
 class SamplingParams(msgspec.Struct, frozen=True, array_like=True):

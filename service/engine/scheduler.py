@@ -122,7 +122,7 @@ class Scheduler:
     def refuse(self, request_id: int, error: str) -> list[Delta]:
         """End a request with an error; if it has ended, do nothing."""
         found = list(self._by_request.get(request_id, ()))
-        return [self._end(sequence, Finish.ERROR, error=error) for sequence in found]
+        return [self._end(sequence, Finish.GRAMMAR, error=error) for sequence in found]
 
     def abort(self, request_id: int, choice: int | None) -> list[Delta]:
         """End one choice of a request, or all of them. What is unknown or has ended is passed over."""
@@ -264,7 +264,7 @@ class Scheduler:
             scores, sequence.scores = sequence.scores, None
         new: tuple[int, ...] = (token,)
         finish = sequence.append(token)
-        if finish is Finish.ERROR:
+        if finish is Finish.GRAMMAR:
             return self._end(sequence, finish, error=sequence.error)
         if finish is not None:
             if not sequence.group.params.max_tokens:  # it was not wanted

@@ -160,9 +160,9 @@ class Sequence:
         return words
 
     def append(self, token: int) -> Finish | None:
-        """The next token was sampled; how it ends the sequence, if it does. With ERROR, `error` says why."""
+        """The next token was sampled; how it ends the sequence, if it does. With GRAMMAR, `error` says why."""
         if self.error is not None:
-            return Finish.ERROR
+            return Finish.GRAMMAR
         if self.history is not None:
             self.history[len(self.tokens)] = token
         self.tokens.append(token)
@@ -175,5 +175,5 @@ class Sequence:
                     return Finish.STOP
             except Exception as error:
                 self.error = f"the grammar failed: {error}"
-                return Finish.ERROR
+                return Finish.GRAMMAR
         return Finish.LENGTH if len(self.tokens) >= self.limit else None

@@ -213,3 +213,14 @@ async def test_best_of_gives_the_likeliest(api: Service) -> None:
     assert 2 * sum(map(len, scripts)) == answer["usage"]["completion_tokens"]
     unasked = await api.complete(prompt=["a", "b"], **body)
     assert [None] * 4 == [choice["logprobs"] for choice in unasked["choices"]]
+
+
+async def test_the_log_probabilities_of_an_answer_are_bounded(api: Service) -> None:
+    """A small body that asks for gigabytes is a 400; what lm-evaluation-harness may send at most is not."""
+    body = {"prompt": [1] * 1023, "echo": True, "max_tokens": 1, "logprobs": 20}
+    response = await api.http.post(
+        "/v1/completions", json=body | {"best_of": 128, "n": 128, "prompt": [[1] * 1023] * 2}
+    )
+    assert (400, "logprobs") == (response.status_code, response.json()["error"]["param"])
+    assert [] == api.engine.submitted
+    await api.complete(**body)

@@ -1,5 +1,6 @@
 """From the fields of constrained decoding to a grammar, over HTTP: what each means, and what is refused."""
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import service.demo
 from service.checkpoint.tokenizer import read_tokenizer
 from service.engine.grammar import Grammars
+from service.engine.request import Finish
 from tests.api.conftest import Service
 
 FOLDER = Path(service.demo.__file__).parent / "model"
@@ -191,3 +193,15 @@ async def test_ordinary_schemas_are_taken(api: Service) -> None:
     }
     response = await api.http.post("/v1/completions", json={"guided_json": schema})
     assert 200 == response.status_code, response.text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_grammar_that_becomes_too_complex_is_no_fault_of_the_server(api: Service, stream: bool) -> None:
+    """Some show it only as they go on: 400 with the engine's reason."""
+    api.engine.gate.clear()
+    body = {"guided_regex": "a+", "stream": stream}
+    asking = asyncio.ensure_future(api.http.post("/v1/completions", json=body))
+    await api.engine.wait_for(lambda: bool(api.engine.submitted))
+    api.engine.end(api.engine.submitted[0], Finish.GRAMMAR, "the grammar failed: is too complex")
+    response = await asking
+    assert (400, "grammar_error") == (response.status_code, response.json()["error"]["code"])

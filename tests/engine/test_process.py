@@ -273,7 +273,7 @@ def test_a_grammar_that_cannot_be_compiled_ends_its_requests_with_an_error() -> 
         api.send(Submit((request(1, n=2), request(2)), params(grammar="wrong: line 1")))
         for deltas in api.until_finished(3).values():
             (delta,) = deltas
-            assert Finish.ERROR is delta.finish
+            assert Finish.GRAMMAR is delta.finish
             assert "the grammar could not be compiled: wrong: line 1" == delta.error
         api.send(Submit((request(3),), params(grammar="two")))
         assert alone(Ask(request(3), params(grammar="two"))) == [tokens(api.until_finished(1)[3, 0])]

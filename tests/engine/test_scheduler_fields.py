@@ -110,7 +110,7 @@ def test_a_request_that_waits_for_its_grammar_can_be_ended() -> None:
     engine.check_finished(asks)
     assert engine.core.idle
     assert {Finish.ABORT} == {engine.answer(1, choice).finish for choice in (0, 1)}
-    assert [(Finish.ERROR, "no")] * 2 == [(d.finish, d.error) for c in (0, 1) for d in engine.deltas[2, c]]
+    assert [(Finish.GRAMMAR, "no")] * 2 == [(d.finish, d.error) for c in (0, 1) for d in engine.deltas[2, c]]
 
 
 def test_where_nothing_is_allowed_the_text_ends() -> None:
@@ -205,7 +205,7 @@ def test_a_constraint_that_fails_ends_its_sequence_alone(at: str, depth: int) ->
     engine.run()
     engine.check_finished([broken, other])
     (delta,) = engine.deltas[1, 0]
-    assert (Finish.ERROR, "the grammar failed: too complex", ()) == (delta.finish, delta.error, delta.token_ids)
+    assert (Finish.GRAMMAR, "the grammar failed: too complex", ()) == (delta.finish, delta.error, delta.token_ids)
     assert alone(other) == engine.tokens(other)
 
 
