@@ -104,17 +104,35 @@ def transformers_tokens_per_second(
     return num_sequences * (num_tokens - 1) / (seconds(num_tokens) - seconds(1))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def parse(description: str | None, *, batches: str) -> tuple[argparse.Namespace, torch.dtype]:
+    """The command line of a benchmark of the bare runner, and the dtype that it asks for."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--model", type=Path, help="a GPT-2 folder; by default random weights of the 345M's shape")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", help="by default bfloat16 on a GPU and float32 on a CPU")
-    parser.add_argument("--batches", default="1,4,8")
+    parser.add_argument("--batches", default=batches)
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    dtype = getattr(torch, arguments.dtype or ("bfloat16" if arguments.device.startswith("cuda") else "float32"))
+    name = arguments.dtype or ("bfloat16" if arguments.device.startswith("cuda") else "float32")
+    return arguments, getattr(torch, name)
+
+
+def machine(arguments: argparse.Namespace, dtype: torch.dtype) -> dict[str, object]:
+    """On what the numbers were made."""
+    device = torch.cuda.get_device_name() if arguments.device.startswith("cuda") else platform.processor() or "CPU"
+    return {
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def main() -> None:
+    arguments, dtype = parse(__doc__, batches="1,4,8")
     with tempfile.TemporaryDirectory() as scratch:
         folder = arguments.model or write_random_model(Path(scratch))
         config = read_config(folder)
@@ -125,15 +143,7 @@ def main() -> None:
         seconds = step_seconds(ours, size, arguments.context, arguments.steps)
         peer = transformers_tokens_per_second(theirs, size, arguments.context, arguments.steps)
         rows.append(Row(size, arguments.context, 1000 * seconds, size / seconds, peer, size / seconds / peer))
-    device = torch.cuda.get_device_name() if arguments.device.startswith("cuda") else platform.processor() or "CPU"
-    about = {
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "dtype": str(dtype).removeprefix("torch."),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "date": time.strftime("%Y-%m-%d"),
-    }
+    about = machine(arguments, dtype) | {"transformers": transformers.__version__}
     print(about)
     print("batch context  step ms  tokens/s  transformers tokens/s  ratio")
     for row in rows:

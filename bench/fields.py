@@ -3,19 +3,15 @@
 python -m bench.fields [--model FOLDER] [--device cpu|cuda] [--dtype float32] [--batches 1,8] [--context 256] [--out F]
 """
 
-import argparse
 import json
-import platform
 import tempfile
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from bench.decode import step_seconds
+from bench.decode import machine, parse, step_seconds
 from bench.random_model import write_random_model
 from service.checkpoint.hub import read_config, read_state
 from service.model.batch import Batch, Biases
@@ -68,16 +64,7 @@ ASKED: Mapping[str, Ask] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, help="a GPT-2 folder; by default random weights of the 345M's shape")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", help="by default bfloat16 on a GPU and float32 on a CPU")
-    parser.add_argument("--batches", default="1,8")
-    parser.add_argument("--context", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=16)
-    parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
-    dtype = getattr(torch, arguments.dtype or ("bfloat16" if arguments.device.startswith("cuda") else "float32"))
+    arguments, dtype = parse(__doc__, batches="1,8")
     with tempfile.TemporaryDirectory() as scratch:
         folder = arguments.model or write_random_model(Path(scratch))
         config = read_config(folder)
@@ -93,15 +80,7 @@ def main() -> None:
         least = min(plain)
         rows += [Row(size, "plain", 1000 * seconds, seconds / least) for seconds in plain]
         rows += [Row(size, name, 1000 * seconds, seconds / least) for name, seconds in asked.items()]
-    device = torch.cuda.get_device_name() if arguments.device.startswith("cuda") else platform.processor() or "CPU"
-    about = {
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "dtype": str(dtype).removeprefix("torch."),
-        "context": arguments.context,
-        "torch": torch.__version__,
-        "date": time.strftime("%Y-%m-%d"),
-    }
+    about = machine(arguments, dtype) | {"context": arguments.context}
     print(about)
     for row in rows:
         print(f"batch {row.batch:4}  {row.field:24} {row.step_ms:8.3f} ms  {row.ratio:5.2f}")

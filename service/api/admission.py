@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from service.api.choice import Echo
-from service.api.errors import ApiError
+from service.api.errors import invalid
 from service.api.grammar import grammar_of
 from service.api.params import prompt_limit, sampling_params
 from service.api.schemas import CompletionRequest
@@ -32,8 +32,8 @@ def admit(ask: CompletionRequest, served: ServedModel, model: ModelInfo, *, max_
     served.check_name(ask.model)
     num_choices = len(ask.prompt) * ask.num_samples
     if num_choices > max_choices:
-        message = f"prompt: {len(ask.prompt)} prompts x {ask.num_samples} samples are more than {max_choices} sequences"
-        raise ApiError(400, message, param="prompt")
+        message = f"{len(ask.prompt)} prompts x {ask.num_samples} samples are more than {max_choices} sequences"
+        raise invalid("prompt", message)
     prompts, num_truncated = served.prompt_ids(
         ask.prompt,
         model,
@@ -69,5 +69,4 @@ def _check_logprobs(ask: CompletionRequest, prompts: list[tuple[int, ...]], para
     echoed = sum(map(len, prompts)) if ask.echo else 0
     count = (echoed + len(prompts) * params.max_tokens) * ask.num_samples * (ask.logprobs + 1)
     if count > _MAX_LOGPROBS:
-        message = f"logprobs: {count} log-probabilities in one answer are more than {_MAX_LOGPROBS}"
-        raise ApiError(400, message, param="logprobs")
+        raise invalid("logprobs", f"{count} log-probabilities in one answer are more than {_MAX_LOGPROBS}")

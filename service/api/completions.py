@@ -163,13 +163,12 @@ class Completion:
 
         Raises ApiError, EngineUnavailable, DeadlineExceeded and QueueTimeout.
         """
-        now = time.monotonic()
         stream = self._client.submit(
             self._requests,
             self._params,
             completing_ids=self._admitted.completing_ids,
-            deadline=_after(now, self._ask.timeout_seconds),
-            queue_deadline=_after(now, self._ask.queue_timeout_seconds),
+            deadline=deadline_in(self._ask.timeout_seconds),
+            queue_deadline=deadline_in(self._ask.queue_timeout_seconds),
         )
         self._submitted_at, self._started_at = stream.submitted_at, stream.started_at
         self._metrics.prompt_tokens.inc(sum(len(request.prompt) for request in self._requests))
@@ -317,8 +316,9 @@ def _chunk(piece: Piece) -> str:
     )
 
 
-def _after(now: float, seconds: float | None) -> float | None:
-    return None if seconds is None else now + seconds
+def deadline_in(seconds: float | None) -> float | None:
+    """The moment in monotonic seconds; None is never."""
+    return None if seconds is None else time.monotonic() + seconds
 
 
 def usage_of(

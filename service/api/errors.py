@@ -92,6 +92,11 @@ class ApiError(Exception):
         return JSONResponse(self.body, self.status, self.headers)
 
 
+def invalid(param: str, message: str, *, code: str | None = None) -> ApiError:
+    """A 400 that names the parameter, in its field and at the head of its message."""
+    return ApiError(400, f"{param}: {message}", param=param, code=code)
+
+
 _DESCRIPTIONS: Mapping[int, str] = {
     400: "A field, or the body, that cannot be used; `param` names it.",
     404: "A model or a route that is not here.",

@@ -9,7 +9,7 @@ from urllib.parse import unquote
 
 from llguidance import regex_to_lark
 
-from service.api.errors import ApiError
+from service.api.errors import invalid
 from service.api.schemas import CompletionRequest
 from service.engine.grammar import MAX_ITEMS_IN_ROW, GrammarError, Grammars
 
@@ -32,15 +32,15 @@ def grammar_of(ask: CompletionRequest, grammars: Grammars) -> str | None:
     if not given:
         return None
     if len(given) > 1:
-        raise _wrong(given[1], f"cannot be combined with {given[0]}")
+        raise invalid(given[1], f"cannot be combined with {given[0]}")
     name = given[0]
     grammar = _grammar(ask, name)
     if len(grammar.encode()) > _MAX_BYTES:
-        raise _wrong(name, f"is larger than {_MAX_BYTES} bytes")
+        raise invalid(name, f"is larger than {_MAX_BYTES} bytes")
     try:
         grammars.compile(grammar)
     except GrammarError as error:
-        raise _wrong(name, str(error)) from error
+        raise invalid(name, str(error)) from error
     return grammar
 
 
@@ -66,16 +66,16 @@ def _format_schema(response_format: dict[str, Any]) -> tuple[str, object]:
         case "json_schema":
             described = response_format.get("json_schema")
             if not isinstance(described, dict) or "schema" not in described:
-                raise _wrong("response_format.json_schema", "must be an object with a schema")
+                raise invalid("response_format.json_schema", "must be an object with a schema")
             return "response_format.json_schema.schema", described["schema"]
-    raise _wrong("response_format.type", "must be text, json_object or json_schema")
+    raise invalid("response_format.type", "must be text, json_object or json_schema")
 
 
 def _regex_grammar(param: str, regex: str) -> str:
     try:
         regex.encode()
     except UnicodeEncodeError:
-        raise _wrong(param, "has half of a surrogate pair, which is no character") from None
+        raise invalid(param, "has half of a surrogate pair, which is no character") from None
     return f"start: /{regex_to_lark(regex, '')}/"  # \d, \w and \s are Unicode's, of the library's version
 
 
@@ -84,15 +84,15 @@ def _json_grammar(param: str, schema: object) -> str:
         try:
             schema = json.loads(schema)
         except (ValueError, RecursionError) as error:  # a text within the body may be nested without bound
-            raise _wrong(param, f"is not JSON: {error}") from None
+            raise invalid(param, f"is not JSON: {error}") from None
     if not isinstance(schema, dict):
-        raise _wrong(param, "must be a JSON schema, which is an object")
+        raise invalid(param, "must be a JSON schema, which is an object")
     try:
         text = json.dumps({**schema, "x-guidance": _JSON_FORM}, allow_nan=False)  # never the caller's own options
     except (ValueError, RecursionError) as error:
-        raise _wrong(param, str(error)) from None
+        raise invalid(param, str(error)) from None
     if len(text) > _MAX_BYTES:
-        raise _wrong(param, f"is larger than {_MAX_BYTES} bytes")
+        raise invalid(param, f"is larger than {_MAX_BYTES} bytes")
     _check_work(param, schema)
     return f"start: %json {text}"
 
@@ -118,18 +118,18 @@ def _check_work(param: str, schema: dict[str, Any]) -> None:
             multiples.append(Decimal(str(multiple)).normalize())
         patterns = node.get("patternProperties")
         if isinstance(patterns, dict) and len(patterns) > _MAX_PATTERNS:
-            raise _wrong(param, f"patternProperties: at most {_MAX_PATTERNS} are supported")
+            raise invalid(param, f"patternProperties: at most {_MAX_PATTERNS} are supported")
         try:
             alternatives, optional = choices.count(node)
         except RecursionError:
-            raise _wrong(param, "its $refs and combinations are nested too deeply") from None
+            raise invalid(param, "its $refs and combinations are nested too deeply") from None
         if optional and 4 * optional + 7 * alternatives > MAX_ITEMS_IN_ROW:  # what the library opens, measured
             message = "properties: too many optional ones, over all alternatives, can come at one place"
-            raise _wrong(param, f"{message}; some {MAX_ITEMS_IN_ROW // 4} are supported")
+            raise invalid(param, f"{message}; some {MAX_ITEMS_IN_ROW // 4} are supported")
     places = max((-int(multiple.as_tuple().exponent) for multiple in multiples), default=0)
     if lcm(*(int(multiple.scaleb(max(places, 0))) or 1 for multiple in multiples)) > _MAX_MULTIPLE:
         message = f"multipleOf: the least common multiple of all is over {_MAX_MULTIPLE} of their last decimal place"
-        raise _wrong(param, message)
+        raise invalid(param, message)
 
 
 class _Choices:
@@ -191,7 +191,3 @@ def _longest_optional_run(node: dict[str, Any]) -> int:
         run = 0 if name in names else run + 1
         longest = max(longest, run)
     return longest
-
-
-def _wrong(param: str, message: str) -> ApiError:
-    return ApiError(400, f"{param}: {message}", param=param)

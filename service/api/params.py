@@ -3,7 +3,7 @@
 import secrets
 from collections.abc import Iterable, Sequence
 
-from service.api.errors import ApiError
+from service.api.errors import ApiError, invalid
 from service.api.schemas import CompletionRequest
 from service.api.text import Tokenizer
 from service.engine.request import ModelInfo, SamplingParams
@@ -70,8 +70,7 @@ def _max_tokens(ask: CompletionRequest, longest: int, model: ModelInfo, default:
             code="context_length_exceeded",
         )
     if ask.min_tokens > max_tokens:
-        message = f"min_tokens: {ask.min_tokens} is more than max_tokens, which is {max_tokens}"
-        raise ApiError(400, message, param="min_tokens")
+        raise invalid("min_tokens", f"{ask.min_tokens} is more than max_tokens, which is {max_tokens}")
     return max_tokens
 
 
@@ -98,7 +97,7 @@ def _token_sets(
         allowed = forced if allowed is None else allowed & forced
     if allowed is not None and not allowed - banned:
         param = "logit_bias" if ask.logit_bias else "allowed_token_ids"
-        raise ApiError(400, f"{param}: leaves no token that may be generated", param=param)
+        raise invalid(param, "leaves no token that may be generated")
     return None if allowed is None else tuple(sorted(allowed)), tuple(sorted(banned)), bad_words
 
 

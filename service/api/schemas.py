@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, PlainValidator, model_validator
 from pydantic_core import PydanticCustomError
 
 from service.api.body import Body
-from service.api.errors import ApiError
+from service.api.errors import invalid
 from service.engine.request import MAX_LOGPROBS
 
 log = logging.getLogger(__name__)
@@ -253,13 +253,13 @@ class CompletionRequest(Body):
     @model_validator(mode="after")
     def _after(self) -> "CompletionRequest":
         if self.best_of is not None and self.best_of < self.n:
-            raise _wrong("best_of", f"must be at least n, which is {self.n}")
+            raise invalid("best_of", f"must be at least n, which is {self.n}")
         if self.stream and self.num_samples > self.n:
-            raise _wrong("best_of", "cannot be streamed")
+            raise invalid("best_of", "cannot be streamed")
         if self.max_tokens == 0 and not self.echo:
-            raise _wrong("max_tokens", "0 is only possible with echo")
+            raise invalid("max_tokens", "0 is only possible with echo")
         if self.truncate_prompt_tokens == 0:
-            raise _wrong("truncate_prompt_tokens", "must be at least 1, or -1")
+            raise invalid("truncate_prompt_tokens", "must be at least 1, or -1")
         return self
 
     @property
@@ -278,17 +278,13 @@ class CompletionRequest(Body):
         return max(self.n, self.best_of or 1)
 
 
-def _wrong(param: str, message: str) -> ApiError:
-    return ApiError(400, f"{param}: {message}", param=param)
-
-
 def _refuse_unsupported(body: Mapping[str, Any]) -> None:
     for name, harmless in _UNSUPPORTED.items():
         if body.get(name) is not None and not any(
             body[name] == value and isinstance(body[name], bool) == isinstance(value, bool) for value in harmless
         ):
             hint = f": {_INSTEAD[name]}" if name in _INSTEAD else ""
-            raise _wrong(name, f"is not supported by this server{hint}")
+            raise invalid(name, f"is not supported by this server{hint}")
     unknown = body.keys() - CompletionRequest.model_fields.keys() - _UNSUPPORTED.keys()
     if unknown:
         log.debug("ignored unknown fields: %s", ", ".join(sorted(unknown))[:500])

@@ -17,9 +17,9 @@ from starlette.responses import Response
 
 from service.api import answers, errors
 from service.api.body import Body, documented_body, parse_body, work_on
-from service.api.completions import usage_of
+from service.api.completions import deadline_in, usage_of
 from service.api.connection import while_connected
-from service.api.errors import ApiError
+from service.api.errors import invalid
 from service.api.metrics import Metrics
 from service.api.served import ServedModel
 from service.engine.client import EngineClient
@@ -86,7 +86,7 @@ def scoring_router(*, client: EngineClient, served: ServedModel, metrics: Metric
         ask = parse_body(body, ScoreRequest)
         served.check_name(ask.model)
         if len(ask.items) > max_items:
-            raise ApiError(400, f"items: {len(ask.items)} are more than {max_items}", param="items")
+            raise invalid("items", f"{len(ask.items)} are more than {max_items}")
         return ask, _pairs(ask.items, served, model)
 
     @router.post(
@@ -131,8 +131,7 @@ async def _scored(
         for pair in pairs
     ]
     prompt_tokens = sum(len(request.prompt) for request in requests)
-    deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
-    stream = client.submit(requests, _SCORING, deadline=deadline)
+    stream = client.submit(requests, _SCORING, deadline=deadline_in(timeout_seconds))
     metrics.prompt_tokens.inc(prompt_tokens)
     deltas: dict[int, Delta] = {}
     unfinished = "error"
@@ -189,7 +188,7 @@ def _pairs(items: Sequence[ScoreItem], served: ServedModel, model: ModelInfo) ->
     texts: list[str] = []  # of each item of text: the context without its last spaces, and context and continuation
     for number, item in enumerate(items):
         if not item.continuation:
-            raise _wrong(f"items.{number}.continuation", "must not be empty")
+            raise invalid(f"items.{number}.continuation", "must not be empty")
         match item.context or type(item.continuation)(), item.continuation:
             case str(context), str(continuation):
                 served.check_texts([context + continuation], model, param=f"items.{number}")
@@ -197,9 +196,9 @@ def _pairs(items: Sequence[ScoreItem], served: ServedModel, model: ModelInfo) ->
             case list(context_ids), list(continuation_ids):
                 for name, ids in (("context", context_ids), ("continuation", continuation_ids)):
                     if ids and not 0 <= min(ids) <= max(ids) < model.vocab_size:
-                        raise _wrong(f"items.{number}.{name}", f"ids must be 0..{model.vocab_size - 1}")
+                        raise invalid(f"items.{number}.{name}", f"ids must be 0..{model.vocab_size - 1}")
             case _:
-                raise _wrong(f"items.{number}", "context and continuation must both be text or both token ids")
+                raise invalid(f"items.{number}", "context and continuation must both be text or both token ids")
     encoded = iter(served.tokenizer.encode(texts) if texts else [])
     pairs = []
     for number, item in enumerate(items):
@@ -210,15 +209,11 @@ def _pairs(items: Sequence[ScoreItem], served: ServedModel, model: ModelInfo) ->
         else:
             context_ids, continuation_ids = [] if isinstance(item.context, str) else item.context, item.continuation
         if not continuation_ids:
-            raise _wrong(f"items.{number}.continuation", "has no token of its own after this context")
+            raise invalid(f"items.{number}.continuation", "has no token of its own after this context")
         pair = _Pair(tuple(context_ids) or (served.tokenizer.end_of_text_id,), tuple(continuation_ids))
         length = len(pair.context) + len(pair.continuation)
         if length > model.context_length:
             message = f"has {length} tokens, context and continuation together; the model takes {model.context_length}"
-            raise _wrong(f"items.{number}", message, code="context_length_exceeded")
+            raise invalid(f"items.{number}", message, code="context_length_exceeded")
         pairs.append(pair)
     return pairs
-
-
-def _wrong(param: str, message: str, *, code: str | None = None) -> ApiError:
-    return ApiError(400, f"{param}: {message}", param=param, code=code)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from service.api.errors import ApiError
+from service.api.errors import ApiError, invalid
 from service.api.text import Tokenizer
 from service.checkpoint.tokenizer import TokenizerFiles
 from service.engine.client import EngineClient
@@ -103,8 +103,7 @@ class ServedModel:
         ids = [next(encoded) if isinstance(prompt, str) else prompt for prompt in prompts]
         for place, prompt in enumerate(ids):
             if prompt and not 0 <= min(prompt) <= max(prompt) < model.vocab_size:
-                message = f"{param}: ids must be 0..{model.vocab_size - 1}, and prompt {place} has others"
-                raise ApiError(400, message, param=param)
+                raise invalid(param, f"ids must be 0..{model.vocab_size - 1}, and prompt {place} has others")
         whole = [tuple(prompt or [self.tokenizer.end_of_text_id]) for prompt in ids]
         if truncate is None:
             return whole, [0] * len(whole)
@@ -116,10 +115,9 @@ class ServedModel:
         max_bytes = model.context_length * self.tokenizer.longest_token_bytes
         for text in texts:
             if len(text) > max_bytes or len(text.encode()) > max_bytes:
-                raise ApiError(
-                    400,
-                    f"{param}: This model's maximum context length is {model.context_length} tokens, which are at most "
+                raise invalid(
+                    param,
+                    f"This model's maximum context length is {model.context_length} tokens, which are at most "
                     f"{max_bytes} bytes; a text of {len(text)} characters cannot fit",
-                    param=param,
                     code="context_length_exceeded",
                 )

@@ -5,7 +5,7 @@ from pydantic import BaseModel, Field
 
 from service.api import errors
 from service.api.body import Body, documented_body, parse_body, work_on
-from service.api.errors import ApiError
+from service.api.errors import invalid
 from service.api.served import ServedModel
 from service.engine.client import EngineClient
 from service.engine.request import ModelInfo
@@ -76,9 +76,9 @@ def tokens_router(*, client: EngineClient, served: ServedModel) -> APIRouter:
         # As many as /tokenize gives: a body of ids can be a twentieth of its text.
         max_tokens = model.context_length * served.tokenizer.longest_token_bytes
         if len(ask.tokens) > max_tokens:
-            raise ApiError(400, f"tokens: {len(ask.tokens)} ids are more than {max_tokens}", param="tokens")
+            raise invalid("tokens", f"{len(ask.tokens)} ids are more than {max_tokens}")
         if ask.tokens and not 0 <= min(ask.tokens) <= max(ask.tokens) < model.vocab_size:
-            raise ApiError(400, f"tokens: ids must be 0..{model.vocab_size - 1}", param="tokens")
+            raise invalid("tokens", f"ids must be 0..{model.vocab_size - 1}")
         return Detokenized(prompt=served.tokenizer.decode(ask.tokens, spelled=True))
 
     @router.post(

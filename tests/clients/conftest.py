@@ -32,7 +32,7 @@ os.environ |= {
 import torch
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
 
-from tests.service.server import Server
+from tests.service.server import Server, until_drained
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "service" / "demo" / "model"
@@ -55,22 +55,10 @@ def no_other_machine() -> Iterator[None]:
         yield
 
 
-def served(*arguments: str) -> Iterator[Server]:
-    """For a fixture: a service that is ready, and drained in the end."""
-    server = Server(*arguments)
-    try:
-        server.wait_ready()
-        yield server
-        server.process.terminate()
-        assert server.wait(20) == 0
-    finally:
-        server.kill()
-
-
 @pytest.fixture(scope="session")
 def server() -> Iterator[Server]:
     """The demo model in fp32."""
-    yield from served("--kv-memory", "256MiB")
+    yield from until_drained(Server("--kv-memory", "256MiB"))
 
 
 @pytest.fixture(scope="session")
@@ -87,7 +75,7 @@ def random_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def random_server(random_folder: Path) -> Iterator[Server]:
-    yield from served(str(random_folder), "--kv-memory", "256MiB")
+    yield from until_drained(Server(str(random_folder), "--kv-memory", "256MiB"))
 
 
 @pytest.fixture(scope="session")
@@ -98,7 +86,7 @@ def small_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, n_positions=32)).save_pretrained(folder)
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(DEMO / name, folder)
-    yield from served(str(folder), "--kv-memory", "64MiB")
+    yield from until_drained(Server(str(folder), "--kv-memory", "64MiB"))
 
 
 def post(server: Server, **body: Any) -> httpx.Response:

@@ -8,7 +8,8 @@ import httpx
 import openai
 import pytest
 
-from tests.clients.conftest import MODEL, Server, plain, post, served, text
+from tests.clients.conftest import MODEL, Server, plain, post, text
+from tests.service.server import until_drained
 
 _ASK: dict[str, Any] = {
     "prompt": ["“Naïve” 日本", "The people of"],
@@ -113,7 +114,9 @@ def test_a_line_separator_does_not_cut_an_event(server: Server) -> None:
 @pytest.fixture(scope="module")
 def patient_server() -> Iterator[Server]:
     """One sequence at a time, and a comment every 50 ms of silence."""
-    yield from served("--kv-memory", "64MiB", "--max-num-seqs", "1", "--stream-keep-alive-seconds", "0.05")
+    yield from until_drained(
+        Server("--kv-memory", "64MiB", "--max-num-seqs", "1", "--stream-keep-alive-seconds", "0.05")
+    )
 
 
 @pytest.fixture

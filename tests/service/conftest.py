@@ -9,7 +9,7 @@ import torch
 import service.demo
 from service.api.text import Tokenizer, load_tokenizer
 from tests.service.scripted_model import ScriptedModel, write_scripted_model
-from tests.service.server import Client, Server
+from tests.service.server import Client, Server, until_drained
 
 DEMO = Path(service.demo.__file__).parent / "model"
 
@@ -30,27 +30,16 @@ def scripted_model(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenize
     return write_scripted_model(tmp_path_factory.mktemp("scripted"), tokenizer, DEMO)
 
 
-def _until_drained(server: Server) -> Iterator[Server]:
-    try:
-        server.wait_ready()
-        assert server.engine.is_running()  # this also notes who must be gone at the end
-        yield server
-        server.process.terminate()
-        assert server.wait(20) == 0
-    finally:
-        server.kill()
-
-
 @pytest.fixture(scope="session")
 def demo_server() -> Iterator[Server]:
     """The demo model in fp32, with blocks for a single full context, so that a crowd runs out of them."""
-    yield from _until_drained(Server("--kv-memory", "12MiB"))
+    yield from until_drained(Server("--kv-memory", "12MiB"))
 
 
 @pytest.fixture(scope="session")
 def scripted_server(scripted_model: ScriptedModel) -> Iterator[Server]:
     """The scripted model; two sequences at a time, so that others wait; little patience with a silent engine."""
-    yield from _until_drained(Server(str(scripted_model.folder), "--max-num-seqs", "2", "--stall-seconds", "2"))
+    yield from until_drained(Server(str(scripted_model.folder), "--max-num-seqs", "2", "--stall-seconds", "2"))
 
 
 @pytest.fixture

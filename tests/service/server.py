@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -134,6 +134,18 @@ class Server:
         self._reader.join()
         assert self.process.stderr is not None
         self.process.stderr.close()
+
+
+def until_drained(server: Server) -> Iterator[Server]:
+    """For a fixture: `server` when it is ready; drained in the end, which must go well."""
+    try:
+        server.wait_ready()
+        assert server.engine.is_running()  # this also notes who must be gone at the end
+        yield server
+        server.process.terminate()
+        assert server.wait(20) == 0
+    finally:
+        server.kill()
 
 
 @dataclass
