@@ -29,11 +29,13 @@ NUM_REPORTS = 48
 
 def takes(form: dict[str, Any], definitions: dict[str, Any]) -> str:
     """A JSON schema in words, without null, which every optional field takes."""
-    if "anyOf" in form:
-        return " or ".join(takes(each, definitions) for each in form["anyOf"] if each != {"type": "null"})
+    if forms := form.get("anyOf") or form.get("oneOf"):
+        return " or ".join(takes(each, definitions) for each in forms if each != {"type": "null"})
     if "$ref" in form:
         fields = definitions[form["$ref"].rsplit("/", 1)[1]]["properties"]
         return "{" + ", ".join(f"{name}: {takes(field, definitions)}" for name, field in fields.items()) + "}"
+    if "const" in form:
+        return f"`{form['const']}`"
     if "enum" in form:
         return " or ".join(f"`{value}`" for value in form["enum"])
     match form.get("type"):

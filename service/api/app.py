@@ -58,11 +58,16 @@ def create_app(
             metrics=metrics,
             keep_alive_seconds=stream_keep_alive_seconds,
             max_choices=max_choices,
-        )
+        ),
+        tags=["Completions"],
     )
-    app.include_router(tokens.tokens_router(client=client, served=served))
-    app.include_router(scoring.scoring_router(client=client, served=served, metrics=metrics, max_items=max_choices))
-    app.include_router(operations_router(client=client, served=served, metrics=metrics, version=version))
+    app.include_router(tokens.tokens_router(client=client, served=served), tags=["Tokens"])
+    app.include_router(
+        scoring.scoring_router(client=client, served=served, metrics=metrics, max_items=max_choices), tags=["Scores"]
+    )
+    app.include_router(
+        operations_router(client=client, served=served, metrics=metrics, version=version), tags=["Operations"]
+    )
     app.include_router(docs_router())
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app

@@ -85,7 +85,9 @@ async def work_on(body: bytes, work: Callable[[bytes], _Result], *, slow: bool =
     return work(body)
 
 
-def documented_body(schema: type[Body]) -> dict[str, Any]:
+def documented_body(schema: type[Body], **example: object) -> dict[str, Any]:
     """The request body in the OpenAPI schema of a route that reads it by itself."""
-    content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema.__name__}"}}}
+    content: dict[str, Any] = {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema.__name__}"}}}
+    if example:
+        content["application/json"]["example"] = example
     return {"requestBody": {"content": content, "required": True}}

@@ -9,7 +9,7 @@ from service.api.logprobs import LogprobStream
 from service.api.repetition import RepetitionStop
 from service.api.schemas import CompletionRequest
 from service.api.text import StopStrings, TextStream, Tokenizer
-from service.engine.request import Delta, Finish, Request, SamplingParams
+from service.engine.request import Delta, Finish, Logprobs, Request, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,10 +91,13 @@ class Choice:
         """Of its tokens, where the engine gave log-probabilities."""
         return self._sum_logprobs / max(1, self.num_tokens)
 
-    def take(self, delta: Delta) -> Piece:
-        """The next tokens. A `finish_reason` in the piece says that the choice has ended."""
+    def take(self, delta: Delta, *, prompt_logprobs: Logprobs | None = None) -> Piece:
+        """The next tokens. A `finish_reason` in the piece says that the choice has ended.
+
+        The first call needs the `prompt_logprobs`, where they are echoed.
+        """
         before = self.num_tokens
-        text = self._begin(delta) if not self._begun else ""
+        text = self._begin(prompt_logprobs) if not self._begun else ""
         token_ids, repeats = delta.token_ids, False
         if self._repetition is not None and (end := self._repetition.push(token_ids)) is not None:
             token_ids, repeats = token_ids[:end], True
@@ -116,13 +119,13 @@ class Choice:
         self.finished = finish_reason is not None
         return self._piece(text, delta, self.num_tokens - before, finish_reason, stop_reason)
 
-    def _begin(self, delta: Delta) -> str:
+    def _begin(self, prompt_logprobs: Logprobs | None) -> str:
         """The echo, with which a choice starts."""
         self._begun = True
         if self._echo is None:
             return ""
         if self._logprobs is not None:
-            self._logprobs.push_prompt(self._echo.token_ids, delta.prompt_logprobs, text=self._echo.text)
+            self._logprobs.push_prompt(self._echo.token_ids, prompt_logprobs, text=self._echo.text)
         return self._echo.text
 
     def _ends_with_stop_token(self, token_ids: tuple[int, ...]) -> bool:

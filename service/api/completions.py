@@ -6,6 +6,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from itertools import chain
 from typing import Any
 
 import msgspec
@@ -22,7 +23,7 @@ from service.api.metrics import Metrics
 from service.api.schemas import CompletionRequest
 from service.api.served import ServedModel
 from service.engine.client import EngineClient, Stream
-from service.engine.request import Delta, ModelInfo
+from service.engine.request import Delta, Logprobs, ModelInfo
 from service.engine.request import Request as EngineRequest
 
 REQUEST_SCHEMAS = (CompletionRequest,)
@@ -45,16 +46,20 @@ def completions_router(
             200: {"model": answers.Completion, "content": {"text/event-stream": {}}},
             **errors.documented(400, 404, 413, 429, 500, 503, 504),
         },
-        openapi_extra=documented_body(CompletionRequest),
+        openapi_extra=documented_body(CompletionRequest, prompt="The capital of France is", max_tokens=32),
     )
     async def complete(request: Request) -> Response:
+        arrived_at = time.monotonic()
         model = client.check_ready()
         body = await request.body()
         ask = await work_on(body, lambda body: parse_body(body, CompletionRequest))
         admitted = await work_on(
             body, lambda _: admit(ask, served, model, max_choices=max_choices), slow=ask.slow_to_admit
         )
-        completion = Completion(client, served, metrics, model, admitted=admitted, summary=request.state.summary)
+        summary = request.state.summary
+        completion = Completion(
+            client, served, metrics, model, admitted=admitted, arrived_at=arrived_at, summary=summary
+        )
         if ask.stream:
             return EventStream(completion.events(), keep_alive_seconds=keep_alive_seconds)
         return await while_connected(request.receive, completion.answer())
@@ -73,11 +78,13 @@ class Completion:
         model: ModelInfo,
         *,
         admitted: Admitted,
+        arrived_at: float,
         summary: dict[str, Any],
     ) -> None:
         self._client = client
         self._metrics = metrics
         self._summary = summary
+        self._arrived_at = arrived_at
         self._admitted = admitted
         self._ask = ask = admitted.ask
         self._params = admitted.params
@@ -107,6 +114,11 @@ class Completion:
             )
             for place, request in enumerate(self._requests)
             for sample in range(num_samples)
+        }
+        # By request: the prompt's scores, and what its other choices had to say before choice 0 brought them.
+        self._scores: dict[int, Logprobs | None] = {}
+        self._waiting: dict[int, list[Delta]] = {
+            request.id: [] for request in self._requests if request.score_from is not None
         }
         self._cached_tokens = dict.fromkeys((request.id for request in self._requests), 0)
         self._submitted_at = self._first_token_at = 0.0
@@ -167,8 +179,8 @@ class Completion:
             self._requests,
             self._params,
             completing_ids=self._admitted.completing_ids,
-            deadline=deadline_in(self._ask.timeout_seconds),
-            queue_deadline=deadline_in(self._ask.queue_timeout_seconds),
+            deadline=deadline_of(self._arrived_at, self._ask.timeout_seconds),
+            queue_deadline=deadline_of(self._arrived_at, self._ask.queue_timeout_seconds),
         )
         self._submitted_at, self._started_at = stream.submitted_at, stream.started_at
         self._metrics.prompt_tokens.inc(sum(len(request.prompt) for request in self._requests))
@@ -177,9 +189,9 @@ class Completion:
             async with stream:
                 async for deltas in stream:
                     pieces = []
-                    for delta in deltas:
-                        pieces.append(self._take(delta, stream))
-                        if delta.prompt_logprobs is not None:  # its entries took their time: let others go on
+                    for delta in chain.from_iterable(map(self._ready, deltas)):
+                        pieces.append(piece := self._take(delta, stream))
+                        if piece.logprobs is not None:  # a prompt's entries take their time: let others go on
                             await asyncio.sleep(0)
                     if pieces := [piece for piece in pieces if piece.says_something]:
                         yield pieces
@@ -191,12 +203,23 @@ class Completion:
         finally:
             self._record(unfinished)
 
+    def _ready(self, delta: Delta) -> list[Delta]:
+        """What can be taken now: the choices of a scored prompt all begin with the scores that choice 0 brings."""
+        waiting = self._waiting.get(delta.request_id)
+        if waiting is None:
+            return [delta]
+        if delta.choice:
+            waiting.append(delta)
+            return []
+        self._scores[delta.request_id] = delta.prompt_logprobs
+        return [delta, *self._waiting.pop(delta.request_id)]
+
     def _take(self, delta: Delta, stream: Stream) -> Piece:
         """Turn new tokens into text; end the sequence in the engine when its text ends before it."""
         choice = self._choices[delta.request_id, delta.choice]
         errors.check_delta(delta)
         before = choice.num_tokens
-        piece = choice.take(delta)
+        piece = choice.take(delta, prompt_logprobs=self._scores.get(delta.request_id))
         self._observe(delta, choice, choice.num_tokens - before)
         if piece.finish_reason is not None:
             if delta.finish is None:
@@ -316,9 +339,9 @@ def _chunk(piece: Piece) -> str:
     )
 
 
-def deadline_in(seconds: float | None) -> float | None:
-    """The moment in monotonic seconds; None is never."""
-    return None if seconds is None else time.monotonic() + seconds
+def deadline_of(arrived_at: float, timeout_seconds: float | None) -> float | None:
+    """The moment by which a request that has so long must be done, in monotonic seconds; None is never."""
+    return None if timeout_seconds is None else arrived_at + timeout_seconds
 
 
 def usage_of(

@@ -10,7 +10,7 @@ Anything else is a bug: it is logged with its trace and answered with a 500.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from http import HTTPStatus
 from typing import Any
 
@@ -95,6 +95,13 @@ class ApiError(Exception):
 def invalid(param: str, message: str, *, code: str | None = None) -> ApiError:
     """A 400 that names the parameter, in its field and at the head of its message."""
     return ApiError(400, f"{param}: {message}", param=param, code=code)
+
+
+def check_ids(param: str, token_ids: Collection[int], vocab_size: int) -> None:
+    """Raises ApiError (400) if one of the ids is not in the vocabulary."""
+    if token_ids and not 0 <= min(token_ids) <= max(token_ids) < vocab_size:
+        wrong = str(next(token_id for token_id in token_ids if not 0 <= token_id < vocab_size))
+        raise invalid(param, f"ids must be 0..{vocab_size - 1}, and {wrong[:40]} is not")
 
 
 _DESCRIPTIONS: Mapping[int, str] = {

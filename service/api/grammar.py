@@ -10,7 +10,7 @@ from urllib.parse import unquote
 from llguidance import regex_to_lark
 
 from service.api.errors import invalid
-from service.api.schemas import CompletionRequest
+from service.api.schemas import CompletionRequest, SchemaFormat, TextFormat
 from service.engine.grammar import MAX_ITEMS_IN_ROW, GrammarError, Grammars
 
 FIELDS = ("response_format", "guided_json", "guided_regex", "guided_choice")
@@ -27,7 +27,7 @@ def grammar_of(ask: CompletionRequest, grammars: Grammars) -> str | None:
     Compiles with `grammars`, which is bounded, but may take about a second: call it in a thread.
     """
     given = [name for name in FIELDS if getattr(ask, name) is not None]
-    if ask.response_format is not None and ask.response_format.get("type") == "text":
+    if isinstance(ask.response_format, TextFormat):
         given.remove("response_format")
     if not given:
         return None
@@ -54,21 +54,10 @@ def _grammar(ask: CompletionRequest, name: str) -> str:
             return _regex_grammar(name, "|".join(f"(?:{re.escape(choice)})" for choice in ask.guided_choice))
         case "guided_json":
             return _json_grammar(name, ask.guided_json)
+        case _ if isinstance(ask.response_format, SchemaFormat):
+            return _json_grammar("response_format.json_schema.schema", ask.response_format.json_schema.json_schema)
         case _:
-            return _json_grammar(*_format_schema(ask.response_format or {}))
-
-
-def _format_schema(response_format: dict[str, Any]) -> tuple[str, object]:
-    """The schema that OpenAI's response_format asks for, and the parameter to name."""
-    match response_format.get("type"):
-        case "json_object":
-            return "response_format", {"type": "object"}
-        case "json_schema":
-            described = response_format.get("json_schema")
-            if not isinstance(described, dict) or "schema" not in described:
-                raise invalid("response_format.json_schema", "must be an object with a schema")
-            return "response_format.json_schema.schema", described["schema"]
-    raise invalid("response_format.type", "must be text, json_object or json_schema")
+            return _json_grammar(name, {"type": "object"})
 
 
 def _regex_grammar(param: str, regex: str) -> str:

@@ -1,9 +1,9 @@
 """From a request's fields to the engine's numbers, checked against the served model. Used by routes and `generate`."""
 
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-from service.api.errors import ApiError, invalid
+from service.api.errors import ApiError, check_ids, invalid
 from service.api.schemas import CompletionRequest
 from service.api.text import Tokenizer
 from service.engine.request import ModelInfo, SamplingParams
@@ -76,7 +76,7 @@ def _max_tokens(ask: CompletionRequest, longest: int, model: ModelInfo, default:
 
 def _stop_token_ids(ask: CompletionRequest, model: ModelInfo, tokenizer: Tokenizer) -> tuple[int, ...]:
     """The end of text may have no text that could match a stop string, so one that names it stops at its id."""
-    _check_range("stop_token_ids", ask.stop_token_ids, model)
+    check_ids("stop_token_ids", ask.stop_token_ids, model.vocab_size)
     named = (tokenizer.end_of_text_id,) if tokenizer.end_of_text in ask.stop else ()
     return tuple(dict.fromkeys((*named, *ask.stop_token_ids)))
 
@@ -85,8 +85,8 @@ def _token_sets(
     ask: CompletionRequest, model: ModelInfo, tokenizer: Tokenizer
 ) -> tuple[tuple[int, ...] | None, tuple[int, ...], tuple[tuple[int, ...], ...]]:
     """The ids that alone may be generated, those that may not, and the sequences of ids that may not be completed."""
-    _check_range("allowed_token_ids", ask.allowed_token_ids or (), model)
-    _check_range("logit_bias", ask.logit_bias, model)
+    check_ids("allowed_token_ids", ask.allowed_token_ids or (), model.vocab_size)
+    check_ids("logit_bias", ask.logit_bias, model.vocab_size)
     banned = {token_id for token_id, bias in ask.logit_bias.items() if bias == _BANS}
     forced = {token_id for token_id, bias in ask.logit_bias.items() if bias == _FORCES}
     spellings = tokenizer.encode([form for word in ask.bad_words for form in (word, f" {word.lstrip(' ')}")])
@@ -99,10 +99,3 @@ def _token_sets(
         param = "logit_bias" if ask.logit_bias else "allowed_token_ids"
         raise invalid(param, "leaves no token that may be generated")
     return None if allowed is None else tuple(sorted(allowed)), tuple(sorted(banned)), bad_words
-
-
-def _check_range(param: str, token_ids: Iterable[int], model: ModelInfo) -> None:
-    for token_id in token_ids:
-        if not 0 <= token_id < model.vocab_size:
-            message = f"{param}: ids must be 0..{model.vocab_size - 1}, and {token_id} is not"
-            raise ApiError(400, message[:200], param=param)

@@ -132,6 +132,32 @@ class RepetitionStopOptions(Body):
     min_repeats: int = Field(4, ge=2, le=1024, description="How often it stands in a row.")
 
 
+class TextFormat(Body):
+    """Any text."""
+
+    type: Literal["text"]
+
+
+class JsonFormat(Body):
+    """A JSON object."""
+
+    type: Literal["json_object"]
+
+
+class NamedSchema(Body):
+    """A JSON schema under a name, which is ignored."""
+
+    name: str | None = Field(None, description="Taken and ignored.")
+    json_schema: dict[str, Any] = Field(alias="schema", description="The JSON schema.")
+
+
+class SchemaFormat(Body):
+    """JSON that a schema describes."""
+
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+
 class CompletionRequest(Body):
     """A completion to generate. Every field may be left out or null."""
 
@@ -205,8 +231,8 @@ class CompletionRequest(Body):
         default_factory=list,
         description="Never generated, in the token spellings of the word alone and after a space.",
     )
-    response_format: dict[str, Any] | None = Field(
-        None, description="The text is JSON: {type: json_object}, or {type: json_schema, json_schema: {schema}}."
+    response_format: Annotated[TextFormat | JsonFormat | SchemaFormat, Field(discriminator="type")] | None = Field(
+        None, description="OpenAI's way to say that the text is JSON, of any form or of a JSON schema."
     )
     guided_json: dict[str, Any] | str | None = Field(None, description="The text matches this JSON schema.")
     guided_regex: str | None = Field(None, description="The text matches this regular expression.")

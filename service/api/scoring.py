@@ -6,7 +6,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 import numpy as np
@@ -17,16 +17,16 @@ from starlette.responses import Response
 
 from service.api import answers, errors
 from service.api.body import Body, documented_body, parse_body, work_on
-from service.api.completions import deadline_in, usage_of
+from service.api.completions import deadline_of, usage_of
 from service.api.connection import while_connected
-from service.api.errors import invalid
+from service.api.errors import check_ids, invalid
 from service.api.metrics import Metrics
+from service.api.schemas import Id
 from service.api.served import ServedModel
 from service.engine.client import EngineClient
 from service.engine.request import Delta, ModelInfo, SamplingParams
 from service.engine.request import Request as EngineRequest
 
-Text = str | list[int]
 _SCORING = SamplingParams(max_tokens=0, temperature=0.0, num_logprobs=1)
 _json = msgspec.json.Encoder().encode
 
@@ -34,8 +34,12 @@ _json = msgspec.json.Encoder().encode
 class ScoreItem(Body):
     """A context and what may follow it, both text or both token ids."""
 
-    context: Text = Field("", description="Empty is the start of a document.", examples=["The capital of France is"])
-    continuation: Text = Field(description="What is scored; not empty.", examples=[" Paris"])
+    context: str | list[Id] = Field(
+        "", description="Empty is the start of a document.", examples=["The capital of France is"]
+    )
+    continuation: Annotated[str, Field(min_length=1)] | Annotated[list[Id], Field(min_length=1)] = Field(
+        description="What is scored; not empty.", examples=[" Paris"]
+    )
 
 
 class ScoreRequest(Body):
@@ -99,10 +103,12 @@ def scoring_router(*, client: EngineClient, served: ServedModel, metrics: Metric
         openapi_extra=documented_body(ScoreRequest),
     )
     async def score(request: Request) -> Response:
+        arrived_at = time.monotonic()
         model = client.check_ready()
         body = await request.body()
         ask, pairs = await work_on(body, lambda body: read(body, model))
-        work = _scored(client, metrics, pairs, timeout_seconds=ask.timeout_seconds, summary=request.state.summary)
+        deadline = deadline_of(arrived_at, ask.timeout_seconds)
+        work = _scored(client, metrics, pairs, deadline=deadline, summary=request.state.summary)
         deltas = await while_connected(request.receive, work)
         head = {
             "id": f"score-{uuid.uuid4().hex}",
@@ -122,7 +128,7 @@ async def _scored(
     metrics: Metrics,
     pairs: Sequence[_Pair],
     *,
-    timeout_seconds: float | None,
+    deadline: float | None,
     summary: dict[str, Any],
 ) -> list[Delta]:
     """The engine's one Delta of each pair. Raises ApiError, EngineUnavailable and DeadlineExceeded."""
@@ -131,7 +137,7 @@ async def _scored(
         for pair in pairs
     ]
     prompt_tokens = sum(len(request.prompt) for request in requests)
-    stream = client.submit(requests, _SCORING, deadline=deadline_in(timeout_seconds))
+    stream = client.submit(requests, _SCORING, deadline=deadline)
     metrics.prompt_tokens.inc(prompt_tokens)
     deltas: dict[int, Delta] = {}
     unfinished = "error"
@@ -187,16 +193,13 @@ def _pairs(items: Sequence[ScoreItem], served: ServedModel, model: ModelInfo) ->
     """The ids of each item, checked. Raises ApiError (400), naming the item."""
     texts: list[str] = []  # of each item of text: the context without its last spaces, and context and continuation
     for number, item in enumerate(items):
-        if not item.continuation:
-            raise invalid(f"items.{number}.continuation", "must not be empty")
         match item.context or type(item.continuation)(), item.continuation:
             case str(context), str(continuation):
                 served.check_texts([context + continuation], model, param=f"items.{number}")
                 texts += [context.rstrip(), context + continuation]
             case list(context_ids), list(continuation_ids):
-                for name, ids in (("context", context_ids), ("continuation", continuation_ids)):
-                    if ids and not 0 <= min(ids) <= max(ids) < model.vocab_size:
-                        raise invalid(f"items.{number}.{name}", f"ids must be 0..{model.vocab_size - 1}")
+                check_ids(f"items.{number}.context", context_ids, model.vocab_size)
+                check_ids(f"items.{number}.continuation", continuation_ids, model.vocab_size)
             case _:
                 raise invalid(f"items.{number}", "context and continuation must both be text or both token ids")
     encoded = iter(served.tokenizer.encode(texts) if texts else [])

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from service.api.errors import ApiError, invalid
+from service.api.errors import ApiError, check_ids, invalid
 from service.api.text import Tokenizer
 from service.checkpoint.tokenizer import TokenizerFiles
 from service.engine.client import EngineClient
@@ -101,9 +101,8 @@ class ServedModel:
             self.check_texts(texts, model, param=param)
         encoded = iter(self.tokenizer.encode(texts, split_special=split_special) if texts else [])
         ids = [next(encoded) if isinstance(prompt, str) else prompt for prompt in prompts]
-        for place, prompt in enumerate(ids):
-            if prompt and not 0 <= min(prompt) <= max(prompt) < model.vocab_size:
-                raise invalid(param, f"ids must be 0..{model.vocab_size - 1}, and prompt {place} has others")
+        for prompt in ids:
+            check_ids(param, prompt, model.vocab_size)
         whole = [tuple(prompt or [self.tokenizer.end_of_text_id]) for prompt in ids]
         if truncate is None:
             return whole, [0] * len(whole)

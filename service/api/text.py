@@ -1,6 +1,7 @@
 """Text and token ids: the tokenizer, and the incremental decoder that finds stop strings. Used by the routes only."""
 
 import codecs
+from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from tokenizers import Tokenizer as Backend
 from service.checkpoint.tokenizer import read_tokenizer
 
 _REPLACEMENT = "\ufffd"
+_CHARACTER_BITS = 21  # of a code point
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +52,7 @@ class Tokenizer:
         if not stops:
             return b""
         found = np.zeros(len(self.names), dtype=bool)
-        for stop in stops:
+        for stop in dict.fromkeys(stops):
             if _REPLACEMENT in stop:  # any broken byte decodes to it
                 found[:] = True
             else:
@@ -130,26 +132,47 @@ def _names(spelled_bytes: Sequence[bytes]) -> tuple[str, ...]:
 
 
 class StopStrings:
-    """The stop strings of a request, made once; each of its choices walks them on its own."""
+    """The stop strings of a request as one automaton over characters (Aho and Corasick, 1975).
+
+    Made once; each of the request's choices walks it on its own. A state stands for the longest beginning of a stop
+    string that the text ends with; 0 is the empty one.
+    """
 
     def __init__(self, stops: Sequence[str]) -> None:
         assert all(stops), "an empty stop string"
-        # Longest first: of two that end at one character, the longer one begins earlier and cuts more.
-        self.stops = tuple(sorted(dict.fromkeys(stops), key=len, reverse=True))
-        self.first_characters = frozenset(stop[0] for stop in self.stops)
-        self.fallbacks = tuple(_fallbacks(stop) for stop in self.stops)
+        self.first_characters = frozenset(stop[0] for stop in stops)
+        self.completed: dict[int, str] = {}  # by state: the longest stop string that the text ends with
+        self._longer: dict[int, int] = {}  # by `_edge`: the state of one character more
+        depths = [0]  # by state
+        for stop in stops:
+            state = 0
+            for depth, character in enumerate(stop, 1):
+                state = self._longer.setdefault(_edge(state, character), len(depths))
+                if state == len(depths):
+                    depths.append(depth)
+            self.completed[state] = stop
+        self._fallbacks = array("i", bytes(4 * len(depths)))  # by state: that of the longest shorter beginning
+        self.num_held = array("i", bytes(4 * len(depths)))  # by state: last characters that may become a stop string
+        begun = {edge >> _CHARACTER_BITS for edge in self._longer}
+        for edge, state in sorted(self._longer.items(), key=lambda item: depths[item[1]]):
+            shorter, character = edge >> _CHARACTER_BITS, chr(edge & (1 << _CHARACTER_BITS) - 1)
+            fallback = self.advance(self._fallbacks[shorter], character) if shorter else 0
+            self._fallbacks[state] = fallback
+            self.num_held[state] = depths[state] if state in begun else self.num_held[fallback]
+            if fallback in self.completed:
+                self.completed.setdefault(state, self.completed[fallback])
+
+    def advance(self, state: int, character: str) -> int:
+        """The state after one more character of text."""
+        while (longer := self._longer.get(_edge(state, character))) is None:
+            if not state:
+                return 0
+            state = self._fallbacks[state]
+        return longer
 
 
-def _fallbacks(stop: str) -> list[int]:
-    """For each length 1..len(stop): how long a shorter beginning of `stop` also ends there (Knuth-Morris-Pratt)."""
-    table = [0] * len(stop)
-    matched = 0
-    for i in range(1, len(stop)):
-        while matched and stop[matched] != stop[i]:
-            matched = table[matched - 1]
-        matched += stop[matched] == stop[i]
-        table[i] = matched
-    return table
+def _edge(state: int, character: str) -> int:
+    return state << _CHARACTER_BITS | ord(character)
 
 
 class TextStream:
@@ -172,7 +195,7 @@ class TextStream:
         self._token_bytes = tokenizer.token_bytes if skip_special else tokenizer.spelled_bytes
         self._stops = stops
         self._include_stop = include_stop
-        self._matched = [0] * len(stops.stops)  # how much of each stop string the text so far ends with
+        self._state = 0  # of the stop strings
         self._min_tokens = min_tokens  # a stop string completed by an earlier token does not count
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""
@@ -182,7 +205,7 @@ class TextStream:
     def push(self, token_ids: Sequence[int]) -> str:
         """Take tokens; return the text that is certain now. `stop` and `num_tokens` tell whether a stop was found."""
         assert self.stop is None
-        if not self._stops.stops:
+        if not self._stops.first_characters:
             self.num_tokens += len(token_ids)
             return self._decoder.decode(b"".join([self._token_bytes[token_id] for token_id in token_ids]))
         pieces = []
@@ -212,26 +235,13 @@ class TextStream:
         """Walk the stop strings over `text`; return what of the held and the new text can be in none."""
         if not self._held and self._stops.first_characters.isdisjoint(text):
             return text
-        text = self._held + text
-        for end in range(len(self._held), len(text)):
-            stop = self._advance(text[end])
+        text, num_held = self._held + text, len(self._held)
+        for end, character in enumerate(text[num_held:], num_held + 1):
+            self._state = self._stops.advance(self._state, character)
+            stop = self._stops.completed.get(self._state)
             if stop is not None and self.num_tokens >= self._min_tokens:
                 self.stop, self._held = stop, ""
-                return text[: end + 1] if self._include_stop else text[: end + 1 - len(stop)]
-        certain = len(text) - max(self._matched, default=0)
+                return text[:end] if self._include_stop else text[: end - len(stop)]
+        certain = len(text) - self._stops.num_held[self._state]
         self._held = text[certain:]
         return text[:certain]
-
-    def _advance(self, character: str) -> str | None:
-        """Take one character; return the longest stop string that it completes."""
-        found = None
-        for i, (stop, fallbacks) in enumerate(zip(self._stops.stops, self._stops.fallbacks, strict=True)):
-            matched = self._matched[i]
-            while matched and stop[matched] != character:
-                matched = fallbacks[matched - 1]
-            matched += stop[matched] == character
-            if matched == len(stop):
-                found = found or stop
-                matched = fallbacks[matched - 1]
-            self._matched[i] = matched
-        return found

@@ -5,10 +5,13 @@ from pydantic import BaseModel, Field
 
 from service.api import errors
 from service.api.body import Body, documented_body, parse_body, work_on
-from service.api.errors import invalid
+from service.api.errors import check_ids, invalid
+from service.api.schemas import Id
 from service.api.served import ServedModel
 from service.engine.client import EngineClient
 from service.engine.request import ModelInfo
+
+_MAX_TEXT_BYTES = 2**20  # a long book has about as many
 
 
 class TokenizeRequest(Body):
@@ -27,7 +30,7 @@ class DetokenizeRequest(Body):
     """Token ids to turn into text."""
 
     model: str | None = Field(None, description="A served name; see GET /v1/models.")
-    tokens: list[int] = Field(description="Token ids.", examples=[[15496, 995]])
+    tokens: list[Id] = Field(description="Token ids.", examples=[[15496, 995]])
 
 
 REQUEST_SCHEMAS = (TokenizeRequest, DetokenizeRequest)
@@ -65,7 +68,8 @@ def tokens_router(*, client: EngineClient, served: ServedModel) -> APIRouter:
     def tokenize(body: bytes, model: ModelInfo) -> Tokenized:
         ask = parse_body(body, TokenizeRequest)
         served.check_name(ask.model)
-        served.check_texts([ask.prompt], model, param="prompt")
+        if len(ask.prompt) > _MAX_TEXT_BYTES or len(ask.prompt.encode()) > _MAX_TEXT_BYTES:
+            raise invalid("prompt", f"{len(ask.prompt)} characters have more than {_MAX_TEXT_BYTES} bytes")
         (ids,) = served.tokenizer.encode([ask.prompt], split_special=ask.split_special_tokens)
         names = [served.tokenizer.names[token_id] for token_id in ids] if ask.return_token_strs else None
         return Tokenized(tokens=ids, count=len(ids), max_model_len=model.context_length, token_strs=names)
@@ -73,19 +77,16 @@ def tokens_router(*, client: EngineClient, served: ServedModel) -> APIRouter:
     def detokenize(body: bytes, model: ModelInfo) -> Detokenized:
         ask = parse_body(body, DetokenizeRequest)
         served.check_name(ask.model)
-        # As many as /tokenize gives: a body of ids can be a twentieth of its text.
-        max_tokens = model.context_length * served.tokenizer.longest_token_bytes
-        if len(ask.tokens) > max_tokens:
-            raise invalid("tokens", f"{len(ask.tokens)} ids are more than {max_tokens}")
-        if ask.tokens and not 0 <= min(ask.tokens) <= max(ask.tokens) < model.vocab_size:
-            raise invalid("tokens", f"ids must be 0..{model.vocab_size - 1}")
+        check_ids("tokens", ask.tokens, model.vocab_size)
+        num_bytes = sum(len(served.tokenizer.spelled_bytes[token_id]) for token_id in ask.tokens)
+        if num_bytes > _MAX_TEXT_BYTES:  # a body of ids can be a twentieth of its text
+            raise invalid("tokens", f"their text of {num_bytes} bytes is larger than {_MAX_TEXT_BYTES}")
         return Detokenized(prompt=served.tokenizer.decode(ask.tokens, spelled=True))
 
     @router.post(
         "/tokenize",
         summary="Token ids of a text",
-        description="Nothing is added around it. A text that is longer than the context is counted too, up to as many "
-        "bytes as a full context can have.",
+        description="Nothing is added around it. A text may be longer than the context, up to 1 MiB.",
         responses=errors.documented(400, 404, 413, 500, 503),
         response_model_exclude_none=True,
         openapi_extra=documented_body(TokenizeRequest),
@@ -97,7 +98,7 @@ def tokens_router(*, client: EngineClient, served: ServedModel) -> APIRouter:
     @router.post(
         "/detokenize",
         summary="Text of token ids",
-        description="Bytes that are no UTF-8 become U+FFFD; the end of text is spelled out.",
+        description="Of up to 1 MiB. Bytes that are no UTF-8 become U+FFFD; the end of text is spelled out.",
         responses=errors.documented(400, 404, 413, 500, 503),
         openapi_extra=documented_body(DetokenizeRequest),
     )

@@ -75,7 +75,7 @@ class Delta(msgspec.Struct, frozen=True, array_like=True):
     error: str | None = None
     cached_tokens: int = 0  # prompt tokens taken from shared blocks; told with the sequence's first tokens
     logprobs: Logprobs | None = None  # of token_ids, where they were asked for
-    prompt_logprobs: Logprobs | None = None  # of prompt[score_from:], whole, with the sequence's first Delta
+    prompt_logprobs: Logprobs | None = None  # of prompt[score_from:], whole, with the first Delta of choice 0
     urgent: bool = False  # a token may complete a stop string: publish at once
 
     def then(self, later: "Delta") -> "Delta":

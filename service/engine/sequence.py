@@ -99,8 +99,9 @@ class Sequence:
         if group.penalized:
             self.history = np.empty(self.limit, np.int32)
             self.history[: self.num_prompt] = request.prompt
-        self.scores = None if request.score_from is None else Logprobs()  # of prompt[score_from:next_score]
-        self.next_score = self.num_prompt if request.score_from is None else request.score_from
+        scored_from = request.score_from if choice == 0 else None
+        self.scores = None if scored_from is None else Logprobs()  # of prompt[scored_from:next_score]
+        self.next_score = self.num_prompt if scored_from is None else scored_from
         # Its rows need nothing that a step computes only where it is asked to.
         self.plain = (
             group.mask is None

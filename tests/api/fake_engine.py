@@ -167,7 +167,9 @@ class FakeEngine:
         if choice == 0 and self.announce_started:
             self.send(Publish(started=(request.id,)))
         num_top = params.num_logprobs or 0
-        scores = None if request.score_from is None else logprobs_of(request.prompt[request.score_from :], num_top)
+        scores = None
+        if request.score_from is not None and choice == 0:
+            scores = logprobs_of(request.prompt[request.score_from :], num_top)
         for start in range(0, max(1, len(tokens)), self.tokens_per_delta):
             if start >= self.tokens_before_gate:
                 await self.gate.wait()

@@ -1,12 +1,14 @@
 """What a choice gives back: echo, log-probabilities, token ids and ends, streamed and whole, over a fake engine."""
 
+import asyncio
 from typing import Any
 
 import pytest
 
 from service.api import answers
+from service.engine.request import Delta, Finish, Publish
 from tests.api.conftest import Service
-from tests.api.fake_engine import logprob_entries
+from tests.api.fake_engine import logprob_entries, logprobs_of
 from tests.api.test_completions import events, say
 
 ARRAYS = ("tokens", "token_logprobs", "top_logprobs", "text_offset", "token_ids", "bytes")
@@ -80,6 +82,29 @@ async def test_echo_begins_with_the_prompt_and_its_scores(api: Service, tokens_p
         if not token.startswith("bytes:") and token != "<|endoftext|>":
             assert token == text[offset : offset + len(token)]
     assert 1 == api.engine.submitted[0].score_from
+
+
+async def test_a_prompt_is_scored_once_for_all_its_choices(api: Service) -> None:
+    """With choice 0; the others begin with the same scores, whatever came of them before."""
+    prompts = [[1, 2, 3], [4, 5]]
+    body: dict[str, Any] = {"prompt": prompts, "echo": True, "logprobs": 2, "n": 3, "seed": 1, "max_tokens": 2}
+    for choice, prompt in zip(await both(api, **body), [prompt for prompt in prompts for _ in range(3)], strict=True):
+        expected = [chosen for chosen, _ in logprob_entries(prompt[1:], 2)]
+        assert [None, *expected] == choice["logprobs"]["token_logprobs"][: len(prompt)]
+        assert prompt == choice["logprobs"]["token_ids"][: len(prompt)]
+    assert {1} == {request.score_from for request in api.engine.submitted}
+
+    api.engine.gate.clear()
+    answer = asyncio.ensure_future(api.complete(**body | {"prompt": prompts[0]}))
+    await api.engine.wait_for(lambda: len(api.engine.submitted) == 5)
+    request = api.engine.submitted[-1]
+    parts = [(2, (7,), None), (1, (8, 9), Finish.LENGTH), (2, (10,), Finish.LENGTH), (0, (11, 12), Finish.LENGTH)]
+    for choice, ids, finish in parts:
+        scores = None if choice else logprobs_of(request.prompt[1:], 2)
+        delta = Delta(request.id, choice, ids, finish, logprobs=logprobs_of(ids, 2), prompt_logprobs=scores)
+        api.engine.send(Publish(deltas=(delta,)))
+    expected_ids = [[*prompts[0], 11, 12], [*prompts[0], 8, 9], [*prompts[0], 7, 10]]
+    assert expected_ids == [choice["logprobs"]["token_ids"] for choice in (await answer)["choices"]]
 
 
 async def test_echo_without_logprobs_scores_nothing(api: Service) -> None:

@@ -1,6 +1,8 @@
 """timeout_seconds and queue_timeout_seconds: an answer in time or an error that says so, and the engine's work ends."""
 
+import asyncio
 import json
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -30,6 +32,19 @@ async def test_a_stream_that_does_not_end_in_time_ends_with_an_error(api: Servic
     choices = [json.loads(chunk.removeprefix("data: "))["choices"][0] for chunk in chunks]
     assert 2 == sum(len(choice["logprobs"]["tokens"]) for choice in choices)
     assert all(choice["finish_reason"] is None for choice in choices)
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/score"])
+async def test_the_time_runs_from_the_arrival_of_the_request(api: Service, path: str) -> None:
+    """A body that takes longer than its own deadline is late, however quick the engine is."""
+
+    async def slow_body() -> AsyncIterator[bytes]:
+        yield b'{"timeout_seconds": 0.05, "prompt": "a", '
+        await asyncio.sleep(0.2)
+        yield b'"items": [{"continuation": "a"}]}'
+
+    response = await api.http.post(path, content=slow_body())
+    assert (504, "deadline_exceeded") == (response.status_code, response.json()["error"]["code"])
 
 
 async def test_tokens_that_keep_coming_do_not_put_it_off(api: Service) -> None:

@@ -118,8 +118,8 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
         "too deeply",
     ),
     ({"guided_json": 5}, "guided_json", ""),
-    ({"response_format": {"type": "xml"}}, "response_format.type", "json_schema"),
-    ({"response_format": {}}, "response_format.type", "json_schema"),
+    ({"response_format": {"type": "xml"}}, "response_format", "json_schema"),
+    ({"response_format": {}}, "response_format", "type"),
     ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "schema"),
     (
         {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "foo"}}}},

@@ -65,7 +65,9 @@ def _answer(request: Request, params: SamplingParams, choice: int) -> Answer:
             finish = Finish.STOP if constraint.finished else None
         if finish is None and len(tokens) == len(request.prompt) + params.max_tokens:
             finish = Finish.LENGTH
-    scored = None if request.score_from is None else _logprobs(request.prompt, request.score_from, params.num_logprobs)
+    scored = None
+    if request.score_from is not None and choice == 0:
+        scored = _logprobs(request.prompt, request.score_from, params.num_logprobs)
     logprobs = None
     if params.num_logprobs is not None and params.max_tokens:
         logprobs = _logprobs(tokens, len(request.prompt), params.num_logprobs)

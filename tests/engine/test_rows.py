@@ -183,9 +183,10 @@ def test_with_max_tokens_0_a_prompt_is_scored_and_nothing_generated(length: int)
     engine.add(ask)
     engine.run()
     check_answers(engine, [ask])
-    for choice in (0, 1):
-        (delta,) = engine.deltas[1, choice]
+    (scored,), (other,) = engine.deltas[1, 0], engine.deltas[1, 1]
+    for delta in (scored, other):
         assert (Finish.LENGTH, (), None) == (delta.finish, delta.token_ids, delta.logprobs)
-        assert delta.prompt_logprobs is not None
-        assert 4 * (length - 1) == len(delta.prompt_logprobs.chosen)
+    assert scored.prompt_logprobs is not None
+    assert 4 * (length - 1) == len(scored.prompt_logprobs.chosen)
+    assert other.prompt_logprobs is None
     assert 0 == engine.scheduler.stats().num_dropped_tokens
