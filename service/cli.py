@@ -1,4 +1,4 @@
-"""The command `megatron-gpt2`: serve, generate."""
+"""The command `megatron-gpt2`: serve, generate, convert, verify."""
 
 import argparse
 import os
@@ -13,6 +13,7 @@ from service.version import VERSION
 _GENERATE_SETTINGS = (
     "revision",
     "offline",
+    "cache_dir",
     "device",
     "dtype",
     "kv_memory",
@@ -32,18 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the process's exit code. 2 is a mistake in what was asked, told in one line."""
     given = vars(_parser().parse_args(arguments))
     command = given.pop("command")
-    text = given.pop("text", "")
-    sampling = {name: given.pop(name) for name in _SAMPLING if name in given}
+    own = {name: given.pop(name) for name in _OWN.get(command, ()) if name in given}
     try:
-        settings = load(given)
-        # Imported here: each command pays only for what it needs.
-        if command == "serve":
-            from service.serve import serve
-
-            return serve(settings)
-        from service.generate import generate
-
-        return generate(settings, text=text, sampling=sampling)
+        return _run(command, load(given), own)
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -54,6 +46,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
+def _run(command: str, settings: Settings, own: dict[str, Any]) -> int:
+    """Imports are here: each command pays only for what it needs."""
+    match command:
+        case "serve":
+            from service.serve import serve
+
+            return serve(settings)
+        case "generate":
+            from service.generate import generate
+
+            return generate(settings, text=own.pop("text"), sampling=own)
+        case "convert":
+            from service.convert import convert
+
+            return convert(settings, target=own.pop("target"), options=own)
+        case _:
+            from service.verify import verify
+
+            return verify(settings)
+
+
 _SAMPLING: dict[str, tuple[type, str]] = {
     "max_tokens": (int, "Tokens to generate at most (default 50)."),
     "temperature": (float, "0 takes the best token each time (default 1)."),
@@ -62,6 +75,27 @@ _SAMPLING: dict[str, tuple[type, str]] = {
     "min_p": (float, "Draw from tokens at least this likely, measured by the best."),
     "seed": (int, "The same seed gives the same text."),
 }
+_CONVERTING: dict[str, dict[str, Any]] = {
+    "form": {
+        "flag": "--to",
+        "choices": ("huggingface", "megatron", "megatron-core"),
+        "help": "A folder of transformers (the default), or a tree of Megatron-LM's, by its older or its core's names.",
+    },
+    "dtype": {
+        "flag": "--dtype",
+        "choices": ("float16", "bfloat16", "float32"),
+        "help": "Of all tensors; by default each keeps its own.",
+    },
+    "tensor_parallel": {
+        "flag": "--tensor-parallel",
+        "type": int,
+        "choices": (1, 2, 4, 8, 16),
+        "help": "Ranks to split a tree of Megatron-LM's for (default 1).",
+    },
+    "tokenizer": {"flag": "--tokenizer", "help": "Folder with the tokenizer; by default the checkpoint's, or GPT-2's."},
+    "num_heads": {"flag": "--num-heads", "type": int, "help": "Attention heads, of a file that does not tell."},
+}
+_OWN = {"generate": ("text", *_SAMPLING), "convert": ("target", *_CONVERTING)}  # what is no setting
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -79,7 +113,20 @@ def _parser() -> argparse.ArgumentParser:
     for name, (kind, description) in _SAMPLING.items():
         generate.add_argument(_flag(name), type=kind, default=argparse.SUPPRESS, help=description)
     _add_settings(generate, _GENERATE_SETTINGS)
+    convert = commands.add_parser("convert", help="write a checkpoint in another form", allow_abbrev=False)
+    convert.add_argument("model", help="a folder or file of Megatron-LM's or transformers', or a hub id")
+    convert.add_argument("target", help="the folder to write, which must not be there yet")
+    for name, options in _CONVERTING.items():
+        convert.add_argument(options["flag"], dest=name, default=argparse.SUPPRESS, **_without_flag(options))
+    _add_settings(convert, ("revision", "offline", "log_level", "log_format", "config"))
+    verify = commands.add_parser("verify", help="say whether a model can be served", epilog=_EPILOG, allow_abbrev=False)
+    verify.add_argument("model", nargs="?", default=argparse.SUPPRESS, help=Settings.model_fields["model"].description)
+    _add_settings(verify, ("revision", "offline", "cache_dir", "log_level", "log_format", "config"))
     return parser
+
+
+def _without_flag(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name != "flag"}
 
 
 def _add_settings(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:

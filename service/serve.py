@@ -9,6 +9,7 @@ import contextlib
 import ipaddress
 import logging
 import multiprocessing
+import os
 import signal
 import socket
 import sys
@@ -196,12 +197,19 @@ def wants_json(settings: Settings) -> bool:
     return settings.log_format == "json" or (settings.log_format == "auto" and not sys.stderr.isatty())
 
 
+def cache_folder(settings: Settings) -> Path:
+    """Where converted checkpoints are kept."""
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    return settings.cache_dir or caches / "megatron-gpt2"
+
+
 def engine_config(settings: Settings, *, json_lines: bool, device: str | None = None) -> EngineConfig:
     """The engine's part of the settings, on `device` if given; without a model, the demo model."""
     return EngineConfig(
         model=settings.model or str(DEMO_MODEL),
         revision=settings.revision,
         offline=settings.offline,
+        cache_dir=str(cache_folder(settings)),
         device=device or settings.device,
         dtype=settings.dtype,
         max_num_seqs=settings.max_num_seqs,
@@ -218,6 +226,7 @@ def engine_config(settings: Settings, *, json_lines: bool, device: str | None = 
 def serve(settings: Settings) -> int:
     """Run the service; the exit code: 0 drained, 1 stopped or broken, 2 a setting or the model cannot be used."""
     configure_logging(level=settings.log_level, json_lines=wants_json(settings))
+    os.environ["PYTHONSAFEPATH"] = "1"  # children must not import from a folder that the service is started in
     try:
         family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
         listener = socket.create_server((settings.host, settings.port), family=family, backlog=2048)

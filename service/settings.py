@@ -64,10 +64,13 @@ class Settings(BaseSettings):
 
     model: str | None = Field(
         None,
-        description="Local GPT-2 folder or hub id; without one, the embedded demo model.",
+        description="Local folder or file, or hub id; without one, the embedded demo model.",
     )
     revision: str | None = Field(None, description="Branch, tag or commit of the hub model.")
     offline: bool = Field(False, description="Never ask the hub: local folders and its cache only.")
+    cache_dir: Path | None = Field(
+        None, description="Where converted checkpoints are kept; by default megatron-gpt2 in ~/.cache."
+    )
     served_model_name: Names = Field(
         (),
         description="Names clients may use for the model, by commas or spaces; the first is the one in answers.",

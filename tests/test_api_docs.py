@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
+from service.api.megatron import REQUEST_SCHEMAS as MEGATRON
 from service.api.schemas import CompletionRequest
 from service.api.scoring import REQUEST_SCHEMAS as SCORING
 from service.api.tokens import REQUEST_SCHEMAS as TOKENS
@@ -22,7 +23,7 @@ FIELDS = re.compile(r"^<!-- (\w+): (.*?) -->\n\n((?:\|.*\n)+)", re.MULTILINE)
 EXAMPLES = re.compile(r"^```console\n\$ (curl .*?)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 TESTS = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
 HEAD = "| field | takes | default | what |\n| --- | --- | --- | --- |\n"
-SCHEMAS = {schema.__name__: schema for schema in (CompletionRequest, *TOKENS, *SCORING)}
+SCHEMAS = {schema.__name__: schema for schema in (CompletionRequest, *TOKENS, *SCORING, *MEGATRON)}
 VARYING = {"created": 1795583089, "system_fingerprint": "fp_…", "model": "megatron-gpt2-demo"}
 NUM_REPORTS = 48
 
@@ -105,7 +106,8 @@ def answer(command: str, url: str) -> str:
     if "-d" in arguments:
         name, value = arguments[arguments.index("-H") + 1].split(": ")
         content = arguments[arguments.index("-d") + 1]
-        response = httpx.post(target, content=content.encode(), headers={name: value}, timeout=60)
+        method = arguments[arguments.index("-X") + 1] if "-X" in arguments else "POST"
+        response = httpx.request(method, target, content=content.encode(), headers={name: value}, timeout=60)
     else:
         response = httpx.get(target, timeout=60)
     assert 200 == response.status_code or '"error"' in response.text, response.text

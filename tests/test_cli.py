@@ -113,7 +113,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["generate", "x", "--temperature", "3"], "megatron-gpt2: --temperature: Input should be less than or equal"),
         (["generate", "x", "--top-p", "nan"], "megatron-gpt2: --top-p: "),
         (["generate", "x", "--max-tokens", "0"], "megatron-gpt2: --max-tokens: 0 is only possible with echo"),
-        (["generate", "x", "--model", "./none"], "megatron-gpt2: ./none: no such folder"),
+        (["generate", "x", "--model", "./none"], "megatron-gpt2: ./none: no such file or folder"),
         (["generate", "x", "--kv-memory", "1M"], "megatron-gpt2: kv_memory: 1048576 bytes hold"),
         (["generate", "x", "--device", "cuda:99"], "megatron-gpt2: device: cuda:99 was asked for"),
     ],
@@ -175,5 +175,5 @@ def test_serve_without_its_folder(tmp_path: Path) -> None:
     folder = tmp_path / "no-such-model"
     done = run("serve", str(folder), "--port", "0", "--log-format", "text")
     assert 2 == done.returncode
-    assert f"{folder}: no such folder" in done.stderr
+    assert f"{folder}: no such file or folder" in done.stderr
     assert "Traceback" not in done.stderr

@@ -243,7 +243,7 @@ def test_every_setting_can_be_given_by_every_source(
         for name, field in Settings.model_fields.items()
         if field.default is not None and field.default != ()
     }
-    values |= {"model": "m", "revision": "r", "served_model_name": "s", "kv_memory": "1GiB"}
+    values |= {"model": "m", "revision": "r", "served_model_name": "s", "kv_memory": "1GiB", "cache_dir": "c"}
     values |= {"max_num_seqs": "8", "max_num_batched_tokens": "16", "cpu_threads": "1"}
     values |= {"config": str(tmp_path / "empty.yaml")}
     (tmp_path / "empty.yaml").touch()

@@ -7,7 +7,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
-from service.api import completions, errors, scoring, tokens
+from service.api import completions, errors, megatron, scoring, tokens
 from service.api.docs import docs_router
 from service.api.metrics import Metrics
 from service.api.middleware import RequestMiddleware
@@ -66,6 +66,10 @@ def create_app(
         scoring.scoring_router(client=client, served=served, metrics=metrics, max_items=max_choices), tags=["Scores"]
     )
     app.include_router(
+        megatron.megatron_router(client=client, served=served, metrics=metrics, max_choices=max_choices),
+        tags=["Megatron-LM"],
+    )
+    app.include_router(
         operations_router(client=client, served=served, metrics=metrics, version=version), tags=["Operations"]
     )
     app.include_router(docs_router())
@@ -79,7 +83,12 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
         app.openapi_schema = get_openapi(
             title=app.title, version=app.version, description=app.description, routes=app.routes
         )
-        bodies = (*completions.REQUEST_SCHEMAS, *tokens.REQUEST_SCHEMAS, *scoring.REQUEST_SCHEMAS)
+        bodies = (
+            *completions.REQUEST_SCHEMAS,
+            *tokens.REQUEST_SCHEMAS,
+            *scoring.REQUEST_SCHEMAS,
+            *megatron.REQUEST_SCHEMAS,
+        )
         _, schemas = models_json_schema(
             [(body, "validation") for body in bodies], ref_template="#/components/schemas/{model}"
         )

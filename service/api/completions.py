@@ -184,9 +184,8 @@ class Completion:
         )
         self._submitted_at, self._started_at = stream.submitted_at, stream.started_at
         self._metrics.prompt_tokens.inc(sum(len(request.prompt) for request in self._requests))
-        unfinished = "error"
         try:
-            async with stream:
+            async with self._metrics.follow(stream, self._count_unfinished):
                 async for deltas in stream:
                     pieces = []
                     for delta in chain.from_iterable(map(self._ready, deltas)):
@@ -195,13 +194,8 @@ class Completion:
                             await asyncio.sleep(0)
                     if pieces := [piece for piece in pieces if piece.says_something]:
                         yield pieces
-            self._metrics.end_to_end.observe(time.monotonic() - self._submitted_at)
-        except (asyncio.CancelledError, GeneratorExit):
-            unfinished = "abort"
-            self._metrics.aborted.inc()
-            raise
         finally:
-            self._record(unfinished)
+            self._record()
 
     def _ready(self, delta: Delta) -> list[Delta]:
         """What can be taken now: the choices of a scored prompt all begin with the scores that choice 0 brings."""
@@ -220,27 +214,23 @@ class Completion:
         errors.check_delta(delta)
         before = choice.num_tokens
         piece = choice.take(delta, prompt_logprobs=self._scores.get(delta.request_id))
-        self._observe(delta, choice, choice.num_tokens - before)
+        self._observe(delta, choice, choice.num_tokens - before, stream)
         if piece.finish_reason is not None:
             if delta.finish is None:
                 stream.abort(delta.request_id, delta.choice)
             self._metrics.finished.labels(piece.finish_reason).inc()
         return piece
 
-    def _observe(self, delta: Delta, choice: Choice, num_tokens: int) -> None:
+    def _observe(self, delta: Delta, choice: Choice, num_tokens: int, stream: Stream) -> None:
         if delta.choice == 0:  # the choices after it find its prompt in shared blocks
             self._cached_tokens[delta.request_id] += delta.cached_tokens
-        self._metrics.generated_tokens.inc(num_tokens)
-        if num_tokens < len(delta.token_ids):
-            self._metrics.dropped_tokens.inc(len(delta.token_ids) - num_tokens)
-        if num_tokens:
-            now = time.monotonic()
-            self._first_token_at = self._first_token_at or now
-            if choice.delivered_at:
-                self._metrics.between_tokens.observe((now - choice.delivered_at) / num_tokens)
-            else:
-                self._metrics.first_token.observe(now - self._submitted_at)
-            choice.delivered_at = now
+        choice.delivered_at = self._metrics.take_tokens(
+            num_tokens,
+            num_dropped=len(delta.token_ids) - num_tokens,
+            stream=stream,
+            delivered_at=choice.delivered_at,
+        )
+        self._first_token_at = self._first_token_at or choice.delivered_at
 
     def _best(self) -> list[int]:
         """Indices of the choices that are answered: all, or of each prompt the n likeliest, likeliest first."""
@@ -253,18 +243,16 @@ class Completion:
             best += [choice.index for choice in ranked[: self._ask.n]]
         return best
 
-    def _record(self, unfinished: str) -> None:
-        """Count what did not finish, and leave the figures of the log line."""
-        num_unfinished = sum(not choice.finished for choice in self._choices.values())
-        if num_unfinished:
-            self._metrics.finished.labels(unfinished).inc(num_unfinished)
-        for started_at in self._started_at.values():
-            self._metrics.queue.observe(started_at - self._submitted_at)
+    def _count_unfinished(self) -> int:
+        return sum(not choice.finished for choice in self._choices.values())
+
+    def _record(self) -> None:
+        """Leave the figures of the log line."""
         usage = self._usage()
         self._summary.update(
             prompt_tokens=usage["prompt_tokens"],
             completion_tokens=usage["completion_tokens"],
-            num_unfinished=num_unfinished,
+            num_unfinished=self._count_unfinished(),
         )
 
     def _timings(self) -> dict[str, float]:

@@ -20,6 +20,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from starlette.types import Scope
 
 from service.engine.client import (
     DeadlineExceeded,
@@ -40,6 +41,8 @@ CLIENT_CLOSED_REQUEST = 499
 # Routes of other servers that clients try, without their /v1, and what to use here.
 _COMPLETE = "It completes text: use POST /v1/completions."
 _CHAT = f"This is a base model without a chat template. {_COMPLETE}"
+# Their clients read a `message` beside the envelope, so every error of theirs has both.
+_MESSAGE_ROUTES = frozenset({"/api"})
 _NOT_OFFERED: Mapping[str, str] = {
     "/chat/completions": _CHAT,
     "/responses": _CHAT,
@@ -70,6 +73,12 @@ class ErrorEnvelope(BaseModel):
     error: ErrorBody
 
 
+class MessageEnvelope(ErrorEnvelope):
+    """The same with the message once more, where Megatron-LM's clients look for it."""
+
+    message: str
+
+
 class ApiError(Exception):
     """An answer that is an error."""
 
@@ -88,8 +97,12 @@ class ApiError(Exception):
         self.body = {"error": {"message": message, "type": type, "param": param, "code": code}}
         self.headers = dict(headers or {})
 
-    def response(self) -> JSONResponse:
-        return JSONResponse(self.body, self.status, self.headers)
+    def response(self, scope: Scope) -> JSONResponse:
+        """The answer to the request of `scope`; its route, where it has one, decides the form."""
+        body: dict[str, Any] = self.body
+        if getattr(scope.get("route"), "path", None) in _MESSAGE_ROUTES:
+            body = {"message": str(self), **body}
+        return JSONResponse(body, self.status, self.headers)
 
 
 def invalid(param: str, message: str, *, code: str | None = None) -> ApiError:
@@ -115,9 +128,9 @@ _DESCRIPTIONS: Mapping[int, str] = {
 }
 
 
-def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
+def documented(*statuses: int, model: type[ErrorEnvelope] = ErrorEnvelope) -> dict[int | str, dict[str, Any]]:
     """Error answers of a route, for the schema."""
-    return {status: {"model": ErrorEnvelope, "description": _DESCRIPTIONS[status]} for status in statuses}
+    return {status: {"model": model, "description": _DESCRIPTIONS[status]} for status in statuses}
 
 
 def unavailable(error: EngineUnavailable) -> ApiError:
@@ -165,8 +178,8 @@ def to_api_error(error: Exception) -> ApiError:
             return internal_error()
 
 
-async def _answer(_: Request, error: Exception) -> Response:
-    return to_api_error(error).response()
+async def _answer(request: Request, error: Exception) -> Response:
+    return to_api_error(error).response(request.scope)
 
 
 async def _answer_client_left(_request: Request, _error: Exception) -> Response:
@@ -187,7 +200,7 @@ async def _answer_router(request: Request, error: Exception) -> Response:
         answer = ApiError(405, f"{path} does not take {method[:20]}.", code="method_not_allowed", headers=error.headers)
     else:
         answer = ApiError(error.status_code, HTTPStatus(error.status_code).phrase, headers=error.headers)
-    return answer.response()
+    return answer.response(request.scope)
 
 
 def install(app: FastAPI) -> None:

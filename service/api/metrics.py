@@ -1,12 +1,15 @@
 """Prometheus metrics of one API process, in a registry of their own. The routes and the engine's stats feed them."""
 
-from collections.abc import Iterator
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from service.engine.client import EngineClient
+from service.engine.client import EngineClient, Stream
 from service.engine.request import EngineStats
 
 _PREFIX = "megatron_gpt2"
@@ -72,6 +75,36 @@ class Metrics:
     def http_response(self, *, method: str, route: str, status: int) -> None:
         """`route` is a template such as /v1/models/{id}, never a raw path."""
         self._responses.labels(method if method in _METHODS else "other", route, str(status)).inc()
+
+    @asynccontextmanager
+    async def follow(self, stream: Stream, count_unfinished: Callable[[], int]) -> AsyncIterator[None]:
+        """Within `stream`, from its submission to its end: how long it took, and the choices that did not finish."""
+        unfinished = "error"
+        try:
+            async with stream:
+                yield
+            self.end_to_end.observe(time.monotonic() - stream.submitted_at)
+        except (asyncio.CancelledError, GeneratorExit):  # the client has left
+            unfinished = "abort"
+            self.aborted.inc()
+            raise
+        finally:
+            self.finished.labels(unfinished).inc(count_unfinished())
+            for started_at in stream.started_at.values():
+                self.queue.observe(started_at - stream.submitted_at)
+
+    def take_tokens(self, num_tokens: int, *, num_dropped: int, stream: Stream, delivered_at: float) -> float:
+        """Count a delivery of one choice; `delivered_at` is that of the one before, or 0. Returns it for the next."""
+        self.generated_tokens.inc(num_tokens)
+        self.dropped_tokens.inc(num_dropped)
+        if not num_tokens:
+            return delivered_at
+        now = time.monotonic()
+        if delivered_at:
+            self.between_tokens.observe((now - delivered_at) / num_tokens)
+        else:
+            self.first_token.observe(now - stream.submitted_at)
+        return now
 
     def take_stats(self, stats: EngineStats) -> None:
         """Add what the engine did since the last stats. A new engine counts from zero; our totals never go down."""

@@ -52,7 +52,7 @@ class RequestMiddleware:
             answer = to_api_error(error)
             if status:  # too late for an answer; the server breaks the connection off
                 raise
-            await answer.response()(scope, receive, send_with_id)
+            await answer.response(scope)(scope, receive, send_with_id)
         finally:
             route = getattr(scope.get("route"), "path", "other")
             self._metrics.http_response(method=scope["method"], route=route, status=status)

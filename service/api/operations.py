@@ -23,7 +23,7 @@ class Liveness(BaseModel):
 
 class Readiness(BaseModel):
     status: Literal["ok", "unavailable"]
-    phase: str = Field(description="start, download, load, warmup, ready, restart, drain or failed.")
+    phase: str = Field(description="start, download, convert, load, warmup, ready, restart, drain or failed.")
     progress: float = Field(description="Of the phase, from 0 to 1.")
 
 

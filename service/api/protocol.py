@@ -13,7 +13,7 @@ class EnvelopeProtocol(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         """Answer with the envelope and close the connection, as what follows on it cannot be told apart."""
-        response = ApiError(400, msg, code="invalid_http").response()
+        response = ApiError(400, msg, code="invalid_http").response({})
         response.headers["X-Request-Id"] = uuid.uuid4().hex
         response.headers["Connection"] = "close"
         head = b"".join(b"%s: %s\r\n" % header for header in response.raw_headers)

@@ -20,7 +20,7 @@ MAX_SAMPLES = 128  # n and best_of
 _MAX_LISTED = 1024  # ids or words in one field
 _MAX_TIMEOUT_SECONDS = 86_400
 _INT32, _INT64 = 2**31, 2**63
-_GREEDY_BELOW = 1e-5  # a temperature under this is 0
+GREEDY_BELOW = 1e-5  # a temperature under this is 0
 
 Id = Annotated[int, Field(ge=0)]
 PromptForms = (
@@ -290,7 +290,7 @@ class CompletionRequest(Body):
 
     @property
     def greedy(self) -> bool:
-        return self.temperature < _GREEDY_BELOW
+        return self.temperature < GREEDY_BELOW
 
     @property
     def slow_to_admit(self) -> bool:

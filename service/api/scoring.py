@@ -1,6 +1,5 @@
 """POST /v1/score: log-probabilities of continuations, in one pass over all items, each shared context computed once."""
 
-import asyncio
 import math
 import time
 import uuid
@@ -140,24 +139,15 @@ async def _scored(
     stream = client.submit(requests, _SCORING, deadline=deadline)
     metrics.prompt_tokens.inc(prompt_tokens)
     deltas: dict[int, Delta] = {}
-    unfinished = "error"
     try:
-        async with stream:
+        async with metrics.follow(stream, lambda: len(requests) - len(deltas)):
             async for arrived in stream:
                 for delta in arrived:
                     errors.check_delta(delta)
                     deltas[delta.request_id] = delta
                     metrics.finished.labels(str(delta.finish)).inc()
-        metrics.end_to_end.observe(time.monotonic() - stream.submitted_at)
-    except asyncio.CancelledError:  # the client has left
-        unfinished = "abort"
-        metrics.aborted.inc()
-        raise
     finally:
         num_unfinished = len(requests) - len(deltas)
-        metrics.finished.labels(unfinished).inc(num_unfinished)
-        for started_at in stream.started_at.values():
-            metrics.queue.observe(started_at - stream.submitted_at)
         summary.update(num_choices=len(requests), prompt_tokens=prompt_tokens, num_unfinished=num_unfinished)
     return [deltas[request.id] for request in requests]
 

@@ -14,7 +14,9 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from service.checkpoint.hub import WEIGHTS, CheckpointError, weight_files, weights_entry
+from service.checkpoint.errors import CheckpointError
+from service.checkpoint.hub import WEIGHTS, weight_files, weights_entry
+from service.checkpoint.megatron import is_megatron
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +32,7 @@ _SMALL_FILES = [
 
 
 def resolve(model: str, *, revision: str | None = None, offline: bool = False, cache_dir: Path | None = None) -> Path:
-    """The folder of `model`: a local one with a config.json, or the snapshot of a hub id, fetched unless cached.
+    """A local folder or file with a checkpoint, or the snapshot of a hub id, fetched unless cached.
 
     A name that exists here, or starts with '.', '/' or '~', is local. `revision` is a hub id's branch, tag or commit.
     With `offline`, or HF_HUB_OFFLINE set, only the cache is read; it also serves while the hub cannot be reached.
@@ -38,12 +40,14 @@ def resolve(model: str, *, revision: str | None = None, offline: bool = False, c
     """
     path = Path(os.path.expanduser(model))
     if model.startswith((".", "/", "~")) or path.exists():
-        if not path.is_dir():
-            raise CheckpointError(f"{model}: {'not a folder' if path.exists() else 'no such folder'}")
-        if not (path / "config.json").is_file():
-            raise CheckpointError(f"{model}: the folder has no config.json")
+        if not path.exists():
+            raise CheckpointError(f"{model}: no such file or folder")
+        if not path.is_dir() and not path.is_file():
+            raise CheckpointError(f"{model}: neither a file nor a folder")
+        if path.is_dir() and not (path / "config.json").is_file() and not is_megatron(path):
+            raise CheckpointError(f"{model}: the folder has neither a config.json nor a checkpoint of Megatron-LM")
         if revision is not None:
-            raise CheckpointError(f"{model}: a local folder has no revisions (asked for {revision!r})")
+            raise CheckpointError(f"{model}: what is local has no revisions (asked for {revision!r})")
         return path
     if offline or is_offline_mode():
         return _cached(model, revision=revision, cache_dir=cache_dir, reason="offline is on")

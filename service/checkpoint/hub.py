@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import zipfile
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -17,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
+from service.checkpoint import pickles
+from service.checkpoint.errors import CheckpointError
 from service.model.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -41,10 +42,6 @@ _DTYPES |= {"Half": "float16", "BFloat16": "bfloat16", "Float": "float32", "Doub
 _DTYPES |= {"float16": "float16", "bfloat16": "bfloat16", "float32": "float32", "float64": "float32"}
 
 
-class CheckpointError(ValueError):
-    """A checkpoint cannot be found, fetched or used; the message names the file, the tensor or the config's field."""
-
-
 def weights_entry(names: Collection[str]) -> str | None:
     """The one of a folder's files that its weights are read from, or through; None if it has none."""
     return next((name for name in WEIGHTS if name in names), None)
@@ -61,10 +58,11 @@ def weight_files(folder: Path) -> dict[Path, set[str] | None]:
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: weight_map: expected a table from tensor names to files")
+    suffix = "safetensors" if ".safetensors" in entry else "bin"
     shards: dict[Path, set[str] | None] = {}
     for shard in sorted({str(shard) for shard in weight_map.values()}):
-        if not re.fullmatch(r"[\w-][\w.-]*\.(safetensors|bin)", shard):
-            raise CheckpointError(f"{index}: weight_map: {shard!r} is not the name of a file beside it")
+        if not re.fullmatch(rf"[\w-][\w.-]*\.{suffix}", shard):
+            raise CheckpointError(f"{index}: weight_map: {shard!r} is not the name of a .{suffix} file beside it")
         if not (folder / shard).is_file():
             raise CheckpointError(f"{index}: {shard} is missing from the folder")
         shards[folder / shard] = {name for name, its_shard in weight_map.items() if its_shard == shard}
@@ -183,11 +181,11 @@ def read_state(
     folder: Path,
     config: ModelConfig,
     *,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     device: torch.device | str = "cpu",
     on_tensor: Callable[[int, int], None] | None = None,
 ) -> dict[str, Tensor]:
-    """All weights, copied tensor by tensor out of the mapped files into `dtype` on `device`.
+    """All weights, copied tensor by tensor out of the mapped files into `dtype`, or their own, on `device`.
 
     Matrices are (out, in): token_embedding.weight (vocab_size, hidden), position_embedding.weight (context, hidden),
     layers.{i}.{attention_norm, qkv, attention_output, mlp_norm, up, down}.{weight, bias} with qkv's rows q then k then
@@ -215,9 +213,9 @@ def read_state(
         if tensor.shape != shape:
             raise CheckpointError(f"{where}: expected shape {shape} (out, in), found {tuple(tensor.shape)}")
         # A copy, so that neither the file's mapping nor the cut rows stay alive. Transposed as stored: half the bytes.
-        value = torch.empty(shape, dtype=dtype, device=device).copy_(tensor.contiguous())
+        value = torch.empty(shape, dtype=dtype or tensor.dtype, device=device).copy_(tensor.contiguous())
         if not all(bound.isfinite() for bound in value.aminmax()):
-            raise CheckpointError(f"{where}: {_why_not_finite(tensor, dtype)}")
+            raise CheckpointError(f"{where}: {_why_not_finite(tensor, value.dtype)}")
         if our_name in state and not torch.equal(state[our_name], value):
             tied = " (tie_word_embeddings: lm_head.weight must equal wte.weight)" if name in _VOCABULARY else ""
             raise CheckpointError(f"{where}: stored twice with different values{tied}")
@@ -268,9 +266,8 @@ def _stored(folder: Path) -> Iterator[tuple[Path, str, Any]]:
         else:
             values = _unpickled(file)
             _keep_promise(file, list(values), promised)
-            while values:
-                name = next(iter(values))
-                yield file, name, values.pop(name)
+            for name, value in values.items():
+                yield file, name, value.read() if isinstance(value, pickles.StoredTensor) else value
 
 
 def _keep_promise(file: Path, names: Collection[str], promised: set[str] | None) -> None:
@@ -288,14 +285,8 @@ def _opened(file: Path, *, framework: str) -> Iterator[Any]:
 
 
 def _unpickled(file: Path) -> dict[str, Any]:
-    """The tensors of a .bin, by torch's restricted unpickler, which runs nothing that the file names."""
-    import torch
-
-    try:
-        # Only the zip format, torch's own since 1.6, can be mapped.
-        values = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except Exception as error:  # a broken or hostile file fails in many ways; torch's advice on it is not ours
-        raise CheckpointError(f"{file}: refused: not a plain pickle of tensors ({type(error).__name__})") from error
+    """The tensors of a .bin, still in the file."""
+    values = pickles.load(file)
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise CheckpointError(f"{file}: expected a table of named tensors")
     return values

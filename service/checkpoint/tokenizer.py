@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from service.checkpoint.hub import CheckpointError
+from service.checkpoint.errors import CheckpointError
 
 
 @dataclass(frozen=True, slots=True)

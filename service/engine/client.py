@@ -105,7 +105,7 @@ class EngineClient:
 
     @property
     def phase(self) -> str:
-        """start, download, load, warmup, ready, restart, drain or failed."""
+        """start, download, convert, load, warmup, ready, restart, drain or failed."""
         if self._failed:
             return "failed"
         if self._draining:
@@ -152,14 +152,7 @@ class EngineClient:
         self.check_ready()
         submit = Submit(tuple(requests), params, completing_ids)
         stream = Stream(self, submit, deadline=deadline, queue_deadline=queue_deadline)
-        for request in requests:
-            self._streams[request.id] = stream
-        if not self._busy:
-            self._last_message = time.monotonic()
-        self._busy.add(stream)
-        self._work_open.set()
-        self._idle.clear()
-        self._send(submit)
+        self._hand_over(stream, submit)
         return stream
 
     # What the supervisor's words lead to
@@ -270,6 +263,22 @@ class EngineClient:
                 for stream in self._unique_streams():
                     if (again := stream._take_unstarted()) is not None:
                         self._send(again)
+
+    def _hand_over(self, stream: Stream, submit: Submit) -> None:
+        for request in submit.requests:
+            self._streams[request.id] = stream
+        if not self._busy:
+            self._last_message = time.monotonic()
+        self._busy.add(stream)
+        self._work_open.set()
+        self._idle.clear()
+        self._send(submit)
+
+    def _go_on(self, stream: Stream, before: Sequence[Request]) -> None:
+        """Hand over a stream's requests that follow those `before`. It is open all the while, so nothing is idle."""
+        self._hand_over(stream, stream._submit)
+        for request in before:
+            del self._streams[request.id]
 
     def _unique_streams(self) -> list[Stream]:
         return list(dict.fromkeys(self._streams.values()))

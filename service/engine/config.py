@@ -10,6 +10,7 @@ class EngineConfig:
     model: str
     revision: str | None
     offline: bool
+    cache_dir: str
     device: str
     dtype: str
     max_num_seqs: int | None

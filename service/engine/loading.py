@@ -15,8 +15,10 @@ import torch
 from huggingface_hub.utils.tqdm import disable_progress_bars
 from tqdm import tqdm
 
+from service.checkpoint.cache import converted, is_raw
 from service.checkpoint.download import resolve
-from service.checkpoint.hub import CheckpointError, read_config, read_state
+from service.checkpoint.errors import CheckpointError
+from service.checkpoint.hub import read_config, read_state
 from service.checkpoint.tokenizer import read_tokenizer
 from service.engine.compiler import Compile
 from service.engine.config import EngineConfig
@@ -111,7 +113,7 @@ def _load(config: EngineConfig, report: Reporter) -> Loaded:
     if config.cpu_threads is not None:
         torch.set_num_threads(config.cpu_threads)
     report("download", 0.0)
-    folder = resolve(config.model, revision=config.revision, offline=config.offline)
+    folder = served_folder(config, lambda share: report("convert", share))
     model = _read(folder, config, device, report)
     report("warmup", 0.0)
     max_num_seqs = config.max_num_seqs or _MAX_NUM_SEQS[device.type]
@@ -166,6 +168,12 @@ def _load(config: EngineConfig, report: Reporter) -> Loaded:
     )
     grammars = Grammars(lambda: read_tokenizer(folder), end_of_text_id=model.config.end_of_text_id)
     return Loaded(info, runner, scheduler, grammars.compile)
+
+
+def served_folder(config: EngineConfig, on_convert: Callable[[float], None]) -> Path:
+    """The folder of safetensors to read: the model's own, or what that is converted to. Raises CheckpointError."""
+    folder = resolve(config.model, revision=config.revision, offline=config.offline)
+    return converted(folder, cache_dir=Path(config.cache_dir), on_progress=on_convert) if is_raw(folder) else folder
 
 
 def _device(name: str) -> torch.device:

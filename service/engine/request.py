@@ -7,7 +7,7 @@ import enum
 
 import msgspec
 
-MAX_LOGPROBS = 20  # best tokens that can be reported
+MAX_LOGPROBS = 20  # best tokens that /v1/completions reports; a step gives NUM_TOP (model/batch.py)
 
 
 class Finish(enum.StrEnum):
@@ -27,6 +27,8 @@ class SamplingParams(msgspec.Struct, frozen=True, array_like=True):
     temperature: float = 1.0  # 0 is greedy
     top_k: int = 0  # 0 is off
     top_p: float = 1.0
+    top_p_decay: float = 0.0  # each generated token multiplies top_p by it; 0 is off
+    top_p_bound: float = 0.0  # below which that does not take top_p
     min_p: float = 0.0
     seed: int = 0  # int64; the draw depends on (seed, choice, position) alone
     min_tokens: int = 0  # end of text and stop ids are banned before this many
@@ -40,7 +42,7 @@ class SamplingParams(msgspec.Struct, frozen=True, array_like=True):
     banned_token_ids: tuple[int, ...] = ()
     bad_words: tuple[tuple[int, ...], ...] = ()  # of two ids or more; the last is banned where the others stand before
     grammar: str | None = None  # of llguidance; the text must match it
-    num_logprobs: int | None = None  # report each token's log-probability, and so many of the best (0..MAX_LOGPROBS)
+    num_logprobs: int | None = None  # report each token's log-probability, and so many of the best (0..NUM_TOP)
 
 
 class Request(msgspec.Struct, frozen=True, array_like=True):
@@ -146,7 +148,7 @@ class Abort(msgspec.Struct, frozen=True, array_like=True, tag="abort"):
 
 
 class Status(msgspec.Struct, frozen=True, array_like=True, tag="status"):
-    """Progress before ready: `phase` is download, load or warmup; `progress` runs from 0 to 1."""
+    """Progress before ready: `phase` is download, convert, load or warmup; `progress` runs from 0 to 1."""
 
     phase: str
     progress: float

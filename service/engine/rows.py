@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from service.engine.sequence import Sequence
-from service.model.batch import SAMPLING, Batch, Biases, Int32, Scored
+from service.model.batch import SAMPLING, Batch, Biases, Float32, Int32, Scored
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +132,7 @@ class Rows:
             return batch, Plan(placed, sampled, [])
         sample_positions = batch.sample_positions.tolist()
         scored, scorings = _scored(placed)
+        _decay(batch.sampling["top_p"], sample_positions, sampled)
         batch = replace(
             batch,
             masks=_masks(sample_positions, sampled),
@@ -154,6 +155,15 @@ def _masks(positions: list[int], sampled: list[Sequence]) -> Int32 | None:
     for row, mask in given:
         masks[row] = mask
     return masks
+
+
+def _decay(top_p: Float32, positions: list[int], sampled: list[Sequence]) -> None:
+    """Set the top_p of rows whose sequences lower it with each generated token, those in flight included."""
+    for row, sequence in enumerate(sampled):
+        params = sequence.group.params
+        if params.top_p_decay:
+            num_generated = positions[row] - sequence.num_prompt
+            top_p[row] = max(params.top_p * params.top_p_decay**num_generated, params.top_p_bound)
 
 
 def _biases(sampled: list[Sequence]) -> Biases | None:

@@ -18,7 +18,7 @@ from service.engine.logprobs import PackedLogprobs
 from service.engine.request import Delta, EngineStats, Finish, Logprobs, Request, SamplingParams
 from service.engine.rows import Placing, Plan, Rows
 from service.engine.sequence import Group, Sequence
-from service.model.batch import NOT_FINITE, Batch, StepOutput
+from service.model.batch import NOT_FINITE, NUM_TOP, Batch, StepOutput
 
 if TYPE_CHECKING:
     from service.engine.grammar import Constraint
@@ -99,6 +99,7 @@ class Scheduler:
         assert request.prompt
         assert len(request.prompt) + params.max_tokens <= self._context_length
         assert request.score_from is None or request.score_from >= 1
+        assert (params.num_logprobs or 0) <= NUM_TOP
         group = self._group
         if group is None or group.params is not params or group.completing_ids != completing_ids:
             group = Group(params, completing_ids, vocab_size=self._vocab_size, end_of_text_id=self._end_of_text_id)

@@ -109,6 +109,7 @@ class Sequence:
             and self.scores is None
             and group.num_logprobs is None
             and not len(group.bias_ids)
+            and not group.params.top_p_decay
         )
         self.num_scheduled = 0  # tokens whose keys and values are computed, or being computed
         self.num_in_flight = 0  # tokens sampled on the device that the host has not seen

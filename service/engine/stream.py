@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Collection, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 import msgspec
 
-from service.engine.request import Delta, Finish, Submit
+from service.engine.request import Delta, Finish, Request, Submit
 
 if TYPE_CHECKING:
     from service.engine.client import EngineClient
@@ -46,8 +46,11 @@ class Stream:
         self._arrived = asyncio.Event()
         self._unstarted = {request.id: request for request in requests}
         self._resubmitted = False
+        self._ended: tuple[Finish, str] | None = None  # how the client ended it for good
         self.submitted_at = time.monotonic()
-        self.started_at: dict[int, float] = {}  # request id -> when it left the engine's queue (monotonic seconds)
+        # When the requests that the group began with left the engine's queue, by id (monotonic seconds).
+        self.started_at: dict[int, float] = {}
+        self._has_gone_on = False
 
     async def __aenter__(self) -> Self:
         return self
@@ -75,6 +78,22 @@ class Stream:
             deltas = list(self._mailbox.values())
             self._mailbox.clear()
             yield deltas
+
+    def go_on(self, requests: Sequence[Request]) -> None:
+        """Hand over more requests of the same group in place of its present ones, which must have finished.
+
+        The group was taken when it began, so a drain waits for these too. Where it cannot go on, they end with an
+        error as others do.
+        """
+        assert not self._open, "some have not finished"
+        self._has_gone_on = True
+        before = self._submit.requests
+        self._submit = msgspec.structs.replace(self._submit, requests=tuple(requests))
+        self._open = {(request.id, choice) for request in requests for choice in range(request.n)}
+        self._unstarted = {request.id: request for request in requests}
+        self._client._go_on(self, before)
+        if self._ended is not None:
+            self._end(*self._ended)
 
     def abort(self, request_id: int, choice: int) -> None:
         """End one sequence: nothing more of it is delivered. Used when a stop string is found in its text."""
@@ -105,7 +124,7 @@ class Stream:
             self._client._settled(self)
 
     def _mark_started(self, request_id: int) -> None:
-        if self._unstarted.pop(request_id, None) is not None:
+        if self._unstarted.pop(request_id, None) is not None and not self._has_gone_on:
             self.started_at[request_id] = time.monotonic()
 
     def _engine_lost(self, error: str) -> None:
@@ -116,6 +135,8 @@ class Stream:
 
     def _end(self, finish: Finish, error: str, *, kept: Collection[int] = ()) -> None:
         """End every open sequence but those of the requests `kept`."""
+        if not kept:
+            self._ended = finish, error
         for request_id, choice in list(self._open):
             if request_id not in kept:
                 self._deliver(Delta(request_id, choice, (), finish, error))

@@ -13,7 +13,8 @@ Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 Float32 = npt.NDArray[np.float32]
 
-NUM_TOP = 20  # best tokens whose log-probabilities a step gives, where it gives any
+# Best tokens whose log-probabilities a step gives, where it gives any: as many as one of 32 beams needs (api/beams.py).
+NUM_TOP = 34
 
 # One entry a sampled row. `seed` and `choice` and the row's position are all that its random number depends on.
 SAMPLING = np.dtype(

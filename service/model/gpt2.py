@@ -1,13 +1,13 @@
 """GPT-2, top to bottom, over a paged KV cache; any GPT-2-shaped ModelConfig. Called by the runner."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from service.model.attention import KVCache, PagedAttention
+from service.model.attention import KVCache, PagedAttention, Prefill
 from service.model.config import ModelConfig
 
 # The checkpoint names each in its own words; hub.py maps them here.
@@ -127,3 +127,24 @@ class GPT2:
         if normed.is_cuda and self.dtype != torch.float32:
             return torch.mm(normed, self._head.t(), out_dtype=torch.float32)
         return F.linear(normed.to(self._head.dtype), self._head)
+
+
+@torch.inference_mode()
+def logits_of(model: GPT2, token_ids: Sequence[int], *, block_size: int = 16) -> Tensor:
+    """Logits [T, V] in fp32 of a whole prompt, in one prefill, without a runner."""
+    config = model.config
+    num_blocks = -(-len(token_ids) // block_size)
+    cache = KVCache(
+        num_layers=config.num_layers,
+        num_blocks=num_blocks,
+        block_size=block_size,
+        num_heads=config.num_heads,
+        head_size=config.head_size,
+        dtype=model.dtype,
+        device=model.device,
+    )
+    positions = torch.arange(len(token_ids), device=model.device)
+    whole = Prefill(0, len(token_ids), len(token_ids), positions[:num_blocks], None)
+    attention = PagedAttention(slots=positions, decodes=[], prefills=[whole], block_size=block_size)
+    hidden = model.hidden(torch.tensor(list(token_ids), device=model.device), positions, cache, attention)
+    return model.logits(hidden)

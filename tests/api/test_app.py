@@ -23,7 +23,7 @@ async def test_openapi_describes_every_field(api: Service) -> None:
         if "post" in routes:
             reference = routes["post"]["requestBody"]["content"]["application/json"]["schema"]["$ref"]
             described[path] = schema["components"]["schemas"][reference.rsplit("/", 1)[1]]
-    assert {"/v1/completions", "/v1/score", "/tokenize", "/detokenize"} == described.keys()
+    assert {"/v1/completions", "/v1/score", "/tokenize", "/detokenize", "/api"} == described.keys()
     assert CompletionRequest.model_fields.keys() == described["/v1/completions"]["properties"].keys()
     for body in described.values():
         for name, field in body["properties"].items():
@@ -45,5 +45,5 @@ async def test_openapi_lists_every_status(api: Service) -> None:
             assert operation["responses"].keys() <= expected
             for status, answer in operation["responses"].items():
                 if status != "200" and path not in ("/livez", "/readyz", "/health", "/ping"):
-                    envelope = answer["content"]["application/json"]["schema"]["$ref"]
-                    assert "#/components/schemas/ErrorEnvelope" == envelope
+                    envelope = answer["content"]["application/json"]["schema"]["$ref"].rsplit("/", 1)[1]
+                    assert ("MessageEnvelope" if path == "/api" else "ErrorEnvelope") == envelope

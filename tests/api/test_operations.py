@@ -5,7 +5,7 @@ import asyncio
 import httpx
 
 from service.api.text import Tokenizer
-from service.checkpoint.hub import CheckpointError
+from service.checkpoint.errors import CheckpointError
 from service.engine.request import ModelInfo
 from tests.api.conftest import Service, Start
 

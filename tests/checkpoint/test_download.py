@@ -15,14 +15,14 @@ import pytest
 import torch
 
 from service.checkpoint.download import resolve
-from service.checkpoint.hub import CheckpointError
+from service.checkpoint.errors import CheckpointError
 
 MODEL = "owner/tiny"
 SCRIPT = """
 import json, sys
 from pathlib import Path
 from service.checkpoint.download import resolve
-from service.checkpoint.hub import CheckpointError
+from service.checkpoint.errors import CheckpointError
 from service.checkpoint.hub import read_config
 for kwargs in json.loads(sys.argv[1]):
     try:
@@ -108,13 +108,12 @@ def test_local_folder_is_itself(folder: Path, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("./nowhere", "no such folder"),
-        ("/nowhere/at/all", "no such folder"),
-        ("~/nowhere-at-all", "no such folder"),
-        ("./file", "not a folder"),
-        ("empty", "no config.json"),
+        ("./nowhere", "no such file or folder"),
+        ("/nowhere/at/all", "no such file or folder"),
+        ("~/nowhere-at-all", "no such file or folder"),
+        ("empty", "neither a config.json nor a checkpoint of Megatron-LM"),
         ("a/b/c", "not of a hub id's form"),
-        ("", "no config.json"),
+        ("", "neither a config.json nor a checkpoint of Megatron-LM"),
     ],
 )
 def test_local_mistakes_say_what_is_wrong(

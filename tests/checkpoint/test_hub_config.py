@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from service.checkpoint.hub import CheckpointError, read_config
+from service.checkpoint.errors import CheckpointError
+from service.checkpoint.hub import read_config
 from service.model.config import ModelConfig
 
 Tensors = dict[str, torch.Tensor]

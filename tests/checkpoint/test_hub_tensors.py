@@ -18,7 +18,8 @@ from torch.nn.functional import (
     silu,
 )
 
-from service.checkpoint.hub import CheckpointError, read_config, read_state
+from service.checkpoint.errors import CheckpointError
+from service.checkpoint.hub import read_config, read_state
 from service.model.config import ModelConfig
 
 Tensors = dict[str, torch.Tensor]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from service.checkpoint.hub import CheckpointError
+from service.checkpoint.errors import CheckpointError
 from service.checkpoint.tokenizer import read_tokenizer
 from service.serve import DEMO_MODEL
 

@@ -69,6 +69,7 @@ _BODIES = {
     "/v1/score": {"items": [{"context": "x", "continuation": " y"}]},
     "/tokenize": {"prompt": "x"},
     "/detokenize": {"tokens": [1]},
+    "/api": {"prompts": ["x"], "tokens_to_generate": 4},
 }
 _SOON = 1e-6  # seconds
 
@@ -84,6 +85,7 @@ def test_refusals_that_chance_seldom_finds_are_documented(small_server: Server) 
         }
         for path, body in _BODIES.items()
     }
+    del asked["/api"][404]  # it names no model
     for path in ("/v1/completions", "/v1/score"):
         asked[path][504] = json.dumps(_BODIES[path] | {"timeout_seconds": _SOON}).encode()
     asked["/v1/completions"][429] = json.dumps(_BODIES["/v1/completions"] | {"queue_timeout_seconds": _SOON}).encode()

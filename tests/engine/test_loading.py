@@ -18,6 +18,7 @@ def test_grammars_are_compiled_for_the_loaded_models_own_tokens() -> None:
         model=str(FOLDER),
         revision=None,
         offline=True,
+        cache_dir="unused",
         device="cpu",
         dtype="auto",
         max_num_seqs=2,

@@ -190,3 +190,27 @@ def test_with_max_tokens_0_a_prompt_is_scored_and_nothing_generated(length: int)
     assert 4 * (length - 1) == len(scored.prompt_logprobs.chosen)
     assert other.prompt_logprobs is None
     assert 0 == engine.scheduler.stats().num_dropped_tokens
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("bound", [0.0, 0.5])
+def test_top_p_falls_with_each_token_to_its_bound(depth: int, bound: float) -> None:
+    """By the tokens that the row has generated, those in flight included; also after it gave its blocks up."""
+    engine = Engine(num_blocks=16, max_num_seqs=4, budget=8, depth=depth)
+    falls = {"temperature": 1.0, "top_p": 0.9, "top_p_decay": 0.8, "top_p_bound": bound}
+    asks = [greedy(number, tuple(range(number)), 40, **falls) for number in range(1, 4)]
+    steady = greedy(9, tuple(range(9)), 40, temperature=1.0, top_p=0.7)
+    engine.add_all([*asks, steady])
+    engine.run()
+    assert engine.scheduler.stats().num_preemptions
+    seen = set()
+    for batch in engine.runner.launches:
+        for row, position in zip(batch.sampling, batch.sample_positions.tolist(), strict=True):
+            num_generated = position - int(row["num_prompt"])
+            if row["num_prompt"] == 9:
+                assert np.float32(0.7) == row["top_p"]
+            else:
+                assert pytest.approx(max(0.9 * 0.8**num_generated, bound), rel=1e-6) == row["top_p"]
+                seen.add((int(row["num_prompt"]), num_generated))
+    assert {(number, place) for number in range(1, 4) for place in range(40)} == seen
+    check_answers(engine, [*asks, steady])

@@ -7,7 +7,14 @@ import time
 import msgspec
 import pytest
 
-from service.engine.client import DeadlineExceeded, EngineClient, EngineUnavailable, QueueTimeout, Stream
+from service.engine.client import (
+    DeadlineExceeded,
+    EngineClient,
+    EngineDraining,
+    EngineUnavailable,
+    QueueTimeout,
+    Stream,
+)
 from service.engine.request import Delta, Finish, Request
 from tests.engine.attached import LONG, PARAMS, Attach, collect, request, until
 from tests.engine.oracle import Answer, Ask, answers
@@ -132,3 +139,75 @@ def test_deadlines_are_no_unavailability() -> None:
     """Another replica would not mend them."""
     assert not issubclass(DeadlineExceeded, EngineUnavailable)
     assert not issubclass(QueueTimeout, EngineUnavailable)
+
+
+# Groups that go on
+
+
+async def test_a_group_goes_on_with_more_requests(client: EngineClient, attach: Attach) -> None:
+    """Drawn alike; it is open in between, so the client is not idle, and it ends when the last have finished."""
+    await attach()
+    found: dict[int, list[int]] = {}
+    asked: list[Request] = []
+    async with client.submit([request(client)], PARAMS) as stream:
+        asked += stream._submit.requests
+        async for deltas in stream:
+            for delta in deltas:
+                found.setdefault(delta.request_id, []).extend(delta.token_ids)
+            if not stream._open and len(asked) < 9:
+                assert not client._idle.is_set()
+                group = [request(client, prompt=(len(asked), number)) for number in range(2)]
+                asked += group
+                stream.go_on(group)
+                assert {each.id for each in group} == client._streams.keys()
+                assert not client._idle.is_set()
+    assert 9 == len(asked)
+    for each in asked:
+        (expected,) = answers(Ask(each, PARAMS))
+        assert expected.tokens == found[each.id]
+    await idle(client)
+
+
+async def test_a_group_goes_on_during_a_drain(client: EngineClient, attach: Attach) -> None:
+    """It was taken before, and the drain waits for it; new ones are refused."""
+    await attach()
+    async with client.submit([request(client)], PARAMS) as stream:
+        await collect(stream)
+        client.drain()
+        waiting = asyncio.ensure_future(client.wait_idle())
+        with pytest.raises(EngineDraining):
+            client.submit([request(client)], PARAMS)
+        stream.go_on([each := request(client)])
+        deltas = await collect(stream)
+        assert not waiting.done()
+    assert Finish.LENGTH is deltas[each.id, 0][-1].finish
+    await waiting
+
+
+@pytest.mark.parametrize(("end", "finish"), [("abandon", Finish.ABORT), ("fail", Finish.ERROR)])
+async def test_a_group_that_was_ended_does_not_go_on(
+    client: EngineClient, attach: Attach, end: str, finish: Finish
+) -> None:
+    """Also when the end came between two of its parts: its reader is told, and does not wait."""
+    await attach()
+    async with client.submit([request(client)], PARAMS) as stream:
+        await collect(stream)
+        getattr(client, end)("over")
+        stream.go_on([each := request(client)])
+        (delta,) = (await collect(stream))[each.id, 0]
+        assert (finish, "over") == (delta.finish, delta.error)
+    await client.wait_idle()
+
+
+async def test_a_group_does_not_go_on_with_another_engine(client: EngineClient, attach: Attach) -> None:
+    """What it has begun ends with an error when its engine is lost, also between two of its parts."""
+    gate = threading.Semaphore(1000)
+    engine = await attach(before_step=gate.acquire)
+    async with client.submit([request(client)], PARAMS) as stream:
+        await collect(stream)
+        engine.die(gate)
+        await until(lambda: not client.ready)
+        stream.go_on([each := request(client)])
+        (delta,) = (await collect(stream))[each.id, 0]
+    assert (Finish.ERROR, "the engine stopped while it worked on this request") == (delta.finish, delta.error)
+    await client.wait_idle()

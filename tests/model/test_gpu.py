@@ -14,13 +14,12 @@ from service.engine.core import Core
 from service.engine.request import Finish, Request, SamplingParams
 from service.engine.scheduler import Scheduler
 from service.model.batch import Batch, Biases, Scored, StepOutput, TopLogprobs
-from service.model.gpt2 import GPT2
+from service.model.gpt2 import GPT2, logits_of
 from service.model.runner import TorchRunner
 from service.serve import DEMO_MODEL
 from tests.model.batches import BLOCK_SIZE, MOST_BLOCKS, Part, make_batch
 from tests.model.rows import pack_mask
 from tests.model.test_batch_fields import PENALTIES, PROMPTS, generate, make_runner
-from tests.model.test_runner import forward
 
 pytestmark = pytest.mark.gpu
 
@@ -72,7 +71,7 @@ def test_fp32_logits_equal_transformers(folder: Path, theirs: transformers.GPT2L
         expected = theirs.cpu()(token_ids[None]).logits[0]
     theirs.cuda()
     torch.testing.assert_close(
-        forward(load(folder, torch.float32), token_ids.tolist()).cpu(), expected, atol=1e-4, rtol=0
+        logits_of(load(folder, torch.float32), token_ids.tolist()).cpu(), expected, atol=1e-4, rtol=0
     )
 
 
@@ -85,7 +84,7 @@ def test_16_bit_logits_are_close(folder: Path, theirs: transformers.GPT2LMHeadMo
     with torch.inference_mode():
         expected = rounded(torch.tensor([token_ids], device="cuda")).logits[0]
     theirs.load_state_dict(state)
-    got = forward(load(folder, dtype), token_ids)
+    got = logits_of(load(folder, dtype), token_ids)
     error = float((got - expected).norm() / expected.norm())
     print(f"{folder.name} {dtype}: relative error {error:.2e}")
     assert error < 2e-2

@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 from service.engine.core import Core
 from service.engine.request import Delta, Finish, Request, SamplingParams
 from service.engine.scheduler import Scheduler
-from service.model.attention import KVCache, PagedAttention, Prefill
 from service.model.batch import Batch, DeviceLost, OutOfMemory
-from service.model.gpt2 import GPT2
+from service.model.gpt2 import GPT2, logits_of
 from service.model.runner import (
     KVMemoryError,
     TorchRunner,
@@ -27,30 +26,6 @@ from tests.model.batches import BLOCK_SIZE
 from tests.model.conftest import Pair
 
 GREEDY = SamplingParams(20, temperature=0.0, ignore_eos=True)
-
-
-def forward(model: GPT2, token_ids: list[int]) -> torch.Tensor:
-    """Logits [T, V] of a whole prompt in one prefill."""
-    config = model.config
-    num_blocks = -(-len(token_ids) // BLOCK_SIZE)
-    cache = KVCache(
-        num_layers=config.num_layers,
-        num_blocks=num_blocks,
-        block_size=BLOCK_SIZE,
-        num_heads=config.num_heads,
-        head_size=config.head_size,
-        dtype=model.dtype,
-        device=model.device,
-    )
-    positions = torch.arange(len(token_ids), device=model.device)
-    attention = PagedAttention(
-        slots=positions,
-        decodes=[],
-        prefills=[Prefill(0, len(token_ids), len(token_ids), positions[:num_blocks], None)],
-        block_size=BLOCK_SIZE,
-    )
-    with torch.inference_mode():
-        return model.logits(model.hidden(torch.tensor(token_ids, device=model.device), positions, cache, attention))
 
 
 def run(
@@ -108,7 +83,7 @@ def test_logits_equal_transformers(make_pair: Callable[..., Pair], config: dict[
     token_ids = torch.randint(0, 515, (100,), generator=torch.Generator().manual_seed(1)).tolist()
     with torch.inference_mode():
         expected = theirs(torch.tensor([token_ids])).logits[0]
-    torch.testing.assert_close(forward(ours, token_ids), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(logits_of(ours, token_ids), expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("budget", [9, 32, 1000])

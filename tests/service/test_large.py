@@ -13,8 +13,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from service.api.text import Tokenizer
 from service.checkpoint.hub import read_config, read_state
 from service.engine.request import Request, SamplingParams
-from service.model.gpt2 import GPT2
-from tests.model.test_runner import forward, generate
+from service.model.gpt2 import GPT2, logits_of
+from tests.model.test_runner import generate
 from tests.service.conftest import DEMO
 from tests.service.reference import SCORE_MARGIN
 from tests.service.server import Client, Server
@@ -140,7 +140,7 @@ def test_greedy_ids_and_logits(
     token_ids = torch.randint(0, 50257, (64,), generator=torch.Generator().manual_seed(2))
     with torch.inference_mode():
         logits = theirs(token_ids[None]).logits[0]
-    torch.testing.assert_close(forward(ours, token_ids.tolist()), logits, atol=1e-4, rtol=0)
+    torch.testing.assert_close(logits_of(ours, token_ids.tolist()), logits, atol=1e-4, rtol=0)
 
     compute = ours.logits
     rows: list[torch.Tensor] = []
