@@ -183,6 +183,13 @@ def _subclassed(rebuild: Any, _kind: object, arguments: Any, _state: object) -> 
     return rebuild(*arguments)
 
 
+def _member(owner: object, _name: object) -> Record:
+    """getattr, by which Python 3.11.0 to 3.11.3 wrote the members of enums: of a class that is not loaded, a Record."""
+    if owner is not Record:
+        raise ValueError("getattr of something that is no enum")
+    return Record()
+
+
 _REBUILDING: Mapping[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): OrderedDict,
     ("collections", "defaultdict"): Record,
@@ -192,6 +199,8 @@ _REBUILDING: Mapping[tuple[str, str], Any] = {
         for module in ("builtins", "__builtin__")
         for name in ("set", "frozenset", "list", "dict", "tuple", "slice", "range", "bytearray", "complex")
     },
+    ("builtins", "getattr"): _member,
+    ("__builtin__", "getattr"): _member,
     ("torch", "Size"): tuple,
     ("torch._utils", "_rebuild_tensor"): _tensor,
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,

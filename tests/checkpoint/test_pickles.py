@@ -118,6 +118,19 @@ def test_a_hostile_pickle_is_refused_by_name(name: str, old: bool, tmp_path: Pat
     assert not trap.exists()
 
 
+@pytest.mark.parametrize("old", [False, True])
+def test_a_member_of_an_enum_may_be_written_as_an_attribute(old: bool, tmp_path: Path) -> None:
+    """As Python 3.11.0 to 3.11.3 do; of anything else, getattr is refused."""
+    file = tmp_path / "file.pt"
+    enum = files.arguments(Layout()).attention_backend
+    torch.save({"a": Reduced(getattr, type(enum), enum.name)}, file, _use_new_zipfile_serialization=not old)
+    assert isinstance(pickles.load(file)["a"], pickles.Record)
+    for owner in ({}, "text", torch.ones(2)):
+        torch.save({"a": Reduced(getattr, owner, "pop")}, file, _use_new_zipfile_serialization=not old)
+        with pytest.raises(CheckpointError, match="getattr of something that is no enum"):
+            pickles.load(file)
+
+
 @pytest.mark.parametrize(
     "opcodes",
     [
