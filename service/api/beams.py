@@ -26,6 +26,8 @@ from service.engine.request import Logprobs, Request, SamplingParams
 MAX_BEAMS = 32
 # Of its likeliest tokens, a beam brings what all that stay open may be, a stop token, and one that may be banned.
 NUM_MORE_CANDIDATES = 2
+# Of the steps after the first: what has begun goes on, before others take the blocks that it shares.
+_BEFORE_THE_QUEUE = -(2**31) - 1  # below what a request may ask for
 Candidates = Iterable[tuple[int, float]]  # token ids with their log-probabilities, likeliest first
 
 
@@ -127,8 +129,9 @@ async def search_beams(
     num_best = search.width + NUM_MORE_CANDIDATES
     params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True, num_logprobs=num_best)
 
-    def requests() -> list[Request]:
-        return [Request(client.new_request_id(), prompt + beam.token_ids) for beam in search.open]
+    def requests(priority: int = 0) -> list[Request]:
+        beams = search.open
+        return [Request(client.new_request_id(), prompt + beam.token_ids, priority=priority) for beam in beams]
 
     def candidates(request: Request) -> Candidates:
         for token_id, logprob in _best(found[request.id]):
@@ -151,7 +154,7 @@ async def search_beams(
                     continue
                 search.advance([candidates(request) for request in group])
                 if search.open:
-                    group, found = requests(), {}
+                    group, found = requests(_BEFORE_THE_QUEUE), {}
                     stream.go_on(group)
             best = search.best()
             for hypothesis in best:

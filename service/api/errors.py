@@ -48,7 +48,7 @@ _NOT_OFFERED: Mapping[str, str] = {
     "/responses": _CHAT,
     "/messages": _CHAT,
     "/embeddings": f"This model gives no embeddings. {_COMPLETE}",
-    "/generate": _COMPLETE,
+    "/generate": f"{_COMPLETE} Megatron-LM's API is PUT /api.",
     "/rerank": "This model does not rank texts; POST /v1/score gives log-probabilities of continuations.",
     "/score": "The route is POST /v1/score.",
     "/moderations": f"This model does not classify texts. {_COMPLETE}",
@@ -98,9 +98,9 @@ class ApiError(Exception):
         self.headers = dict(headers or {})
 
     def response(self, scope: Scope) -> JSONResponse:
-        """The answer to the request of `scope`; its route, where it has one, decides the form."""
+        """The answer to the request of `scope`, whose path decides the form."""
         body: dict[str, Any] = self.body
-        if getattr(scope.get("route"), "path", None) in _MESSAGE_ROUTES:
+        if scope.get("path", "").rstrip("/") in _MESSAGE_ROUTES:
             body = {"message": str(self), **body}
         return JSONResponse(body, self.status, self.headers)
 

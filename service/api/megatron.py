@@ -152,8 +152,9 @@ class _Lines:
     """The tokens that the rules about lines name, and what those rules make of them."""
 
     def __init__(self, ask: MegatronRequest, tokenizer: Tokenizer) -> None:
-        (newline,), double, (colon,) = tokenizer.encode(["\n", "\n\n", ":"])  # of GPT-2: 198; 628; 25
-        ends = tuple(double) if len(double) == 1 else ()
+        # Of GPT-2: 198, 628 and 25. A tokenizer may lack them, and then has nothing that the rules could mean.
+        newline, double, colon = (_id_of(data, tokenizer) for data in (b"\n", b"\n\n", b":"))
+        ends = () if double is None else (double,)
         self.replace_end_of_text = ask.stop_on_double_eol or ask.stop_on_eol
         self.stop_token_ids: tuple[int, ...] = ()
         self.doubled: int | None = None  # ends a text where it follows itself
@@ -162,8 +163,15 @@ class _Lines:
             self.stop_token_ids, self.doubled = ends, newline
             self.completing_ids = tokenizer.completing(["\n"])
         elif ask.stop_on_eol:
-            self.stop_token_ids = (newline, *ends)
-        self.banned = (colon, newline) if ask.prevent_newline_after_colon else None  # the second after the first
+            self.stop_token_ids = ends if newline is None else (newline, *ends)
+        self.banned: tuple[int, int] | None = None  # the second after the first
+        if ask.prevent_newline_after_colon and colon is not None and newline is not None:
+            self.banned = colon, newline
+
+
+def _id_of(data: bytes, tokenizer: Tokenizer) -> int | None:
+    """The token of exactly these bytes, if there is one."""
+    return tokenizer.token_bytes.index(data) if data in tokenizer.token_bytes else None
 
 
 def megatron_router(*, client: EngineClient, served: ServedModel, metrics: Metrics, max_choices: int) -> APIRouter:
