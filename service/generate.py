@@ -14,8 +14,7 @@ from service.api.text import StopStrings, TextStream, load_tokenizer
 from service.engine.core import Core
 from service.engine.loading import Reporter, Unusable, load
 from service.engine.request import Finish, Request
-from service.logs import configure_logging
-from service.serve import engine_config, wants_json
+from service.serve import engine_config, log_quietly, wants_json
 from service.settings import Settings, SettingsError
 
 log = logging.getLogger(__name__)
@@ -25,8 +24,7 @@ _MAX_TOKENS = 50
 
 def generate(settings: Settings, *, text: str, sampling: Mapping[str, Any]) -> int:
     """Print `text` and its continuation as it comes; the exit code. Raises SettingsError for what cannot be used."""
-    level = settings.log_level if "log_level" in settings.model_fields_set else "warning"
-    configure_logging(level=level, json_lines=wants_json(settings))
+    log_quietly(settings)
     try:
         text.encode()
     except UnicodeEncodeError as error:  # a shell's bytes come as lone surrogates

@@ -197,6 +197,12 @@ def wants_json(settings: Settings) -> bool:
     return settings.log_format == "json" or (settings.log_format == "auto" and not sys.stderr.isatty())
 
 
+def log_quietly(settings: Settings) -> None:
+    """Logging of a command whose output is for reading: from warnings on, unless it is told otherwise."""
+    level = settings.log_level if "log_level" in settings.model_fields_set else "warning"
+    configure_logging(level=level, json_lines=wants_json(settings))
+
+
 def cache_folder(settings: Settings) -> Path:
     """Where converted checkpoints are kept."""
     caches = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))

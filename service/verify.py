@@ -10,10 +10,9 @@ from service.checkpoint.errors import CheckpointError
 from service.checkpoint.hub import read_config, read_state
 from service.checkpoint.tokenizer import read_tokenizer
 from service.engine.loading import served_folder
-from service.logs import configure_logging
 from service.model.config import ModelConfig
 from service.model.gpt2 import GPT2, logits_of
-from service.serve import engine_config, wants_json
+from service.serve import engine_config, log_quietly, wants_json
 from service.settings import Settings, SettingsError
 
 # transformers' own test of NVIDIA's release (tests/models/megatron_gpt2): nine ids, and 19 of their logits in fp16, of
@@ -29,8 +28,7 @@ _345M = (24, 1024, 16, 1024, 50257)  # layers, hidden size, heads, positions, id
 
 def verify(settings: Settings) -> int:
     """Print what was looked at, and the verdict; the exit code: 0 can be served, 1 cannot. Raises SettingsError."""
-    level = settings.log_level if "log_level" in settings.model_fields_set else "warning"
-    configure_logging(level=level, json_lines=wants_json(settings))
+    log_quietly(settings)
     config = engine_config(settings, json_lines=wants_json(settings))
     try:
         folder = served_folder(config, lambda _: None)

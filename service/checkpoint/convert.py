@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 from service.checkpoint import archive, export
 from service.checkpoint.errors import CheckpointError
-from service.checkpoint.hub import read_config, read_state, weight_files
+from service.checkpoint.hub import layout, read_config, read_state, weight_files
 from service.checkpoint.megatron import Megatron, Weight, checkpoint_files, open_megatron
 from service.checkpoint.megatron_config import model_config
 from service.checkpoint.tokenizer import read_tokenizer
@@ -158,7 +158,7 @@ def _open(job: Job, source: Path) -> _Opened:
 def _joined(checkpoint: Megatron, config: ModelConfig) -> dict[str, Weight]:
     """All tensors by canonical name, with the shapes that the config asks for."""
     weights = {name: checkpoint.joined(name, num_heads=config.num_heads) for name in checkpoint.pieces}
-    expected = export.shapes(config)
+    expected = {name: shape for name, shape, _ in layout(config).values()}
     for name, weight in weights.items():
         if name not in (*expected, "head.weight"):
             raise CheckpointError(f"{checkpoint.where}: {name}: not a tensor of this model")

@@ -6,6 +6,7 @@ Weights are read one at a time, so no more than one is in memory, besides what a
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from argparse import Namespace
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from service.checkpoint.errors import CheckpointError
+from service.checkpoint.hub import layout
 from service.checkpoint.megatron import LATEST, RANK_FILES, Weight
 from service.model.config import ModelConfig
 
@@ -22,14 +24,6 @@ if TYPE_CHECKING:
 
 _SAFETENSORS = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _ACTIVATIONS = {"gelu_tanh": "gelu_new", "gelu": "gelu", "relu": "relu", "silu": "silu", "tanh": "tanh"}
-_HUGGING_FACE = {
-    "attention_norm": "ln_1",
-    "qkv": "attn.c_attn",
-    "attention_output": "attn.c_proj",
-    "mlp_norm": "ln_2",
-    "up": "mlp.c_fc",
-    "down": "mlp.c_proj",
-}
 _LEGACY = {
     "attention_norm": "input_layernorm",
     "qkv": "self_attention.query_key_value",
@@ -49,29 +43,6 @@ _CORE = {
 OnTensor = Callable[[int, int], None]  # how many are done, of how many
 
 
-def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """A model's tensors by canonical name, matrices (out, in), in transformers' order; its head, if not tied."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    weights = {
-        "attention_norm": (hidden,),
-        "qkv": (3 * hidden, hidden),
-        "attention_output": (hidden, hidden),
-        "mlp_norm": (hidden,),
-        "up": (inner, hidden),
-        "down": (hidden, inner),
-    }
-    found: dict[str, tuple[int, ...]] = {
-        "token_embedding.weight": (config.vocab_size, hidden),
-        "position_embedding.weight": (config.context_length, hidden),
-    }
-    for layer in range(config.num_layers):
-        for stem, shape in weights.items():
-            found[f"layers.{layer}.{stem}.weight"] = shape
-            found[f"layers.{layer}.{stem}.bias"] = shape[:1]
-    found |= {"final_norm.weight": (hidden,), "final_norm.bias": (hidden,)}
-    return found if config.tie_word_embeddings else found | {"head.weight": (config.vocab_size, hidden)}
-
-
 # --- transformers ----------------------------------------------------------------------------------------------------
 
 
@@ -81,47 +52,31 @@ def write_hugging_face(
     """config.json and model.safetensors, without a tokenizer. `dtype` None keeps each tensor's own."""
     import torch
 
-    plan: list[tuple[str, str, tuple[int, ...], str]] = []
-    for name, shape in shapes(config).items():
-        shape = shape[::-1] if _transposed(name) else shape
-        plan.append((name, _hugging_face_name(name), shape, dtype or weights[name].dtype))
+    plan: dict[str, tuple[str, tuple[int, ...], bool, str]] = {}  # by our name
+    for theirs, (name, shape, transposed) in layout(config).items():
+        if name not in plan:  # a tied head is
+            stored_as = theirs if theirs.startswith("lm_head") else f"transformer.{theirs}"
+            plan[name] = stored_as, shape[::-1] if transposed else shape, transposed, dtype or weights[name].dtype
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for _, theirs, shape, its_dtype in plan:
-        start, end = end, end + _num_bytes(shape, its_dtype)
+    for theirs, shape, _, its_dtype in plan.values():
+        start, end = end, end + math.prod(shape) * getattr(torch, its_dtype).itemsize
         header[theirs] = {"dtype": _SAFETENSORS[its_dtype], "shape": list(shape), "data_offsets": [start, end]}
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
     with (folder / "model.safetensors").open("wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
-        for done, (name, _, shape, its_dtype) in enumerate(plan, 1):
+        for done, (name, (_, shape, transposed, its_dtype)) in enumerate(plan.items(), 1):
             tensor = _in(weights[name].read(), its_dtype)
             if name == "token_embedding.weight":
                 tensor = tensor[: config.vocab_size]
-            tensor = (tensor.T if _transposed(name) else tensor).contiguous()
+            tensor = (tensor.T if transposed else tensor).contiguous()
             assert tuple(tensor.shape) == shape
             file.write(tensor.view(-1).view(torch.uint8).numpy().data)
             on_tensor(done, len(plan))
         file.flush()
         os.fsync(file.fileno())
     (folder / "config.json").write_text(json.dumps(_config_json(config, dtype), indent=2) + "\n")
-
-
-def _hugging_face_name(name: str) -> str:
-    match name.split("."):
-        case ["layers", layer, stem, kind]:
-            return f"transformer.h.{layer}.{_HUGGING_FACE[stem]}.{kind}"
-        case ["head", "weight"]:
-            return "lm_head.weight"
-        case [stem, kind]:
-            names = {"token_embedding": "wte", "position_embedding": "wpe", "final_norm": "ln_f"}
-            return f"transformer.{names[stem]}.{kind}"
-    raise AssertionError(name)
-
-
-def _transposed(name: str) -> bool:
-    """Conv1D's matrices are (in, out)."""
-    return name.startswith("layers.") and name.endswith(".weight") and "norm" not in name
 
 
 def _config_json(config: ModelConfig, dtype: str | None) -> dict[str, Any]:
@@ -178,7 +133,7 @@ def write_megatron(
 
     _check_splits(config, tensor_parallel)
     args = _arguments(config, tensor_parallel=tensor_parallel, dtype=dtype or config.dtype)
-    names = list(shapes(config))
+    names = list(dict.fromkeys(name for name, _, _ in layout(config).values()))
     for rank in range(tensor_parallel):
         model: dict[str, Any] = {}
         for place, name in enumerate(names, 1):
@@ -290,12 +245,3 @@ def _in(tensor: Tensor, dtype: str) -> Tensor:
     import torch
 
     return tensor.to(getattr(torch, dtype))
-
-
-def _num_bytes(shape: tuple[int, ...], dtype: str) -> int:
-    import torch
-
-    count: int = getattr(torch, dtype).itemsize
-    for size in shape:
-        count *= size
-    return count

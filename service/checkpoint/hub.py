@@ -195,7 +195,7 @@ def read_state(
     """
     import torch
 
-    expected = _expected(config)
+    expected = layout(config)
     total = len({name for name, _, _ in expected.values()})
     state: dict[str, Tensor] = {}
     for file, their_name, tensor in _stored(folder):
@@ -228,8 +228,11 @@ def read_state(
     return state
 
 
-def _expected(config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...], bool]]:
-    """Their name, without `transformer.` -> our name, our shape, whether theirs is transposed (Conv1D is (in, out))."""
+def layout(config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...], bool]]:
+    """Their name, without `transformer.`, in their order -> our name, our shape, whether theirs is transposed.
+
+    Conv1D's matrices are (in, out). A tied head is the token embedding's second name, and comes last.
+    """
     hidden, inner = config.hidden_size, config.intermediate_size
     expected: dict[str, tuple[str, tuple[int, ...], bool]] = {
         "wte.weight": ("token_embedding.weight", (config.vocab_size, hidden), False),

@@ -200,7 +200,7 @@ def open_megatron(path: Path) -> Megatron:
         if args.get(field) not in (None, number):
             raise CheckpointError(f"{path}: args: {field}: is {args[field]}, and there are {number} ranks")
     # Virtual pipeline: the first chunks of all ranks come before the second ones.
-    chunks = sorted(key for key in first if re.fullmatch(r"model\d*", str(key)))
+    chunks = [key for key in first if re.fullmatch(r"model\d*", str(key))]
     if not chunks:
         found = ", ".join(sorted(map(str, first)))[:200]
         raise CheckpointError(f"{files[0]}: has no model; found {found or 'nothing'}")

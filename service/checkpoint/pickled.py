@@ -115,10 +115,6 @@ class StoredTensor:
     stride: tuple[int, ...]
     __setstate__ = _refuse_state
 
-    @property
-    def is_floating_point(self) -> bool:
-        return self.dtype in ("float16", "bfloat16", "float32", "float64")
-
     def read(self) -> torch.Tensor:
         """A view of the file: read-only memory, which is not to be written to."""
         import torch

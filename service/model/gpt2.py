@@ -91,6 +91,18 @@ class GPT2:
         ]
         self._final_norm = norm("final_norm")
 
+    def new_cache(self, *, num_blocks: int, block_size: int) -> KVCache:
+        """Empty, for this model's keys and values."""
+        return KVCache(
+            num_layers=self.config.num_layers,
+            num_blocks=num_blocks,
+            block_size=block_size,
+            num_heads=self.config.num_heads,
+            head_size=self.config.head_size,
+            dtype=self.dtype,
+            device=self.device,
+        )
+
     def hidden(
         self,
         token_ids: Tensor,
@@ -132,17 +144,8 @@ class GPT2:
 @torch.inference_mode()
 def logits_of(model: GPT2, token_ids: Sequence[int], *, block_size: int = 16) -> Tensor:
     """Logits [T, V] in fp32 of a whole prompt, in one prefill, without a runner."""
-    config = model.config
     num_blocks = -(-len(token_ids) // block_size)
-    cache = KVCache(
-        num_layers=config.num_layers,
-        num_blocks=num_blocks,
-        block_size=block_size,
-        num_heads=config.num_heads,
-        head_size=config.head_size,
-        dtype=model.dtype,
-        device=model.device,
-    )
+    cache = model.new_cache(num_blocks=num_blocks, block_size=block_size)
     positions = torch.arange(len(token_ids), device=model.device)
     whole = Prefill(0, len(token_ids), len(token_ids), positions[:num_blocks], None)
     attention = PagedAttention(slots=positions, decodes=[], prefills=[whole], block_size=block_size)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from service.model.attention import Decodes, KVCache, PagedAttention, Prefill
+from service.model.attention import Decodes, PagedAttention, Prefill
 from service.model.batch import SAMPLING, Batch, Biases, DeviceLost, Int32, OutOfMemory, Scored, StepOutput
 from service.model.config import ModelConfig
 from service.model.gpt2 import GPT2
@@ -52,21 +52,12 @@ class TorchRunner:
     """GPT-2 in torch operators on a CPU or a GPU. On a GPU a step is launched while the one before it computes."""
 
     def __init__(self, model: GPT2, *, num_blocks: int, block_size: int) -> None:
-        config = model.config
         self.num_blocks = num_blocks
         self.depth = 1 if model.device.type == "cuda" else 0
         self._model = model
         self._device = model.device
         self._block_size = block_size
-        self._cache = KVCache(
-            num_layers=config.num_layers,
-            num_blocks=num_blocks,
-            block_size=block_size,
-            num_heads=config.num_heads,
-            head_size=config.head_size,
-            dtype=model.dtype,
-            device=model.device,
-        )
+        self._cache = model.new_cache(num_blocks=num_blocks, block_size=block_size)
         self._launched: deque[_Launched] = deque()
         self._previous = torch.zeros(1, dtype=torch.int64, device=self._device)  # the last launch's samples
 

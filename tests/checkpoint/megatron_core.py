@@ -99,6 +99,8 @@ def main(work: str, folder: str, rank: str, num_ranks: str, rendezvous: str) -> 
         load(Path(folder), int(rank), int(num_ranks))
     else:
         write(Path(folder), int(rank), int(num_ranks), stacked=work == "write-stacked")
+    dist.barrier()
+    dist.destroy_process_group()  # a process that ends with its threads running may abort
 
 
 if __name__ == "__main__":
