@@ -52,7 +52,7 @@ def generate(settings: Settings, *, text: str, sampling: Mapping[str, Any]) -> i
     loaded.scheduler.add(Request(1, prompt), params)
     core = Core(loaded.scheduler, loaded.runner)
     while not core.idle:
-        for delta in core.step():
+        for delta in (*core.step(), *loaded.scheduler.take_held()):
             print(stream.push(delta.token_ids), end="", flush=True)
             if delta.finish is Finish.ERROR:
                 log.error("%s", delta.error)

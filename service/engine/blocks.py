@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
+TOKEN_BYTES = 4  # of an id in what is looked up: int32
 Node = int | str  # a registered block's number, or a root: what a first block comes after
 ROOT: Node = 0
 
@@ -9,10 +10,10 @@ ROOT: Node = 0
 class BlockPool:
     """`num_blocks` blocks of `block_size` tokens, each free or held by one or more sequences.
 
-    A full block may be registered under (node of the block before it, its own tokens); nodes are numbers never used
-    twice, so a match is exact: no hash can collide. Sequences share blocks only with those of the same root: ROOT, or
-    any string. A registered block that nobody holds keeps its content, and can be shared again, until the pool needs
-    it; the one given back longest ago goes first.
+    A full block may be registered under (node of the block before it, the bytes of its own tokens); nodes are numbers
+    never used twice, so a match is exact: no hash can collide. Sequences share blocks only with those of the same root:
+    ROOT, or any string. A registered block that nobody holds keeps its content, and can be shared again, until the
+    pool needs it; the one given back longest ago goes first.
     """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
@@ -21,8 +22,8 @@ class BlockPool:
         self._holders = [0] * num_blocks
         self._blank = list(range(num_blocks - 1, -1, -1))  # free, nothing registered
         self._cached: dict[int, None] = {}  # free but registered; oldest first
-        self._nodes: dict[tuple[Node, tuple[int, ...]], tuple[int, int]] = {}  # -> (node, block)
-        self._keys: dict[int, tuple[Node, tuple[int, ...]]] = {}  # block -> its key in _nodes
+        self._nodes: dict[tuple[Node, bytes], tuple[int, int]] = {}  # -> (node, block)
+        self._keys: dict[int, tuple[Node, bytes]] = {}  # block -> its key in _nodes
         self._next_node = 1  # after ROOT
 
     @property
@@ -37,15 +38,16 @@ class BlockPool:
         """How many blocks hold `num_tokens`."""
         return -(-num_tokens // self.block_size)
 
-    def match(self, tokens: Sequence[int], root: Node = ROOT) -> tuple[list[int], Node]:
+    def match(self, tokens: bytes, root: Node = ROOT) -> tuple[list[int], Node]:
         """The registered blocks that hold the longest prefix of `tokens` after `root`, and the node of the last.
 
         The last token is never part of it: a sequence needs one token to compute for its logits.
         """
         blocks: list[int] = []
         node = root
-        for end in range(self.block_size, len(tokens), self.block_size):
-            found = self._nodes.get((node, tuple(tokens[end - self.block_size : end])))
+        num_bytes = self.block_size * TOKEN_BYTES
+        for end in range(num_bytes, len(tokens), num_bytes):
+            found = self._nodes.get((node, tokens[end - num_bytes : end]))
             if found is None:
                 break
             node, block = found
@@ -90,7 +92,7 @@ class BlockPool:
             else:
                 self._blank.append(block)
 
-    def register(self, block: int, node: Node, tokens: tuple[int, ...]) -> int:
+    def register(self, block: int, node: Node, tokens: bytes) -> int:
         """Let `block`, full with `tokens` after `node`, be shared; its node, or that of its equal."""
         key = (node, tokens)
         found = self._nodes.get(key)

@@ -25,6 +25,8 @@ class Core:
     def step(self, on_start: Callable[[tuple[int, ...]], None] = lambda _: None) -> list[Delta]:
         """Launch the next batch, if there is one, and collect the oldest, if it is due. Raises DeviceLost.
 
+        What cannot wait is returned; the scheduler's `take_held` has the other tokens.
+
         `on_start` hears which requests leave the queue, before the launch, which the process might not survive.
         """
         batch = self._scheduler.schedule()

@@ -4,6 +4,7 @@ Imports torch: the API process never imports this.
 """
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -25,15 +26,14 @@ from service.engine.config import EngineConfig
 from service.engine.grammar import Grammars
 from service.engine.request import ModelInfo
 from service.engine.scheduler import Scheduler
-from service.model.batch import OutOfMemory
+from service.model.batch import OutOfMemory, Runner
 from service.model.gpt2 import GPT2
-from service.model.runner import KVMemoryError, TorchRunner, count_blocks, measure_kv_memory, warm_up
+from service.model.memory import KVMemoryError, make_runner
 
 log = logging.getLogger(__name__)
 
 Report = Callable[[str, float], None]  # phase, progress from 0 to 1
 
-_CPU_KV_MEMORY = 2**30
 # On a CPU a step of as much takes a second or two of the 345M's time, and every stream waits for it.
 _MAX_NUM_SEQS = {"cpu": 64, "cuda": 256}
 _MAX_NUM_BATCHED_TOKENS = {"cpu": 256, "cuda": 2048}
@@ -85,7 +85,7 @@ class Loaded:
     """An engine ready to step."""
 
     model: ModelInfo
-    runner: TorchRunner
+    runner: Runner
     scheduler: Scheduler
     compile_grammar: Compile  # makes the library's tokenizer of the model's folder when first called
 
@@ -107,6 +107,7 @@ def _load(config: EngineConfig, report: Reporter) -> Loaded:
     device = _device(config.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # streams and events are those of the current device
+        _keep_kernels(Path(config.cache_dir) / "kernels")
     torch.set_float32_matmul_precision("highest")  # fp32 means no TF32, whatever the environment says
     if not sys.stderr.isatty():
         disable_progress_bars()  # of the hub's client
@@ -119,22 +120,15 @@ def _load(config: EngineConfig, report: Reporter) -> Loaded:
     max_num_seqs = config.max_num_seqs or _MAX_NUM_SEQS[device.type]
     max_num_batched_tokens = config.max_num_batched_tokens or _MAX_NUM_BATCHED_TOKENS[device.type]
     max_num_batched_tokens = max(max_num_batched_tokens, max_num_seqs)
-    if config.kv_memory is not None or device.type == "cpu":
-        kv_memory = config.kv_memory or _CPU_KV_MEMORY
-    else:
-        kv_memory = measure_kv_memory(
-            model,
-            block_size=config.block_size,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            utilization=config.gpu_memory_utilization,
-        )
-    num_blocks = count_blocks(model, block_size=config.block_size, kv_memory=kv_memory)
-    runner = TorchRunner(model, num_blocks=num_blocks, block_size=config.block_size)
-    if device.type == "cuda":
-        warm_up(runner, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens)
-    else:  # only first calls are slow on a CPU; memory is no concern
-        warm_up(runner, max_num_seqs=1, max_num_batched_tokens=16)
+    runner = make_runner(
+        model,
+        block_size=config.block_size,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        kv_memory=config.kv_memory,
+        utilization=config.gpu_memory_utilization,
+        on_progress=lambda share: report("warmup", share),
+    )
     report("warmup", 1.0)
     report.close()
     log.info(
@@ -143,11 +137,11 @@ def _load(config: EngineConfig, report: Reporter) -> Loaded:
         config.model,
         device,
         str(model.dtype).removeprefix("torch."),
-        num_blocks,
+        runner.num_blocks,
         config.block_size,
     )
     scheduler = Scheduler(
-        num_blocks=num_blocks,
+        num_blocks=runner.num_blocks,
         block_size=config.block_size,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
@@ -160,7 +154,7 @@ def _load(config: EngineConfig, report: Reporter) -> Loaded:
         context_length=model.config.context_length,
         vocab_size=model.config.vocab_size,
         end_of_text_id=model.config.end_of_text_id,
-        num_blocks=num_blocks,
+        num_blocks=runner.num_blocks,
         block_size=config.block_size,
         max_num_seqs=max_num_seqs,
         dtype=str(model.dtype).removeprefix("torch."),
@@ -168,6 +162,16 @@ def _load(config: EngineConfig, report: Reporter) -> Loaded:
     )
     grammars = Grammars(lambda: read_tokenizer(folder), end_of_text_id=model.config.end_of_text_id)
     return Loaded(info, runner, scheduler, grammars.compile)
+
+
+def _keep_kernels(folder: Path) -> None:
+    """Let Triton keep compiled kernels there: a start without them takes ten seconds more."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        log.warning("compiled kernels are not kept: %s", error)
+        return
+    os.environ.setdefault("TRITON_CACHE_DIR", str(folder))  # Triton reads it when it is first imported
 
 
 def served_folder(config: EngineConfig, on_convert: Callable[[float], None]) -> Path:

@@ -5,6 +5,7 @@ It ignores SIGINT and SIGTERM, and ends when its channel closes or its parent is
 
 from __future__ import annotations
 
+import gc
 import logging
 import multiprocessing
 import multiprocessing.connection
@@ -14,6 +15,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from service.engine.channel import Channel, ChannelClosed
@@ -32,7 +34,7 @@ log = logging.getLogger(__name__)
 
 EXIT_UNUSABLE = 3  # the model, the device or a setting cannot be used: another try would not mend it
 _STATS_SECONDS = 0.25  # while work is open, the API hears from the engine at least this often, or once a step
-_PUBLISH_SECONDS_A_STREAM = 20e-6  # an event costs the API about as much, so publishing leaves it half its time
+_PUBLISH_SECONDS_A_STREAM = 40e-6  # an event costs the API less, so publishing leaves it some of its time
 _PUBLISH_AT_ONCE = 4  # streams, up to which every token goes out as it comes
 _MAX_PUBLISH_SECONDS = 0.01
 
@@ -55,10 +57,9 @@ def _end_with(sentinel: int) -> None:
 class Publisher:
     """What the API is to hear, and when: starts, first tokens, urgent ones and ends at once, the rest by interval."""
 
-    def __init__(self, channel: Channel) -> None:
+    def __init__(self, channel: Channel, clock: Callable[[], float] = time.monotonic) -> None:
         self._channel = channel
-        self._held: dict[tuple[int, int], Delta] = {}
-        self._begun: set[tuple[int, int]] = set()  # sequences whose first token is out
+        self._clock = clock  # seconds
         self._published_at = 0.0
         self._stats_at = 0.0
         self._step_seconds: list[float] = []
@@ -68,52 +69,33 @@ class Publisher:
         """These requests left the queue: told before their step is launched, which the engine might not survive."""
         self._channel.send(Publish(started=request_ids))
 
-    def deltas(self, deltas: list[Delta]) -> None:
-        """Send those that cannot wait; hold the rest for `due`."""
-        urgent = []
-        for delta in deltas:
-            key = (delta.request_id, delta.choice)
-            held = self._held.pop(key, None)
-            if held is not None:
-                delta = held.then(delta)
-            if delta.finish is not None:
-                self._begun.discard(key)
-                urgent.append(delta)
-            elif key not in self._begun:
-                self._begun.add(key)
-                urgent.append(delta)
-            elif delta.urgent:
-                urgent.append(delta)
-            else:
-                self._held[key] = delta
-        if urgent:
-            self._channel.send(Publish(deltas=tuple(urgent)))
-
     def step(self, seconds: float, batch_size: int) -> None:
         self._step_seconds.append(seconds)
         self._batch_sizes.append(batch_size)
 
-    def due(self, scheduler: Scheduler, *, idle: bool) -> None:
-        """Send held tokens and stats whose time has come; all of them before the engine goes idle."""
-        now = time.monotonic()
-        num_streams = len(self._begun)
+    def ended(self, deltas: list[Delta]) -> None:
+        """Send how sequences ended outside of a step."""
+        if deltas:
+            self._channel.send(Publish(deltas=tuple(deltas)))
+
+    def due(self, scheduler: Scheduler, deltas: list[Delta], *, idle: bool) -> None:
+        """Send a step's `deltas`, with held tokens and stats whose time has come; all before the engine goes idle."""
+        now = self._clock()
+        num_streams = scheduler.num_running
         interval = 0.0 if num_streams <= _PUBLISH_AT_ONCE else _PUBLISH_SECONDS_A_STREAM * num_streams
-        send_tokens = bool(self._held) and (idle or now - self._published_at >= min(interval, _MAX_PUBLISH_SECONDS))
-        send_stats = idle or now - self._stats_at >= _STATS_SECONDS
-        if not send_tokens and not send_stats:
-            return
-        deltas: tuple[Delta, ...] = ()
-        if send_tokens:
-            deltas = tuple(self._held.values())
-            self._held.clear()
+        if idle or now - self._published_at >= min(interval, _MAX_PUBLISH_SECONDS):
+            deltas = deltas + scheduler.take_held()
             self._published_at = now
+        send_stats = idle or now - self._stats_at >= _STATS_SECONDS
+        if not deltas and not send_stats:
+            return
         stats: EngineStats | None = None
         if send_stats:
             stats = scheduler.stats(step_seconds=tuple(self._step_seconds), batch_sizes=tuple(self._batch_sizes))
             self._step_seconds.clear()
             self._batch_sizes.clear()
             self._stats_at = now
-        self._channel.send(Publish(deltas=deltas, stats=stats))
+        self._channel.send(Publish(deltas=tuple(deltas), stats=stats))
 
 
 class Loop:
@@ -132,7 +114,7 @@ class Loop:
         try:
             while True:
                 if self._core.idle:
-                    self._publisher.due(self._scheduler, idle=True)
+                    self._publisher.due(self._scheduler, [], idle=True)
                     self._channel.wait(self._compiler.wake)
                     stepped_at = time.perf_counter()
                 for message in self._channel.receive():
@@ -140,12 +122,12 @@ class Loop:
                 for request_ids, compiled in self._compiler.take():
                     self._supply(request_ids, compiled)
                 num_steps, num_sampled = self._scheduler.num_steps, self._scheduler.num_sampled
-                self._publisher.deltas(self._core.step(self._publisher.started))
+                deltas = self._core.step(self._publisher.started)
                 if self._scheduler.num_steps > num_steps:
                     now = time.perf_counter()
                     self._publisher.step(now - stepped_at, self._scheduler.num_sampled - num_sampled)
                     stepped_at = now
-                self._publisher.due(self._scheduler, idle=False)
+                self._publisher.due(self._scheduler, deltas, idle=False)
         except ChannelClosed:
             return
         finally:
@@ -159,7 +141,7 @@ class Loop:
                 if params.grammar is not None:
                     self._compiler.submit(tuple(request.id for request in requests), params.grammar)
             case Abort(request_id, choice):
-                self._publisher.deltas(self._scheduler.abort(request_id, choice))
+                self._publisher.ended(self._scheduler.abort(request_id, choice))
 
     def _supply(self, request_ids: tuple[int, ...], compiled: Constraint | BaseException) -> None:
         for request_id in request_ids:
@@ -169,7 +151,7 @@ class Loop:
                 self._scheduler.supply(request_id, compiled)
             except Exception as error:  # of the grammar's library, which also makes a copy for each sequence
                 message = f"the grammar could not be compiled: {error}"
-                self._publisher.deltas(self._scheduler.refuse(request_id, message))
+                self._publisher.ended(self._scheduler.refuse(request_id, message))
 
 
 def main(config: EngineConfig, sock: socket.socket) -> None:
@@ -186,6 +168,7 @@ def main(config: EngineConfig, sock: socket.socket) -> None:
         except loading.Unusable as error:
             log.error("%s", error)
             sys.exit(EXIT_UNUSABLE)
+        gc.freeze()  # what is loaded stays
         channel.send(Ready(loaded.model))
         Loop(channel, loaded.scheduler, loaded.runner, loaded.compile_grammar).run()
         loaded.runner.close()

@@ -1,6 +1,7 @@
 """The records that cross between the API and the engine process: plain numbers, frozen, encoded with msgpack.
 
-Every record is a `msgspec.Struct` written as an array, so a message is a few bytes a field.
+Every record is a `msgspec.Struct` written as an array, so a message is a few bytes a field. The garbage collector
+passes over those that come in numbers: they hold nothing that could refer back to them.
 """
 
 import enum
@@ -20,7 +21,7 @@ class Finish(enum.StrEnum):
     GRAMMAR = "grammar"  # the request's grammar cannot be used, or became too complex on the way; likewise
 
 
-class SamplingParams(msgspec.Struct, frozen=True, array_like=True):
+class SamplingParams(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """How the tokens of a group of requests are drawn. Range checks are the API's; the engine trusts these numbers."""
 
     max_tokens: int  # 0: nothing is generated, the prompt is scored
@@ -45,7 +46,7 @@ class SamplingParams(msgspec.Struct, frozen=True, array_like=True):
     num_logprobs: int | None = None  # report each token's log-probability, and so many of the best (0..NUM_TOP)
 
 
-class Request(msgspec.Struct, frozen=True, array_like=True):
+class Request(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One prompt and the `n` sequences wanted from it. len(prompt) >= 1; len(prompt) + max_tokens <= context."""
 
     id: int
@@ -56,7 +57,7 @@ class Request(msgspec.Struct, frozen=True, array_like=True):
     cache_salt: str = ""  # blocks are shared only with requests of the same salt
 
 
-class Logprobs(msgspec.Struct, frozen=True, array_like=True):
+class Logprobs(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Natural logs of the raw distribution at T tokens: before temperature, filters, bias and penalties. Finite."""
 
     chosen: bytes = b""  # fp32 [T], of the token that stands there
@@ -67,7 +68,7 @@ class Logprobs(msgspec.Struct, frozen=True, array_like=True):
         return Logprobs(self.chosen + other.chosen, self.top_ids + other.top_ids, self.top + other.top)
 
 
-class Delta(msgspec.Struct, frozen=True, array_like=True):
+class Delta(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """New tokens of one sequence. Each sequence gets exactly one Delta with a finish, its last."""
 
     request_id: int
@@ -96,7 +97,7 @@ class Delta(msgspec.Struct, frozen=True, array_like=True):
         )
 
 
-class EngineStats(msgspec.Struct, frozen=True, array_like=True):
+class EngineStats(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """The engine's gauges and running totals at one moment."""
 
     num_running: int = 0

@@ -1,11 +1,14 @@
-"""The arrays that batches are cut from, a row a running sequence. Called by the scheduler alone."""
+"""The running sequences as arrays, a row each, and the batches cut from them. Called by the scheduler alone."""
 
 from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 
 from service.engine.sequence import Sequence
 from service.model.batch import SAMPLING, Batch, Biases, Float32, Int32, Scored
+
+Indices = npt.NDArray[np.intp]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,131 +33,289 @@ class Scoring:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Plan:
-    """A launched batch: what it computes, the sequences that get a token, by row, and the prompt tokens scored."""
+    """A launched batch: S sequences, of which R get a token."""
 
-    placed: list[Placing]
-    sampled: list[Sequence]
+    rows: Indices  # [S]
+    sequences: npt.NDArray[np.object_]  # [S] whose rows they were then
+    starts: Int32  # [S] tokens of each that were scheduled before
+    admitted: list[Sequence]  # those that left the queue in this step
+    num_tokens: int
+    sampled: Indices  # [R] rows, which stay their sequences' until the tokens are back
     scored: list[Scoring]
+    # So many batches may follow of the same rows, each of the next token, in which nobody needs a block or has enough.
+    num_like_it: int
 
 
 class Rows:
-    """What a sequence brings to every step it is in: its sampling parameters and its block table."""
+    """What steps need of the sequences: tokens, how far these have come, blocks, sampling parameters.
 
-    def __init__(self, num_rows: int, *, blocks_per_row: int, block_size: int) -> None:
+    An entry a row; the scheduler reads and writes the public ones, for many rows at once.
+    """
+
+    def __init__(self, num_rows: int, *, context_length: int, block_size: int) -> None:
         self._block_size = block_size
         self._free = list(range(num_rows - 1, -1, -1))
-        self._sampling = np.zeros(num_rows, dtype=SAMPLING)
-        self._tables = np.zeros((num_rows, blocks_per_row), dtype=np.int32)
+        self.sequences: npt.NDArray[np.object_] = np.full(num_rows, None, np.object_)
+        # One more than the context: a token is sampled also where none is wanted.
+        self.tokens: Int32 = np.zeros((num_rows, context_length + 1), np.int32)
+        self.num_known: Int32 = np.zeros(num_rows, np.int32)  # tokens that the host has seen
+        self.num_in_flight: Int32 = np.zeros(num_rows, np.int32)  # sampled on the device, not seen by the host
+        self.num_scheduled: Int32 = np.zeros(num_rows, np.int32)  # keys and values computed, or being computed
+        self.num_told: Int32 = np.zeros(num_rows, np.int32)  # tokens of the prompt, and of Deltas
+        self.capacities: Int32 = np.zeros(num_rows, np.int32)  # tokens that the blocks have room for
+        self._limits: Int32 = np.zeros(num_rows, np.int32)
+        self._stop_ids: npt.NDArray[np.uint32] = np.zeros(num_rows, np.uint32)  # tokens from these ids on get a look
+        self._watched_from: Int32 = np.zeros(num_rows, np.int32)  # tokens known, from which on each gets a look
+        self._follows: npt.NDArray[np.bool_] = np.zeros(num_rows, np.bool_)
+        self._num_following = 0
+        self._num_demanding = 0
+        self._sample_rows: Int32 = np.zeros(num_rows, np.int32)  # in the last launch that samples for the sequence
+        self._sampling = np.zeros(num_rows, SAMPLING)
+        self._tables: Int32 = np.zeros((num_rows, -(-context_length // block_size)), np.int32)
 
     @property
     def num_free(self) -> int:
         return len(self._free)
 
-    def take(self, sequence: Sequence) -> None:
-        """Give the sequence a row, with the blocks that it has."""
+    def take(self, sequence: Sequence, *, num_computed: int) -> None:
+        """Give the sequence a row, with the blocks that it has, which hold `num_computed` of its tokens."""
         row = sequence.row = self._free.pop()
-        params = sequence.group.params
+        tokens = np.frombuffer(sequence.tokens, np.int32)
+        num_known = len(tokens)
+        self.sequences[row] = sequence
+        self.tokens[row, :num_known] = tokens
+        self.num_known[row] = self.num_told[row] = num_known
+        self.num_scheduled[row] = self.capacities[row] = num_computed
+        self._limits[row] = sequence.limit
+        self._stop_ids[row] = sequence.group.stop_id
+        self.watch(sequence, each=num_known == sequence.num_prompt or sequence.group.watched)
+        self._follows[row] = sequence.follows
+        self._num_following += sequence.follows
+        self._num_demanding += not sequence.plain
+        self._sampling[row] = sequence.sampling
+        self._tables[row] = 0
         self._tables[row, : len(sequence.blocks)] = sequence.blocks
-        self._sampling[row] = (
-            params.temperature,
-            params.top_k,
-            params.top_p,
-            params.min_p,
-            params.seed,
-            sequence.choice,
-            0 if sequence.group.mask is not None else sequence.num_prompt + params.min_tokens,
-            sequence.num_prompt,
-            params.presence_penalty,
-            params.frequency_penalty,
-            params.repetition_penalty,
-        )
 
     def extend(self, sequence: Sequence, blocks: list[int]) -> None:
         """The sequence has `blocks` more."""
         held = len(sequence.blocks)
         sequence.blocks += blocks
         self._tables[sequence.row, held : len(sequence.blocks)] = blocks
+        self.capacities[sequence.row] = len(sequence.blocks) * self._block_size
+
+    def extend_each(self, rows: Indices, blocks: list[int]) -> None:
+        """The sequence of each of `rows` has one of `blocks` more."""
+        held = self.capacities[rows]
+        self._tables[rows, held // self._block_size] = blocks
+        self.capacities[rows] = held + self._block_size
+        for sequence, block in zip(self.sequences[rows], blocks, strict=True):
+            sequence.blocks.append(block)
+
+    def watch(self, sequence: Sequence, *, each: bool) -> None:
+        """Whether `take_tokens` reports each of the sequence's tokens, or one that ends it only."""
+        self._watched_from[sequence.row] = 0 if each else sequence.limit
 
     def give_back(self, sequence: Sequence) -> None:
-        self._free.append(sequence.row)
+        """None of its tokens may be in flight."""
+        row = sequence.row
+        sequence.tokens = self.known(sequence).tobytes()
+        self.sequences[row] = None
+        self.num_known[row] = self.num_told[row] = 0
+        self._num_following -= sequence.follows
+        self._num_demanding -= not sequence.plain
+        self._free.append(row)
         sequence.row = -1
 
-    def batch(self, placed: list[Placing]) -> tuple[Batch, Plan]:
-        """The batch that computes `placed`. A sequence that is then complete gets a row of its samples."""
-        num_sequences = len(placed)
-        starts = np.fromiter((placing.start for placing in placed), np.int32, num_sequences)
-        counts = np.fromiter((placing.count for placing in placed), np.int32, num_sequences)
-        rows = np.fromiter((placing.sequence.row for placing in placed), np.int32, num_sequences)
-        query_starts = np.zeros(num_sequences + 1, np.int32)
-        np.cumsum(counts, out=query_starts[1:])
-        num_tokens = int(query_starts[-1])
-        token_ids = np.zeros(num_tokens, np.int32)
-        token_sources = np.full(num_tokens, -1, np.int32)
-        sampled: list[Sequence] = []
-        sample_indices: list[int] = []
-        plain = True
-        end = 0
-        for placing in placed:
-            sequence = placing.sequence
-            plain = plain and sequence.plain
-            start, end = end, end + placing.count
-            known = sequence.tokens[placing.start : placing.start + placing.count]
-            token_ids[start : start + len(known)] = known
-            if len(known) < placing.count:  # only the last can be in flight, and only from the previous launch
-                token_sources[end - 1] = sequence.sample_row
-            if sequence.num_scheduled == sequence.length:
-                sequence.sample_row = len(sampled)
-                sequence.num_in_flight += 1
-                sampled.append(sequence)
-                sample_indices.append(end - 1)
-        positions = np.arange(num_tokens, dtype=np.int32) + np.repeat(starts - query_starts[:-1], counts)
-        lengths = starts + counts
-        size = self._block_size
-        tables = self._tables[rows, : -(-int(lengths.max()) // size)]
-        slots = tables[np.repeat(np.arange(num_sequences), counts), positions // size] * size + positions % size
-        # Past a sequence's own blocks its row holds what earlier sequences left there.
-        tables[np.arange(tables.shape[1]) * size >= lengths[:, None]] = 0
-        indices: Int32 = np.asarray(sample_indices, np.int32)
+    def known(self, sequence: Sequence) -> Int32:
+        """Its tokens that the host has seen."""
+        return self.tokens[sequence.row, : self.num_known[sequence.row]]
+
+    def num_wanted(self, rows: Indices) -> Int32:
+        """Tokens of each that still must be computed before the next can be sampled.
+
+        0 when no more is wanted, and while the next mask depends on a token in flight.
+        """
+        lengths = self.num_known + self.num_in_flight
+        ready = lengths < self._limits
+        if self._num_following:
+            ready &= ~(self._follows & (self.num_in_flight > 0))
+        wanted: Int32 = ((lengths - self.num_scheduled) * ready)[rows]
+        return wanted
+
+    def take_tokens(self, rows: Indices, token_ids: Int32) -> list[int]:
+        """The tokens of a launch are back; which of them, by index, may end their sequences or are watched for."""
+        num_known = self.num_known[rows]
+        self.tokens[rows, num_known] = token_ids
+        num_known += 1
+        self.num_known[rows] = num_known
+        self.num_in_flight[rows] -= 1
+        # As unsigned, NOT_FINITE is above all ids; and end of text is the last of GPT-2's.
+        looks = (num_known >= self._watched_from[rows]) | (token_ids.view(np.uint32) >= self._stop_ids[rows])
+        indices: list[int] = looks.nonzero()[0].tolist()
+        return indices
+
+    def untold(self) -> list[tuple[Sequence, tuple[int, ...]]]:
+        """Sequences with tokens that no Delta has told, and these; they count as told from now on."""
+        rows = (self.num_known > self.num_told).nonzero()[0]
+        starts, ends = self.num_told[rows].tolist(), self.num_known[rows].tolist()
+        self.num_told[rows] = ends
+        return [
+            (self.sequences[row], tuple(self.tokens[row, start:end].tolist()))
+            for row, start, end in zip(rows.tolist(), starts, ends, strict=True)
+        ]
+
+    def batch(self, decodes: Indices, placed: list[Placing]) -> tuple[Batch, Plan]:
+        """The batch that computes one more token of each of the rows `decodes`, and `placed`.
+
+        A sequence that is then complete gets a row of its samples.
+        """
+        rows, starts = decodes, self.num_scheduled[decodes]
+        if placed:
+            rows = np.concatenate((rows, [placing.sequence.row for placing in placed]))
+            starts = np.concatenate((starts, np.asarray([placing.start for placing in placed], np.int32)))
+            counts = np.ones(len(rows), np.int32)
+            counts[len(decodes) :] = [placing.count for placing in placed]
+            order = np.lexsort((starts, counts > 1))
+            rows, starts, counts = rows[order], starts[order], counts[order]
+            lengths = starts + counts
+            query_starts = np.zeros(len(rows) + 1, np.int32)
+            counts.cumsum(out=query_starts[1:])
+            positions = np.arange(query_starts[-1], dtype=np.int32) + (starts - query_starts[:-1]).repeat(counts)
+            token_rows = rows.repeat(counts)
+            num_decodes = int((counts == 1).sum())
+            samples = (lengths == self.num_known[rows] + self.num_in_flight[rows]).nonzero()[0]
+            sampled = rows[samples]
+            indices = query_starts[samples + 1] - 1
+            sample_positions = lengths[samples]
+        else:
+            order = starts.argsort(kind="stable")
+            rows = token_rows = sampled = rows[order]
+            positions = starts = starts[order]
+            lengths = sample_positions = starts + 1
+            query_starts = np.arange(len(rows) + 1, dtype=np.int32)
+            num_decodes = len(rows)
+            indices = query_starts[:-1]
+        # Only a sequence's last token can be in flight, and only from the previous launch.
+        in_flight = positions >= self.num_known[token_rows]
+        blocks, offsets = np.divmod(positions, np.int32(self._block_size))
         batch = Batch(
-            token_ids=token_ids,
-            token_sources=token_sources,
+            token_ids=self.tokens[token_rows, positions],
+            token_sources=np.where(in_flight, self._sample_rows[token_rows], np.int32(-1)),
             positions=positions,
-            slots=slots.astype(np.int32, copy=False),
+            slots=self._tables[token_rows, blocks] * self._block_size + offsets,
             query_starts=query_starts,
             context_lengths=lengths,
-            block_tables=tables,
-            num_decodes=int((counts == 1).sum()),
+            block_tables=self._tables[rows, : int(blocks.max()) + 1],
+            num_decodes=num_decodes,
             sample_indices=indices,
-            sample_positions=positions[indices] + 1,
-            sampling=self._sampling[np.fromiter((sequence.row for sequence in sampled), np.intp, len(sampled))],
+            sample_positions=sample_positions,
+            sampling=self._sampling.take(sampled),
         )
-        if plain:
-            return batch, Plan(placed, sampled, [])
-        sample_positions = batch.sample_positions.tolist()
-        scored, scorings = _scored(placed)
-        _decay(batch.sampling["top_p"], sample_positions, sampled)
-        batch = replace(
+        self.num_in_flight[sampled] += 1
+        self._sample_rows[sampled] = np.arange(len(sampled), dtype=np.int32) if placed else indices
+        self.num_scheduled[rows] = lengths
+        sequences = self.sequences[rows]
+        admitted = [placing.sequence for placing in placed if placing.admitted]
+        scorings: list[Scoring] = []
+        num_like_it = 0
+        if self._num_demanding:
+            batch, scorings = self._demand(batch, sequences, sampled)
+        elif not placed:
+            num_left = min(self._block_size - int(offsets.max()), int((self._limits[rows] - lengths).min()))
+            num_like_it = max(0, num_left - 1)
+        plan = Plan(rows, sequences, starts, admitted, len(positions), sampled, scorings, num_like_it)
+        return batch, plan
+
+    def next_batch(self, batch: Batch, plan: Plan, *, in_flight: bool) -> tuple[Batch, Plan]:
+        """The batch after `batch`, of which `plan.num_like_it` is above 0, when no sequence has ended or come.
+
+        `in_flight` says whether the tokens that it sampled are.
+        """
+        assert plan.num_like_it > 0
+        rows, positions = plan.rows, batch.context_lengths
+        lengths = positions + 1
+        following = Batch(
+            token_ids=batch.token_ids if in_flight else self.tokens[rows, positions],
+            token_sources=batch.sample_indices if in_flight else np.full_like(positions, -1),
+            positions=positions,
+            slots=batch.slots + 1,
+            query_starts=batch.query_starts,
+            context_lengths=lengths,
+            block_tables=batch.block_tables,
+            num_decodes=batch.num_decodes,
+            sample_indices=batch.sample_indices,
+            sample_positions=lengths,
+            sampling=batch.sampling,
+        )
+        self.num_in_flight[rows] += 1
+        self.num_scheduled[rows] = lengths
+        return following, Plan(rows, plan.sequences, positions, [], len(rows), rows, [], plan.num_like_it - 1)
+
+    def _demand(self, batch: Batch, placed: npt.NDArray[np.object_], sampled: Indices) -> tuple[Batch, list[Scoring]]:
+        """The batch with what its sequences ask for besides."""
+        sequences = list(self.sequences[sampled])
+        positions = batch.sample_positions.tolist()
+        scored, scorings = self._scored(batch, placed)
+        _decay(batch.sampling["top_p"], positions, sequences)
+        demanded = replace(
             batch,
-            masks=_masks(sample_positions, sampled),
-            biases=_biases(sampled),
-            histories=_histories(sample_positions, sampled),
-            logprobs=any(sequence.group.num_logprobs is not None for sequence in sampled),
+            masks=self._masks(positions, sequences),
+            biases=_biases(sequences),
+            histories=self._histories(positions, sequences),
+            logprobs=any(sequence.group.num_logprobs is not None for sequence in sequences),
             scored=scored,
         )
-        return batch, Plan(placed, sampled, scorings)
+        return demanded, scorings
 
+    def _masks(self, positions: list[int], sampled: list[Sequence]) -> Int32 | None:
+        words = {
+            row: sequence.mask(self.known(sequence), positions[row] - sequence.num_prompt)
+            for row, sequence in enumerate(sampled)
+            if sequence.group.mask is not None
+        }
+        given = [(row, mask) for row, mask in words.items() if mask is not None]
+        if not given:
+            return None
+        masks = np.full((len(sampled), len(given[0][1])), -1, np.int32)
+        for row, mask in given:
+            masks[row] = mask
+        return masks
 
-def _masks(positions: list[int], sampled: list[Sequence]) -> Int32 | None:
-    words = {
-        row: sequence.mask(positions[row]) for row, sequence in enumerate(sampled) if sequence.group.mask is not None
-    }
-    given = [(row, mask) for row, mask in words.items() if mask is not None]
-    if not given:
-        return None
-    masks = np.full((len(sampled), len(given[0][1])), -1, np.int32)
-    for row, mask in given:
-        masks[row] = mask
-    return masks
+    def _histories(self, positions: list[int], sampled: list[Sequence]) -> Int32 | None:
+        known = {  # by row, without the last
+            row: self.tokens[sequence.row, : positions[row] - 1]
+            for row, sequence in enumerate(sampled)
+            if sequence.group.penalized
+        }
+        if not known:
+            return None
+        histories = np.full((len(sampled), max(1, *map(len, known.values()))), -1, np.int32)
+        for row, tokens in known.items():
+            histories[row, : len(tokens)] = tokens
+        return histories
+
+    def _scored(self, batch: Batch, placed: npt.NDArray[np.object_]) -> tuple[Scored | None, list[Scoring]]:
+        indices: list[int] = []
+        targets: list[int] = []
+        scorings = []
+        # Where the tokens of each sequence begin in the batch, and how many it has by the end of the step.
+        for sequence, begin, end, length in zip(
+            placed,
+            batch.query_starts[:-1].tolist(),
+            batch.query_starts[1:].tolist(),
+            batch.context_lengths.tolist(),
+            strict=True,
+        ):
+            start = length - (end - begin)
+            first = max(start + 1, sequence.next_score)
+            stop = min(length + 1, sequence.num_prompt)
+            if first < stop:
+                scorings.append(Scoring(sequence, first, len(targets), len(targets) + stop - first))
+                indices += range(begin + first - 1 - start, begin + stop - 1 - start)
+                targets += self.tokens[sequence.row, first:stop].tolist()
+        if not targets:
+            return None, scorings
+        return Scored(np.asarray(indices, np.int32), np.asarray(targets, np.int32)), scorings
 
 
 def _decay(top_p: Float32, positions: list[int], sampled: list[Sequence]) -> None:
@@ -176,36 +337,3 @@ def _biases(sampled: list[Sequence]) -> Biases | None:
         np.concatenate([group.bias_ids for group in groups]),
         np.concatenate([group.bias_values for group in groups]),
     )
-
-
-def _histories(positions: list[int], sampled: list[Sequence]) -> Int32 | None:
-    known = {  # by row, without the last
-        row: sequence.history[: positions[row] - 1]
-        for row, sequence in enumerate(sampled)
-        if sequence.history is not None
-    }
-    if not known:
-        return None
-    histories = np.full((len(sampled), max(1, *map(len, known.values()))), -1, np.int32)
-    for row, tokens in known.items():
-        histories[row, : len(tokens)] = tokens
-    return histories
-
-
-def _scored(placed: list[Placing]) -> tuple[Scored | None, list[Scoring]]:
-    indices: list[int] = []
-    targets: list[int] = []
-    scorings = []
-    start = 0  # of the sequence's tokens in the batch
-    for placing in placed:
-        sequence = placing.sequence
-        first = max(placing.start + 1, sequence.next_score)
-        stop = min(placing.start + placing.count + 1, sequence.num_prompt)
-        if first < stop:
-            scorings.append(Scoring(sequence, first, len(targets), len(targets) + stop - first))
-            indices += range(start + first - 1 - placing.start, start + stop - 1 - placing.start)
-            targets += sequence.tokens[first:stop]
-        start += placing.count
-    if not targets:
-        return None, scorings
-    return Scored(np.asarray(indices, np.int32), np.asarray(targets, np.int32)), scorings

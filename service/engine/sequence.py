@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from array import array
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from service.engine.blocks import ROOT, Node
+from service.engine.blocks import ROOT, TOKEN_BYTES, Node
 from service.engine.masks import Mask
 from service.engine.request import Finish, Logprobs, Request, SamplingParams
 from service.model.batch import Float32, Int32
 
 if TYPE_CHECKING:
     from service.engine.grammar import Constraint
+
+NO_STOP = 2**31 - 1  # above every token's id
 
 
 class Group:
@@ -26,13 +29,17 @@ class Group:
         "num_logprobs",
         "params",
         "penalized",
+        "plain",
+        "stop_id",
         "stop_ids",
+        "watched",
     )
 
     def __init__(self, params: SamplingParams, completing_ids: bytes, *, vocab_size: int, end_of_text_id: int) -> None:
         self.params = params
         self.completing_ids = completing_ids
         ends = () if params.ignore_eos else (end_of_text_id,)
+        self.stop_id = NO_STOP if params.ignore_eos else end_of_text_id
         self.stop_ids = frozenset((*ends, *params.stop_token_ids))
         self.num_logprobs = params.num_logprobs if params.max_tokens else None
         self.mask: Mask | None = None
@@ -42,6 +49,21 @@ class Group:
         self.penalized = penalties != (0.0, 0.0, 1.0)
         self.bias_ids: Int32 = np.asarray([token for token, _ in params.logit_bias], np.int32)
         self.bias_values: Float32 = np.asarray([bias for _, bias in params.logit_bias], np.float32)
+        # Its rows need nothing that a step computes only where it is asked to.
+        self.plain = (
+            self.mask is None
+            and not self.penalized
+            and self.num_logprobs is None
+            and not params.logit_bias
+            and not params.top_p_decay
+        )
+        # More is to be done with a token than to compare it with stop_id: the host looks at each.
+        self.watched = (
+            self.mask is not None
+            or self.num_logprobs is not None
+            or bool(completing_ids)
+            or not self.stop_ids <= {self.stop_id}
+        )
 
     def completes(self, token: int) -> bool:
         """Whether the token can complete a stop string."""
@@ -49,7 +71,10 @@ class Group:
 
 
 class Sequence:
-    """Tokens known, and how many of them the device has been asked to compute; steps close the gap."""
+    """What does not change with every token. Its tokens, and how far it has come, stand in its row of the Rows.
+
+    While it has no row, nothing of it is computed or in flight, and `tokens` are those known, as int32 bytes.
+    """
 
     __slots__ = (
         "blocks",
@@ -60,22 +85,20 @@ class Sequence:
         "finish",
         "follows",
         "group",
-        "history",
         "key",
         "limit",
+        "logprobs",
         "next_score",
         "node",
-        "num_in_flight",
         "num_prompt",
         "num_registered",
-        "num_scheduled",
         "order",
         "pending",
         "plain",
         "request",
         "root",
         "row",
-        "sample_row",
+        "running",
         "scores",
         "started",
         "stop_ids",
@@ -88,33 +111,20 @@ class Sequence:
         self.key = (request.id, choice)
         self.group = group
         self.order = (request.priority, arrival)  # in which sequences leave the queue; no two have the same
-        self.tokens = list(request.prompt)
+        self.tokens = array("i", request.prompt).tobytes()
         self.num_prompt = len(request.prompt)
         self.limit = self.num_prompt + max(1, group.params.max_tokens)  # a token is sampled also where none is wanted
         self.stop_ids = group.stop_ids
         self.pending = group.params.grammar is not None  # until its constraint is there
         self.constraint: Constraint | None = None
         self.follows = group.mask is not None and group.mask.follows
-        self.history: Int32 | None = None  # the tokens again, where penalties count them
-        if group.penalized:
-            self.history = np.empty(self.limit, np.int32)
-            self.history[: self.num_prompt] = request.prompt
         scored_from = request.score_from if choice == 0 else None
         self.scores = None if scored_from is None else Logprobs()  # of prompt[scored_from:next_score]
         self.next_score = self.num_prompt if scored_from is None else scored_from
-        # Its rows need nothing that a step computes only where it is asked to.
-        self.plain = (
-            group.mask is None
-            and self.history is None
-            and self.scores is None
-            and group.num_logprobs is None
-            and not len(group.bias_ids)
-            and not group.params.top_p_decay
-        )
-        self.num_scheduled = 0  # tokens whose keys and values are computed, or being computed
-        self.num_in_flight = 0  # tokens sampled on the device that the host has not seen
-        self.sample_row = 0  # the row of the last launch that samples for this sequence
-        self.row = -1  # its row in the scheduler's arrays; -1 while it waits
+        self.plain = group.plain and self.scores is None
+        self.logprobs: Logprobs | None = None  # of the tokens that no Delta has told yet
+        self.row = -1  # its row; also when it has left the running ones, until its last token in flight is back
+        self.running = False
         self.blocks: list[int] = []
         self.root: Node = request.cache_salt or ROOT
         self.node = self.root  # of the last registered block
@@ -125,35 +135,41 @@ class Sequence:
         self.finish: Finish | None = None
 
     @property
-    def length(self) -> int:
-        """Tokens, those in flight included."""
-        return len(self.tokens) + self.num_in_flight
+    def sampling(self) -> tuple[float, ...]:
+        """Its record of SAMPLING."""
+        params = self.group.params
+        return (
+            params.temperature,
+            params.top_k,
+            params.top_p,
+            params.min_p,
+            params.seed,
+            self.choice,
+            0 if self.group.mask is not None else self.num_prompt + params.min_tokens,
+            self.num_prompt,
+            params.presence_penalty,
+            params.frequency_penalty,
+            params.repetition_penalty,
+        )
 
     @property
-    def num_to_schedule(self) -> int:
-        """Tokens that still must be computed before the next can be sampled.
-
-        0 when no more is wanted, and while the next mask depends on a token in flight.
-        """
-        length = self.length
-        if length >= self.limit or (self.follows and self.num_in_flight):
-            return 0
-        return length - self.num_scheduled
-
-    @property
-    def findable(self) -> list[int]:
-        """The tokens whose blocks, but for that of the last, may be found instead of computed.
+    def findable(self) -> bytes:
+        """The tokens, as bytes, whose blocks, but for that of the last, may be found instead of computed.
 
         The token before one that is to be scored is computed.
         """
-        return self.tokens if self.next_score >= self.num_prompt else self.tokens[: self.next_score]
+        return self.tokens if self.next_score >= self.num_prompt else self.tokens[: self.next_score * TOKEN_BYTES]
 
-    def mask(self, position: int) -> Int32 | None:
-        """The mask of the token to be sampled at `position`; None: every token is allowed."""
+    def mask(self, tokens: Int32, num_generated: int) -> Int32 | None:
+        """The mask of the token that comes after `tokens`, all that are known; None: every token is allowed.
+
+        It is the token after `num_generated` generated ones, those in flight included: unless the mask follows the
+        tokens, some may be.
+        """
         mask = self.group.mask
         assert mask is not None
         try:
-            words = mask.words(self.tokens, position - self.num_prompt, self.constraint)
+            words = mask.words(tokens.tolist() if mask.follows else (), num_generated, self.constraint)
         except Exception as error:  # of the constraint's library: the others go on
             self.error = f"the grammar failed: {error}"
             return None
@@ -161,13 +177,10 @@ class Sequence:
             self.stop_ids |= {mask.end_of_text_id}  # also where it is ignored
         return words
 
-    def append(self, token: int) -> Finish | None:
-        """The next token was sampled; how it ends the sequence, if it does. With GRAMMAR, `error` says why."""
+    def take(self, token: int, length: int) -> Finish | None:
+        """Its next token makes it `length` tokens long; how that ends it, if so. With GRAMMAR, `error` says why."""
         if self.error is not None:
             return Finish.GRAMMAR
-        if self.history is not None:
-            self.history[len(self.tokens)] = token
-        self.tokens.append(token)
         if token in self.stop_ids:
             return Finish.STOP
         if self.constraint is not None:
@@ -178,4 +191,4 @@ class Sequence:
             except Exception as error:
                 self.error = f"the grammar failed: {error}"
                 return Finish.GRAMMAR
-        return Finish.LENGTH if len(self.tokens) >= self.limit else None
+        return Finish.LENGTH if length >= self.limit else None

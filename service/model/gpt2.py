@@ -20,6 +20,9 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+HEAD_ROWS = 128  # a multiple of which the head has on a GPU
+
+
 @dataclass(frozen=True, slots=True)
 class Linear:
     """y = x W^T + b with W (out, in)."""
@@ -62,11 +65,17 @@ class GPT2:
         self.config = config
         self.dtype = state["token_embedding.weight"].dtype
         self.device = state["token_embedding.weight"].device
-        self._activation = ACTIVATIONS[config.activation]
-        self._token_embedding = state["token_embedding.weight"]  # [V, H]
-        self._position_embedding = state["position_embedding.weight"]  # [context, H]
-        head = state.get("head.weight", self._token_embedding)
-        self._head = head if head.is_cuda else head.float()  # [V, H]; a CPU has no product of 16 bits into 32
+        self.activation = ACTIVATIONS[config.activation]
+        self.token_embedding = state["token_embedding.weight"]  # [V, H]
+        self.position_embedding = state["position_embedding.weight"]  # [context, H]
+        head = state.get("head.weight", self.token_embedding)
+        # On a GPU with rows of zeros at its end: products are slow where a row of logits is not whole lines of memory.
+        self.padded_head = F.pad(head, (0, 0, 0, -len(head) % HEAD_ROWS)) if head.is_cuda else head
+        self._head = (
+            self.padded_head[: len(head)] if head.is_cuda else head.float()
+        )  # no CPU multiplies 16 bits into 32
+        if "head.weight" not in state:
+            self.token_embedding = self.padded_head[: len(head)]
 
         def norm(name: str) -> LayerNorm:
             weight, bias = (
@@ -78,7 +87,7 @@ class GPT2:
         def linear(name: str) -> Linear:
             return Linear(state[f"{name}.weight"], state[f"{name}.bias"])
 
-        self._layers = [
+        self.layers = [
             Layer(
                 attention_norm=norm(f"layers.{number}.attention_norm"),
                 qkv=linear(f"layers.{number}.qkv"),
@@ -89,7 +98,7 @@ class GPT2:
             )
             for number in range(config.num_layers)
         ]
-        self._final_norm = norm("final_norm")
+        self.final_norm = norm("final_norm")
 
     def new_cache(self, *, num_blocks: int, block_size: int) -> KVCache:
         """Empty, for this model's keys and values."""
@@ -113,9 +122,9 @@ class GPT2:
         """The residual stream after the last layer, [T, H] in fp32, of T tokens; fills their slots of the cache."""
         config = self.config
         num_tokens = len(token_ids)
-        x = F.embedding(token_ids, self._token_embedding).float()  # [T, H]
-        x = x + F.embedding(positions, self._position_embedding).float()
-        for number, layer in enumerate(self._layers):
+        x = F.embedding(token_ids, self.token_embedding).float()  # [T, H]
+        x = x + F.embedding(positions, self.position_embedding).float()
+        for number, layer in enumerate(self.layers):
             qkv = layer.qkv(layer.attention_norm(x))  # [T, 3 H]
             q, k, v = qkv.view(num_tokens, 3, config.num_heads, config.head_size).unbind(1)  # [T, heads, head]
             scale = config.head_size**-0.5 if config.scale_attention else 1.0
@@ -130,12 +139,12 @@ class GPT2:
                 upcast=config.upcast_attention,
             )
             x = x + layer.attention_output(mixed.reshape(num_tokens, config.hidden_size)).float()
-            x = x + layer.down(self._activation(layer.up(layer.mlp_norm(x)))).float()
+            x = x + layer.down(self.activation(layer.up(layer.mlp_norm(x)))).float()
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[R, V] in fp32 for rows [R, H] of the residual stream."""
-        normed = self._final_norm(hidden)
+        normed = self.final_norm(hidden)
         if normed.is_cuda and self.dtype != torch.float32:
             return torch.mm(normed, self._head.t(), out_dtype=torch.float32)
         return F.linear(normed.to(self._head.dtype), self._head)

@@ -26,10 +26,6 @@ _MOST_SCORED = {"cpu": 128, "cuda": 512}
 _WORD = {name: offset // 4 for name, (_, offset, *_) in SAMPLING.fields.items()}  # type: ignore[union-attr]
 
 
-class KVMemoryError(ValueError):
-    """The KV cache would not hold one full context, or the device has no room for the steps that were asked for."""
-
-
 @dataclass(frozen=True, slots=True)
 class _Results:
     tokens: Tensor  # [R] int64
@@ -75,7 +71,7 @@ class TorchRunner:
                 self._launched.append(_Launched(results, None))
             self._previous = results.tokens
         except RuntimeError as error:
-            raise _translate(error) from error
+            raise translate(error) from error
 
     def collect(self) -> StepOutput:
         """The results of the oldest launched batch; if that raises, everything launched is gone."""
@@ -85,7 +81,7 @@ class TorchRunner:
                 launched.done.synchronize()
             except RuntimeError as error:
                 self._launched.clear()
-                raise _translate(error) from error
+                raise translate(error) from error
         results = launched.results
         return StepOutput(
             results.tokens.numpy().astype(np.int32),
@@ -248,49 +244,13 @@ def _unpack_penalties(words: Tensor, histories: Tensor, last: Tensor) -> Penalti
     )
 
 
-def _translate(error: RuntimeError) -> Exception:
+def translate(error: RuntimeError) -> Exception:
     if isinstance(error, torch.OutOfMemoryError):
         torch.cuda.empty_cache()
         return OutOfMemory(str(error))
     if isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error):
         return DeviceLost(str(error))
     return error
-
-
-def block_bytes(model: GPT2, block_size: int) -> int:
-    """Bytes of one KV block over all layers."""
-    config = model.config
-    return 2 * config.num_layers * block_size * config.hidden_size * model.dtype.itemsize
-
-
-def count_blocks(model: GPT2, *, block_size: int, kv_memory: int) -> int:
-    """How many blocks fit in `kv_memory` bytes. Raises KVMemoryError if that is less than one full context."""
-    num_blocks = kv_memory // block_bytes(model, block_size)
-    needed = -(-model.config.context_length // block_size)
-    if num_blocks < needed:
-        raise KVMemoryError(
-            f"kv_memory: {kv_memory} bytes hold {num_blocks} blocks; one context of "
-            f"{model.config.context_length} tokens needs {needed} ({needed * block_bytes(model, block_size)} bytes)"
-        )
-    return num_blocks
-
-
-def measure_kv_memory(
-    model: GPT2, *, block_size: int, max_num_seqs: int, max_num_batched_tokens: int, utilization: float
-) -> int:
-    """Bytes of the GPU left for the KV cache, when `utilization` of its memory may be used in all.
-
-    Runs the largest steps over a cache of one block, to see what they need besides.
-    """
-    free, total = torch.cuda.mem_get_info(model.device)
-    others = total - free - torch.cuda.memory_reserved(model.device)
-    probe = TorchRunner(model, num_blocks=1, block_size=block_size)
-    torch.cuda.reset_peak_memory_stats(model.device)
-    warm_up(probe, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens)
-    peak = torch.cuda.max_memory_reserved(model.device)
-    probe.close()
-    torch.cuda.empty_cache()
-    return max(0, int(total * utilization) - others - peak)
 
 
 def warm_up(runner: TorchRunner, *, max_num_seqs: int, max_num_batched_tokens: int) -> None:

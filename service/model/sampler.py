@@ -97,13 +97,7 @@ def sample(
     choose the operators of the whole batch, never a row's result. The caller's logits stay as they are.
     """
     finite = torch.isfinite(logits.sum(-1))
-    if penalties is not None:
-        logits = _penalize(logits, penalties, sampling.position)
-    if biases is not None:
-        at = (biases.rows, biases.token_ids)
-        logits = logits.index_put(at, logits[at] + biases.values)
-    if masks is not None:
-        logits = logits.masked_fill(~_unpack_bits(masks, logits.shape[-1]), -torch.inf)
+    logits = adjust(logits, sampling.position, penalties=penalties, biases=biases, masks=masks)
     banned = torch.where(sampling.may_end, logits[:, end_of_text_id], -torch.inf)
     logits = logits.clone()
     logits[:, end_of_text_id] = banned
@@ -117,6 +111,25 @@ def sample(
         draw = _invert(probabilities, uniform(sampling.seed, sampling.choice, sampling.position))
         tokens = torch.where(greedy, tokens, draw)
     return torch.where(finite, tokens, NOT_FINITE)
+
+
+def adjust(
+    logits: Tensor,
+    position: Tensor,
+    *,
+    penalties: Penalties | None = None,
+    biases: LogitBiases | None = None,
+    masks: Tensor | None = None,
+) -> Tensor:
+    """What `sample` does to logits [R, V] before temperature and filters, but for the ban of end of text."""
+    if penalties is not None:
+        logits = _penalize(logits, penalties, position)
+    if biases is not None:
+        at = (biases.rows, biases.token_ids)
+        logits = logits.index_put(at, logits[at] + biases.values)
+    if masks is not None:
+        logits = logits.masked_fill(~_unpack_bits(masks, logits.shape[-1]), -torch.inf)
+    return logits
 
 
 def _penalize(logits: Tensor, penalties: Penalties, position: Tensor) -> Tensor:

@@ -11,14 +11,19 @@ import numpy as np
 _METHODS = (
     "all",
     "any",
+    "argsort",
     "astype",
     "copy",
+    "cumsum",
     "fill",
     "max",
     "min",
+    "nonzero",
     "ravel",
+    "repeat",
     "reshape",
     "sum",
+    "take",
     "tobytes",
     "tolist",
     "view",
@@ -44,15 +49,21 @@ class ArrayCalls:
         return self.watch(function(*_plain(args), **{key: _plain(value) for key, value in kwargs.items()}))
 
     def watch(self, value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(self.watch, value))
         if not isinstance(value, np.ndarray):
             return value
-        watched = value.view(_Watched)
+        watched = np.ndarray.view(value, _Watched)
         watched.owner = self
         return watched
 
 
 class _Watched(np.ndarray[Any, Any]):
     owner: ArrayCalls
+
+    def __array_finalize__(self, made_from: Any) -> None:
+        if isinstance(made_from, _Watched):
+            self.owner = made_from.owner
 
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **kwargs: Any) -> Any:
         return self.owner.count(ufunc.__name__, getattr(ufunc, method), inputs, kwargs)

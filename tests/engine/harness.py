@@ -27,6 +27,7 @@ class Engine:
     max_num_seqs: int = 8
     budget: int = 16
     depth: int = 0
+    publish_every: int = 1  # steps, after which the tokens that could wait are told
     deltas: dict[tuple[int, int], list[Delta]] = field(default_factory=lambda: defaultdict(list))
     num_steps: int = 0
 
@@ -63,6 +64,8 @@ class Engine:
     def step(self) -> None:
         self.num_steps += 1
         self.record(self.core.step())
+        if self.num_steps % self.publish_every == 0:
+            self.record(self.scheduler.take_held())
 
     def run(self) -> None:
         while not self.core.idle:
@@ -189,7 +192,7 @@ def asks_strategy(draw: st.DrawFn, *, most_requests: int = 12) -> list[Ask]:
 
 @st.composite
 def engines(draw: st.DrawFn) -> Engine:
-    """Of any block size, shortage of blocks, budget and depth."""
+    """Of any block size, shortage of blocks, budget, depth and interval of publishing."""
     block_size = draw(st.sampled_from([1, 3, 4, 16]))
     least = -(-CONTEXT_LENGTH // block_size)
     max_num_seqs = draw(st.integers(1, 8))
@@ -199,6 +202,7 @@ def engines(draw: st.DrawFn) -> Engine:
         max_num_seqs=max_num_seqs,
         budget=max_num_seqs + draw(st.integers(0, 40)),
         depth=draw(st.integers(0, 1)),
+        publish_every=draw(st.sampled_from([1, 4, 1000])),
     )
 
 

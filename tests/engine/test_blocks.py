@@ -1,5 +1,6 @@
 """The block pool against a model of it: holders and contents in plain dictionaries."""
 
+import numpy as np
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -8,6 +9,11 @@ from service.engine.blocks import ROOT, BlockPool, Node
 
 BLOCK_SIZE = 2
 NUM_BLOCKS = 12
+
+
+def ids(*tokens: int) -> bytes:
+    """As the pool takes them."""
+    return np.asarray(tokens, np.int32).tobytes()
 
 
 class Pool(RuleBasedStateMachine):
@@ -21,7 +27,7 @@ class Pool(RuleBasedStateMachine):
 
     @rule(tokens=st.lists(st.integers(0, 1), min_size=2, max_size=8), root=st.sampled_from([ROOT, "a", "b"]))
     def begin(self, tokens: list[int], root: Node) -> None:
-        blocks, node = self.pool.match(tokens, root)
+        blocks, node = self.pool.match(ids(*tokens), root)
         for number, block in enumerate(blocks):
             assert (root, tuple(tokens[: (number + 1) * BLOCK_SIZE])) == self.content[block]
         needed = self.pool.blocks_for(len(tokens)) - len(blocks)
@@ -35,7 +41,7 @@ class Pool(RuleBasedStateMachine):
         for number in range(num_hits, len(tokens) // BLOCK_SIZE):
             start = number * BLOCK_SIZE
             self.content[blocks[number]] = (root, tuple(tokens[: start + BLOCK_SIZE]))
-            node = self.pool.register(blocks[number], node, tuple(tokens[start : start + BLOCK_SIZE]))
+            node = self.pool.register(blocks[number], node, ids(*tokens[start : start + BLOCK_SIZE]))
         self.held.append(blocks)
 
     @precondition(lambda self: self.held)
@@ -46,7 +52,7 @@ class Pool(RuleBasedStateMachine):
     @rule()
     def forget(self) -> None:
         self.pool.forget()
-        assert ([], ROOT) == self.pool.match([0, 0, 0])
+        assert ([], ROOT) == self.pool.match(ids(0, 0, 0))
 
     @invariant()
     def every_block_is_held_or_free(self) -> None:
@@ -63,24 +69,24 @@ def test_the_block_given_back_longest_ago_is_reused_first() -> None:
     """And of one sequence its end before its beginning, so that short prefixes stay shared longest."""
     pool = BlockPool(4, 1)
     first = pool.take(2)
-    node = pool.register(first[0], ROOT, (7,))
-    pool.register(first[1], node, (8,))
+    node = pool.register(first[0], ROOT, ids(7))
+    pool.register(first[1], node, ids(8))
     second = pool.take(2)
-    pool.register(second[0], ROOT, (9,))
+    pool.register(second[0], ROOT, ids(9))
     pool.give_back(first)
     pool.give_back(second)
     assert [second[1]] == pool.take(1)  # never registered: nothing is lost
     assert [first[1]] == pool.take(1)
-    assert [first[0]] == pool.match([7, 8, 0])[0]
+    assert [first[0]] == pool.match(ids(7, 8, 0))[0]
 
 
 def test_a_stale_child_is_never_found() -> None:
     """When a block's content is gone, what was registered after it does not match its successor's tokens."""
     pool = BlockPool(2, 1)
     blocks = pool.take(2)
-    node = pool.register(blocks[0], ROOT, (1,))
-    pool.register(blocks[1], node, (2,))
+    node = pool.register(blocks[0], ROOT, ids(1))
+    pool.register(blocks[1], node, ids(2))
     pool.give_back([blocks[0]])
     again = pool.take(1)
-    pool.register(again[0], ROOT, (1,))
-    assert again == pool.match([1, 2, 3])[0]
+    pool.register(again[0], ROOT, ids(1))
+    assert again == pool.match(ids(1, 2, 3))[0]

@@ -24,8 +24,8 @@ from service.engine.request import (
     Submit,
     ToApi,
 )
-from service.engine.scheduler import Scheduler
 from tests.engine.fake_grammar import FakeConstraint
+from tests.engine.harness import Engine, greedy
 from tests.engine.loop_thread import LoopThread
 from tests.engine.oracle import Answer, Ask, alone, answers
 
@@ -294,67 +294,85 @@ def test_the_loop_ends_while_a_grammar_is_compiled() -> None:
     assert not engine.thread.is_alive()
 
 
-def scheduler() -> Scheduler:
-    return Scheduler(
-        num_blocks=8,
-        block_size=4,
-        max_num_seqs=4,
-        max_num_batched_tokens=4,
-        context_length=16,
-        vocab_size=8,
-        end_of_text_id=0,
-    )
+class Published:
+    """A publisher between an engine that is stepped by hand and the API's end, and the time that it goes by."""
+
+    def __init__(self, asks: list[Ask]) -> None:
+        self.now = 100.0
+        self.ours, self.theirs = socket.socketpair()
+        self._channel = Channel(self.theirs, ToApi)
+        self._publisher = Publisher(Channel(self.ours, ToApi), lambda: self.now)
+        self._engine = Engine(num_blocks=400, max_num_seqs=16, budget=100)
+        self._engine.add_all(asks)
+
+    def __enter__(self) -> "Published":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ours.close()
+        self.theirs.close()
+
+    def step(self) -> list[list[Delta]]:
+        """The deltas of each message of one step."""
+        self._publisher.due(self._engine.scheduler, self._engine.core.step(), idle=False)
+        return self.messages()
+
+    def due(self, *, idle: bool = False) -> list[list[Delta]]:
+        self._publisher.due(self._engine.scheduler, [], idle=idle)
+        return self.messages()
+
+    def abort(self, request_id: int) -> list[list[Delta]]:
+        self._publisher.ended(self._engine.scheduler.abort(request_id, None))
+        return self.messages()
+
+    def messages(self) -> list[list[Delta]]:
+        messages = [message for message in self._channel.receive() if isinstance(message, Publish)]
+        return [list(message.deltas) for message in messages if message.deltas]
 
 
-def published(peer: socket.socket) -> list[Publish]:
-    peer.setblocking(False)
-    channel = Channel(peer, ToApi)
-    return [message for message in channel.receive() if isinstance(message, Publish)]
+def streams(count: int) -> tuple[list[Ask], list[list[int]]]:
+    """Asks of 20 tokens, and these."""
+    asks = [greedy(number, (number, 2), 20) for number in range(count)]
+    return asks, [alone(ask)[0] for ask in asks]
 
 
 def test_with_many_streams_tokens_are_held_and_sent_together() -> None:
     """First tokens and ends go out at once, an end with what was held; the rest in one message when due."""
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        publisher = Publisher(Channel(ours, ToApi))
-        everyone = range(400)  # an interval of 8 ms, far above the time of this test's calls
-        publisher.deltas([Delta(number, 0, (1,)) for number in everyone])
-        publisher.due(scheduler(), idle=False)
-        for token in (2, 3):
-            publisher.deltas([Delta(number, 0, (token,)) for number in everyone])
-        publisher.deltas([Delta(7, 0, (4,), Finish.STOP)])
-        publisher.due(scheduler(), idle=True)
-        messages = published(theirs)
-        deltas = [message.deltas for message in messages if message.deltas]
-    assert [Delta(number, 0, (1,)) for number in everyone] == list(deltas[0])
-    assert (Delta(7, 0, (2, 3, 4), Finish.STOP),) in deltas
-    assert [Delta(number, 0, (2, 3)) for number in everyone if number != 7] == list(deltas[-1])
-    assert len(deltas) == 3
+    asks, expected = streams(8)
+    with Published(asks) as published:
+        published.due()
+        assert [[Delta(number, 0, (expected[number][0],)) for number in range(8)]] == published.step()
+        assert [] == published.step() + published.step()
+        assert [[Delta(7, 0, tuple(expected[7][1:3]), Finish.ABORT)]] == published.abort(7)
+        published.now += 7 * 40e-6 + 1e-6
+        assert [[Delta(number, 0, tuple(expected[number][1:3])) for number in range(7)]] == published.due()
+        assert [] == published.step()
+        assert [[Delta(number, 0, (expected[number][3],)) for number in range(7)]] == published.due(idle=True)
 
 
-def test_a_single_stream_gets_every_token_at_once() -> None:
+def test_a_few_streams_get_every_token_at_once() -> None:
     """No interval below five streams."""
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        publisher = Publisher(Channel(ours, ToApi))
-        for token in range(5):
-            publisher.deltas([Delta(1, 0, (token,))])
-            publisher.due(scheduler(), idle=False)
-        deltas = [delta for message in published(theirs) for delta in message.deltas]
-    assert [Delta(1, 0, (token,)) for token in range(5)] == deltas
+    asks, expected = streams(4)
+    with Published(asks) as published:
+        published.due()
+        for step in range(20):
+            finish = Finish.LENGTH if step == 19 else None
+            assert [[Delta(number, 0, (expected[number][step],), finish) for number in range(4)]] == published.step()
 
 
 def test_an_urgent_token_goes_out_at_once_with_those_held_before_it() -> None:
-    """With its log-probability; the other streams' tokens stay for their time."""
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        publisher = Publisher(Channel(ours, ToApi))
-        everyone = range(400)
-        publisher.deltas([Delta(number, 0, (1,)) for number in everyone])
-        publisher.due(scheduler(), idle=False)
-        found = [Logprobs(bytes([number] * 4)) for number in range(4)]
-        publisher.deltas([Delta(number, 0, (2,), logprobs=found[2]) for number in everyone])
-        publisher.deltas([Delta(7, 0, (3,), logprobs=found[3], urgent=True)])
-        deltas = [message.deltas for message in published(theirs) if message.deltas]
-    assert (Delta(7, 0, (2, 3), logprobs=found[2] + found[3], urgent=True),) == deltas[-1]
-    assert 2 == len(deltas)
+    """With their log-probabilities; the other streams' tokens stay for their time."""
+    asks, _ = streams(8)
+    params = msgspec.structs.replace(asks[7].params, num_logprobs=1)
+    (answer,) = answers(Ask(asks[7].request, params))
+    token = answer.tokens[2]
+    assert token not in answer.tokens[:2]
+    bits = bytes(1 << token % 8 if index == token // 8 else 0 for index in range(13))
+    with Published([*asks[:7], Ask(asks[7].request, params, bits)]) as published:
+        published.due()
+        published.step()
+        assert [] == published.step()
+        ((delta,),) = published.step()
+    assert answer.logprobs is not None
+    told = Logprobs(answer.logprobs.chosen[4:12], answer.logprobs.top_ids[4:12], answer.logprobs.top[4:12])
+    assert Delta(7, 0, tuple(answer.tokens[1:3]), logprobs=told, urgent=True) == delta

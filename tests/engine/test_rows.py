@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from service.engine import masks, rows, scheduler, sequence
+from service.engine import masks, rows, running, scheduler, sequence
 from service.engine.request import Finish, Request
 from service.model.batch import Batch
 from tests.engine.array_calls import ArrayCalls
@@ -15,15 +15,9 @@ from tests.engine.fake_model import VOCAB_SIZE
 from tests.engine.harness import Engine, check_answers, greedy
 from tests.engine.oracle import Ask
 
-# Recorded, by the same class over the same requests, from the last commit before batches could carry any of this
-# (0a1b07d, "Count in a step's size those that end in it; say ready where a stall is said"): what every step calls, and
-# how often each of the first six writes into an array.
-CALLS_A_STEP = {
-    **{"add": 4, "arange": 3, "asarray": 1, "astype": 1, "cumsum": 1, "equal": 1, "floor_divide": 1, "fromiter": 4},
-    **{"full": 1, "getitem": 8, "greater_equal": 1, "max": 1, "multiply": 2, "remainder": 1, "repeat": 2},
-    **{"subtract": 1, "sum": 1, "tolist": 1, "zeros": 2},
-}
-WRITES = [13, 5, 6, 4, 5, 4]
+# Array calls of a decode of a plain sequence, commit included: where the batch before was of a prompt, where it repeats
+# the one before, and where it needs a block. Recorded; what plain sequences do not ask for must not add to them.
+ANEW, REPEATED, GROWING = 61, 23, 77
 
 
 def plain(request_id: int, prompt: tuple[int, ...]) -> Ask:
@@ -48,35 +42,89 @@ def extras(batch: Batch) -> list[object]:
     return [batch.masks, batch.biases, batch.histories, batch.scored, batch.logprobs or None]
 
 
-@pytest.mark.parametrize("after_others", [False, True])
-def test_a_plain_batch_costs_the_same_array_calls_as_before(
-    after_others: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Functions, methods, operators and indexing, step by step; also in rows that demanding sequences have left."""
+def counted(engine: Engine, monkeypatch: pytest.MonkeyPatch, num_steps: int) -> list[Counter[str]]:
+    """The array calls of each step: functions, methods, operators and indexing; its batch must be a plain one."""
     numpy = ArrayCalls()
-    for module in (rows, masks, sequence):
-        monkeypatch.setattr(module, "np", numpy)
     assert not hasattr(scheduler, "np"), "then it must be watched too"
-    engine = Engine(num_blocks=64, budget=16)
-    if after_others:
-        engine.add_all([demanding(number, (number, 50, 60)) for number in range(10, 18)])
-        engine.run()
-    for number, length in enumerate((3, 9, 21)):
-        engine.add(plain(number, tuple(range(number * 20, number * 20 + length))))
-    for num_writes in WRITES:
-        numpy.calls.clear()
-        numpy.counting = True
-        batch = engine.scheduler.schedule()
-        numpy.counting = False
-        assert batch is not None
-        assert [None] * 5 == extras(batch)
-        engine.runner.launch(batch)
-        output = engine.runner.collect()
-        watched = replace(output, token_ids=numpy.watch(output.token_ids))
-        numpy.counting = True
-        engine.record(engine.scheduler.commit(watched))
-        numpy.counting = False
-        assert Counter(CALLS_A_STEP | {"setitem": num_writes}) == +numpy.calls
+    held = engine.scheduler._rows
+    for name, value in vars(held).items():
+        setattr(held, name, numpy.watch(value))
+    calls = []
+    with monkeypatch.context() as patch:
+        for module in (rows, running, masks, sequence):
+            patch.setattr(module, "np", numpy)
+        for _ in range(num_steps):
+            numpy.calls.clear()
+            numpy.counting = True
+            batch = engine.scheduler.schedule()
+            numpy.counting = False
+            assert batch is not None
+            assert [None] * 5 == extras(batch)
+            engine.runner.launch(batch)
+            output = engine.runner.collect()
+            watched = replace(output, token_ids=numpy.watch(output.token_ids))
+            numpy.counting = True
+            engine.record(engine.scheduler.commit(watched))
+            numpy.counting = False
+            calls.append(+numpy.calls)
+    return calls
+
+
+def test_a_plain_batch_calls_as_much_in_rows_that_demanding_sequences_have_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Step by step, with prompts of several steps and decodes in one batch."""
+    calls = []
+    for after_others in (False, True):
+        engine = Engine(num_blocks=64, budget=16)
+        if after_others:
+            engine.add_all([demanding(number, (number, 50, 60)) for number in range(10, 18)])
+            engine.run()
+        for number, length in enumerate((3, 9, 21)):
+            engine.add(plain(number, tuple(range(number * 20, number * 20 + length))))
+        calls.append(counted(engine, monkeypatch, 6))
+    assert calls[0] == calls[1]
+
+
+def test_a_decode_calls_as_much_for_many_sequences_as_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it is made anew, repeats the batch before, or takes blocks; but for what each block costs."""
+    of_blocks = {"getitem", "tobytes"}
+    calls = []
+    for num_sequences in (1, 7):
+        engine = Engine(num_blocks=64, budget=16)
+        engine.add_all([plain(number, (number,)) for number in range(num_sequences)])
+        engine.step()
+        calls.append(counted(engine, monkeypatch, 6))
+    assert [ANEW, REPEATED, REPEATED, GROWING, REPEATED, REPEATED] == [step.total() for step in calls[0]]
+    for one, many in zip(*calls, strict=True):
+        kept = [{name: count for name, count in step.items() if name not in of_blocks} for step in (one, many)]
+        assert kept[0] == kept[1]
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_repeated_batch_is_what_would_be_made_anew(depth: int) -> None:
+    """Field by field, but for the ids of tokens in flight; and it is repeated whenever nothing else is to do."""
+    asks = [plain(number, tuple(range(number, 2 * number + 1))) for number in range(5)]
+    engines = [Engine(block_size=16, depth=depth), Engine(block_size=16, depth=depth)]
+    num_repeated = 0
+    for engine in engines:
+        engine.add_all(asks)
+    repeating, anew = engines
+    while not anew.core.idle:
+        before = repeating.scheduler._last
+        anew.scheduler._last = None
+        for engine in engines:
+            engine.step()
+        last = repeating.scheduler._last
+        num_repeated += bool(before and last and before is not last and before[0].block_tables is last[0].block_tables)
+    assert num_repeated >= 3
+    for one, other in zip(*(engine.runner.launches for engine in engines), strict=True):
+        for name in Batch.__slots__:
+            expected, got = getattr(other, name), getattr(one, name)
+            if name == "token_ids":
+                expected, got = (np.where(one.token_sources < 0, ids, 0) for ids in (expected, got))
+            np.testing.assert_array_equal(expected, got)
+    check_answers(repeating, asks)
 
 
 def test_array_calls_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """The scheduler's invariants, over a fake runner: no torch, no processes."""
 
 import sys
+from collections.abc import Callable
 from types import FrameType
 
 import pytest
@@ -196,26 +197,51 @@ def test_tokens_past_a_stop_are_dropped_and_counted(depth: int) -> None:
     assert depth == engine.scheduler.stats().num_dropped_tokens
 
 
-def test_host_work_a_step_grows_in_line_with_the_running_sequences() -> None:
+def lines_of(work: Callable[[], object]) -> int:
+    """Lines of the service's Python that it runs."""
+    count = 0
+
+    def trace(frame: FrameType, event: str, _: object) -> object:
+        nonlocal count
+        count += event == "line" and "/service/" in frame.f_code.co_filename
+        return trace
+
+    sys.settrace(trace)  # type: ignore[arg-type]
+    work()
+    sys.settrace(None)
+    return count
+
+
+def decoding(num_sequences: int, *, depth: int) -> Engine:
+    """An engine whose sequences all decode, and need blocks in different steps."""
+    engine = Engine(num_blocks=num_sequences * 16, max_num_seqs=num_sequences, budget=num_sequences + 2048, depth=depth)
+    for number in range(num_sequences):
+        engine.add(greedy(number, tuple(range(1 + number % 4)), 40))
+    for _ in range(6):
+        engine.step()
+    return engine
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_host_work_a_step_grows_in_line_with_the_running_sequences(depth: int) -> None:
     """Lines of Python run by a decode step, all of it: with eight times the sequences no more than eight times."""
 
     def lines(num_sequences: int) -> int:
-        engine = Engine(num_blocks=num_sequences * 16, max_num_seqs=num_sequences, budget=num_sequences + 512)
-        for request_id in range(num_sequences):
-            engine.add(greedy(request_id, (request_id % 90, 1), 20))
-        for _ in range(3):
-            engine.step()
-        count = 0
-
-        def trace(frame: FrameType, event: str, _: object) -> object:
-            nonlocal count
-            count += event == "line" and "/service/" in frame.f_code.co_filename
-            return trace
-
-        sys.settrace(trace)  # type: ignore[arg-type]
-        deltas = engine.core.step()
-        sys.settrace(None)
-        assert num_sequences == len(deltas)
-        return count
+        engine = decoding(num_sequences, depth=depth)
+        return lines_of(engine.core.step) + lines_of(engine.scheduler.take_held)
 
     assert lines(256) <= 8 * lines(32)
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_host_work_of_a_decode_does_not_grow_with_its_sequences(depth: int) -> None:
+    """Where nobody needs a block a step runs as many lines for 128 sequences as for 2."""
+
+    def lines(num_sequences: int) -> list[int]:
+        engine = Engine(num_blocks=2048, block_size=16, max_num_seqs=128, budget=2048, depth=depth)
+        engine.add_all([greedy(number, (number % 90, 1), 20) for number in range(num_sequences)])
+        for _ in range(3):
+            engine.step()
+        return [lines_of(engine.core.step) for _ in range(8)]
+
+    assert lines(2) == lines(128)

@@ -250,7 +250,7 @@ def test_scores_survive_a_preemption_in_the_middle_of_the_prompt() -> None:
     batch = engine.scheduler.schedule()
     assert batch is not None
     engine.runner.launch(batch)
-    engine.scheduler._preempt(engine.scheduler._running[0])
+    engine.scheduler._running.preempt(next(iter(engine.scheduler._running)))
     again = engine.scheduler.schedule()
     assert again is not None
     engine.runner.launch(again)

@@ -12,7 +12,7 @@ import transformers
 import service.demo
 from service.checkpoint.hub import read_config, read_state
 from service.model import runner as runner_module
-from service.model.batch import NUM_TOP, Biases, Int32, Scored, StepOutput, TopLogprobs
+from service.model.batch import NUM_TOP, Biases, Int32, Runner, Scored, StepOutput, TopLogprobs
 from service.model.gpt2 import GPT2
 from service.model.runner import TorchRunner
 from tests.model.batches import BLOCK_SIZE, MOST_BLOCKS, Part, make_batch
@@ -28,9 +28,17 @@ PENALTIES = [
 ]
 
 
-def make_runner(model: GPT2) -> TorchRunner:
-    """Room for four sequences."""
-    return TorchRunner(model, num_blocks=4 * MOST_BLOCKS, block_size=BLOCK_SIZE)
+def make_runner(model: GPT2) -> Runner:
+    """Room for four sequences; on a GPU the runner of graphs."""
+    if model.device.type == "cpu":
+        return TorchRunner(model, num_blocks=4 * MOST_BLOCKS, block_size=BLOCK_SIZE)
+    from service.model.graphs import GraphRunner
+
+    runner = GraphRunner(
+        model, num_blocks=4 * MOST_BLOCKS, block_size=BLOCK_SIZE, max_num_seqs=4, max_num_batched_tokens=256
+    )
+    runner.capture()
+    return runner
 
 
 def make_demo(_: Callable[..., Pair]) -> Pair:
@@ -55,7 +63,7 @@ def histories(known: list[list[int]]) -> Int32:
 
 
 def generate(
-    runner: TorchRunner,
+    runner: Runner,
     prompts: list[list[int]],
     sampling: list[dict[str, float]],
     num_tokens: int,
@@ -249,8 +257,8 @@ def test_rows_that_ask_for_nothing_draw_what_they_draw_without_the_others(make_p
 def test_a_row_that_is_not_finite_has_no_log_probability(make_pair: Callable[..., Pair]) -> None:
     """Neither its sampled token nor its prompt's from the bad token on; other rows' are as they are without it."""
     theirs, ours = make_pair()
-    ours._token_embedding = ours._token_embedding.clone()
-    ours._token_embedding[7] = float("nan")
+    ours.token_embedding = ours.token_embedding.clone()
+    ours.token_embedding[7] = float("nan")
     good, bad = [5, 6, 8, 9], [5, 6, 7, 8]
     scored = Scored(np.array([0, 1, 2, 4, 5, 6], np.int32), np.array([*good[1:], *bad[1:]], np.int32))
     runner = make_runner(ours)

@@ -15,7 +15,7 @@ from service.engine.request import Finish, Request, SamplingParams
 from service.engine.scheduler import Scheduler
 from service.model.batch import Batch, Biases, Scored, StepOutput, TopLogprobs
 from service.model.gpt2 import GPT2, logits_of
-from service.model.runner import TorchRunner
+from service.model.graphs import GraphRunner
 from service.serve import DEMO_MODEL
 from tests.model.batches import BLOCK_SIZE, MOST_BLOCKS, Part, make_batch
 from tests.model.rows import pack_mask
@@ -50,9 +50,10 @@ def load(folder: Path, dtype: torch.dtype, device: str = "cuda") -> GPT2:
     return GPT2(config, read_state(folder, config, dtype=dtype, device=device))
 
 
-def make_engine(model: GPT2) -> tuple[TorchRunner, Scheduler]:
+def make_engine(model: GPT2) -> tuple[GraphRunner, Scheduler]:
     """Room for sixteen sequences of 512 tokens."""
-    runner = TorchRunner(model, num_blocks=512, block_size=16)
+    runner = GraphRunner(model, num_blocks=512, block_size=16, max_num_seqs=16, max_num_batched_tokens=256)
+    runner.capture()
     return runner, Scheduler(
         num_blocks=runner.num_blocks,
         block_size=16,
@@ -169,7 +170,10 @@ def test_log_probabilities_are_finite_and_consistent(folder: Path, dtype: torch.
 def test_scores_of_many_prompts_take_the_memory_of_one_slice(folder: Path, dtype: torch.dtype) -> None:
     """Of 8,000 prompt tokens, whose logits alone are 1.6 GB; they equal those of each prompt alone."""
     model = load(folder, dtype)
-    runner = TorchRunner(model, num_blocks=8 * MOST_BLOCKS, block_size=BLOCK_SIZE)
+    runner = GraphRunner(
+        model, num_blocks=64 * MOST_BLOCKS, block_size=BLOCK_SIZE, max_num_seqs=64, max_num_batched_tokens=8192
+    )
+    runner.capture()
     prompts = torch.randint(0, 50257, (64, 125), generator=torch.Generator().manual_seed(4)).tolist()
     indices = np.arange(124, dtype=np.int32)
 
@@ -181,8 +185,7 @@ def test_scores_of_many_prompts_take_the_memory_of_one_slice(folder: Path, dtype
         assert scores is not None
         return scores
 
-    # Nothing is read back from the cache in a prefill that is whole, so a few places do for all.
-    parts = [Part(prompt, place=number % 8, sampled=False) for number, prompt in enumerate(prompts)]
+    parts = [Part(prompt, place=number, sampled=False) for number, prompt in enumerate(prompts)]
     alone = score(parts[5])
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()

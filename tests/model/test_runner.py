@@ -14,12 +14,9 @@ from service.engine.scheduler import Scheduler
 from service.model.batch import Batch, DeviceLost, OutOfMemory
 from service.model.gpt2 import GPT2, logits_of
 from service.model.runner import (
-    KVMemoryError,
     TorchRunner,
-    _translate,
-    block_bytes,
-    count_blocks,
     cut_decodes,
+    translate,
     warm_up,
 )
 from tests.model.batches import BLOCK_SIZE
@@ -162,8 +159,8 @@ def test_a_row_that_is_not_finite_ends_alone(make_pair: Callable[..., Pair], dep
     _, ours = make_pair()
     runner = TorchRunner(ours, num_blocks=64, block_size=BLOCK_SIZE)
     runner.depth = depth
-    ours._token_embedding = ours._token_embedding.clone()
-    ours._token_embedding[7] = float("nan")
+    ours.token_embedding = ours.token_embedding.clone()
+    ours.token_embedding[7] = float("nan")
     bad, good = Request(1, (5, 6, 7)), Request(2, (5, 6, 8))
     deltas = run(runner, [bad, good], GREEDY)
     assert [Finish.ERROR] == [delta.finish for delta in deltas[1]]
@@ -181,15 +178,6 @@ def test_decodes_are_cut_into_rectangles_that_cover_them(lengths: list[int], dev
         if end - start > 1:
             assert (end - start) * lengths[end - 1] <= {"cpu": 2048, "cuda": 2**19}[device]
             assert device == "cuda" or lengths[end - 1] <= max(64, 2 * lengths[start])
-
-
-def test_kv_memory_below_one_context_is_refused(make_pair: Callable[..., Pair]) -> None:
-    """The message names the setting and the bytes that would do; just enough is accepted."""
-    _, ours = make_pair()
-    enough = 16 * block_bytes(ours, BLOCK_SIZE)
-    assert 16 == count_blocks(ours, block_size=BLOCK_SIZE, kv_memory=enough)
-    with pytest.raises(KVMemoryError, match=rf"kv_memory: .*\({enough} bytes\)"):
-        count_blocks(ours, block_size=BLOCK_SIZE, kv_memory=enough - 1)
 
 
 def test_warm_up_leaves_the_runner_as_it_was(make_pair: Callable[..., Pair]) -> None:
@@ -225,7 +213,7 @@ def test_warm_up_asks_for_all_that_takes_memory(
 
 def test_device_errors_are_told_apart() -> None:
     """Out of memory may be met by a smaller step; a lost device ends the process; the rest ends the batch."""
-    assert isinstance(_translate(torch.OutOfMemoryError("x")), OutOfMemory)
-    assert isinstance(_translate(RuntimeError("CUDA error: an illegal memory access")), DeviceLost)
+    assert isinstance(translate(torch.OutOfMemoryError("x")), OutOfMemory)
+    assert isinstance(translate(RuntimeError("CUDA error: an illegal memory access")), DeviceLost)
     other = RuntimeError("shapes")
-    assert other is _translate(other)
+    assert other is translate(other)

@@ -1,0 +1,225 @@
+"""GPT-2 as chains of Triton kernels over static buffers, to be captured in CUDA graphs. Called by model/graphs.py."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from service.model.attention import KVCache, LayerCache
+from service.model.gpt2 import GPT2, LayerNorm, Linear
+from service.model.kernels import attention, norms
+from service.model.kernels.plan import Library, Plan
+from service.model.kernels.products import ACTIVATE, MERGE, NORM, PARTIAL, RESIDUAL, SCATTER
+from service.model.matrix import Matrix, power_of_two
+
+
+@dataclass(frozen=True, slots=True)
+class StepTensors:
+    """What one body of T tokens reads, on the device: int32, at addresses that a graph may keep."""
+
+    token_ids: Tensor  # [T]
+    sources: Tensor  # [T] row of `sampled`, or -1
+    positions: Tensor  # [T]
+    slots: Tensor  # [T]
+    tables: Tensor  # [S, width]
+    lengths: Tensor  # [S]
+    num_decodes: Tensor  # [1]
+    query_starts: Tensor | None = None  # [S + 1]; None where every sequence has one token
+    tile_sequences: Tensor | None = None  # [tiles]
+    tile_starts: Tensor | None = None
+    num_tiles: Tensor | None = None  # [1]
+
+
+class FusedGPT2:
+    """The layers of `model` over buffers for `max_tokens` tokens. The residual stream stays in `x`."""
+
+    def __init__(self, model: GPT2, cache: KVCache, *, max_tokens: int, block_size: int, pdl: bool) -> None:
+        """`pdl`: launch by programmatic dependent launch, which the device must know (sm_90)."""
+        config = model.config
+        self._model = model
+        self._cache = cache
+        self._block_size = block_size
+        self._pdl = pdl
+        self._width = power_of_two(config.hidden_size)
+        self._dim = power_of_two(config.head_size)
+
+        def matrix(linear: Linear, norm: LayerNorm | None = None) -> Matrix:
+            return Matrix(linear.weight, linear.bias, activation=config.activation, norm=norm)
+
+        self._layers = [
+            (
+                matrix(layer.qkv, layer.attention_norm),
+                matrix(layer.attention_output),
+                matrix(layer.up, layer.mlp_norm),
+                matrix(layer.down),
+            )
+            for layer in model.layers
+        ]
+        hidden = config.hidden_size
+        served: dict[str, Any] = {"dtype": model.dtype, "device": model.device}
+        single: dict[str, Any] = {"dtype": torch.float32, "device": model.device}
+        self.x = torch.zeros(max_tokens, hidden, **single)
+        self.resolved = torch.zeros(max_tokens, dtype=torch.int32, device=model.device)  # token ids of the step
+        self._normed = torch.zeros(max_tokens, hidden, **served)
+        self._q = torch.zeros(max_tokens, hidden, **served)
+        self._qkv = torch.zeros(max_tokens, 3 * hidden, **served)
+        self._mixed = torch.zeros(max_tokens, hidden, **served)
+        self._inner = torch.zeros(max_tokens, config.intermediate_size, **served)
+        # Of split contexts and split products; a step that splits is a small one.
+        self._most_parts = max(max_tokens, _MOST_PARTS)
+        self._parts = torch.zeros(self._most_parts * hidden, **single)
+        self._stats = torch.zeros(_MOST_PARTS * 2 * hidden, **single)
+        self._arrived = torch.zeros(max_tokens, config.num_heads, dtype=torch.int32, device=model.device)
+
+    def body(self, step: StepTensors, sampled: Tensor, plan: Plan) -> None:
+        """The layers, from `step` to `x` [T, H]; fills the cache. `sampled` [R] has the samples of the step before."""
+        model, config = self._model, self._model.config
+        num_tokens = len(step.token_ids)
+        chain = self._chain(plan)
+        assert num_tokens * max(plan.out.splits, plan.down.splits, plan.decode.splits) <= self._most_parts
+        norms.embed[(num_tokens,)](
+            step.token_ids,
+            step.sources,
+            sampled,
+            step.positions,
+            model.token_embedding,
+            model.position_embedding,
+            self.resolved,
+            self.x,
+            H=config.hidden_size,
+            WIDTH=self._width,
+            **chain,
+        )
+        if not plan.fused:
+            self._add_and_norm(num_tokens, 0, None, model.layers[0].attention_norm, chain)
+        for number in range(config.num_layers):
+            layer = self._cache.layer(number)
+            scale = config.head_size**-0.5 if config.scale_attention else 1.0
+            if config.scale_attention_by_layer:
+                scale /= number + 1
+            if plan.fused:
+                self._fused_layer(number, layer, scale, step, plan)
+            else:
+                self._split_layer(number, layer, scale, step, plan)
+
+    def _chain(self, plan: Plan) -> dict[str, bool]:
+        pdl = self._pdl and plan.pdl
+        return {"PDL": pdl, "launch_pdl": pdl}
+
+    def _fused_layer(self, number: int, cache: LayerCache, scale: float, step: StepTensors, plan: Plan) -> None:
+        qkv, out, up, down = self._layers[number]
+        size: dict[str, Any] = {"num_tokens": len(step.token_ids), "pdl": self._pdl and plan.pdl}
+        norm, residual = NORM.value, RESIDUAL.value
+        qkv.product(plan.qkv, self.x, self._q, read=norm, put=SCATTER.value, cache=cache, slots=step.slots, **size)
+        self._attend(cache, scale, step, plan)
+        if plan.decode.merged or plan.decode.splits == 1:
+            out.product(plan.out, self._mixed, self.x, put=residual, **size)
+        else:
+            merge: dict[str, Any] = {"splits": plan.decode.splits, "stats": self._stats}
+            out.product(plan.out, self._parts, self.x, read=MERGE.value, put=residual, **merge, **size)
+        up.product(plan.up, self.x, self._inner, read=norm, put=ACTIVATE.value, **size)
+        down.product(plan.down, self._inner, self.x, put=residual, **size)
+
+    def _split_layer(self, number: int, cache: LayerCache, scale: float, step: StepTensors, plan: Plan) -> None:
+        qkv, out, up, down = self._layers[number]
+        num_tokens = len(step.token_ids)
+        size: dict[str, Any] = {"num_tokens": num_tokens, "pdl": self._pdl and plan.pdl}
+        chain = self._chain(plan)
+        layers = self._model.layers
+        if isinstance(plan.qkv, Library):
+            qkv.product(plan.qkv, self._normed, self._qkv, **size)
+            norms.write_kv[(num_tokens,)](
+                self._qkv,
+                self._q,
+                cache.keys,
+                cache.values,
+                step.slots,
+                H=self._model.config.hidden_size,
+                WIDTH=self._width,
+                **chain,
+            )
+        else:
+            qkv.product(plan.qkv, self._normed, self._q, put=SCATTER.value, cache=cache, slots=step.slots, **size)
+        self._attend(cache, scale, step, plan)
+        out.product(plan.out, self._mixed, self._parts, put=PARTIAL.value, **size)
+        self._add_and_norm(num_tokens, plan.out.splits, out.bias, layers[number].mlp_norm, chain)
+        up.product(plan.up, self._normed, self._inner, put=ACTIVATE.value, **size)
+        down.product(plan.down, self._inner, self._parts, put=PARTIAL.value, **size)
+        following = layers[number + 1].attention_norm if number + 1 < len(layers) else self._model.final_norm
+        self._add_and_norm(num_tokens, plan.down.splits, down.bias, following, chain)
+
+    def _add_and_norm(
+        self, num_tokens: int, splits: int, bias: Tensor | None, norm: LayerNorm, chain: dict[str, bool]
+    ) -> None:
+        norms.add_and_norm[(num_tokens,)](
+            self.x,
+            self._parts,
+            norm.bias if bias is None else bias,
+            norm.weight,
+            norm.bias,
+            self._normed,
+            num_tokens,
+            norm.epsilon,
+            H=self._model.config.hidden_size,
+            WIDTH=self._width,
+            SPLITS=splits,
+            **chain,
+        )
+
+    def _attend(self, cache: LayerCache, scale: float, step: StepTensors, plan: Plan) -> None:
+        config = self._model.config
+        shape = {
+            "H": config.hidden_size,
+            "HEAD": config.head_size,
+            "DIM": self._dim,
+            "TABLE": step.tables.shape[1],
+            "BLOCK_SIZE": self._block_size,
+            **self._chain(plan),
+        }
+        splits = plan.decode.splits
+        num_rows = min(len(step.token_ids), len(step.lengths))
+        attention.decode_attention[(config.num_heads, num_rows, splits)](
+            self._q,
+            cache.keys,
+            cache.values,
+            step.tables,
+            step.lengths,
+            step.num_decodes,
+            self._mixed,
+            self._parts,
+            self._stats,
+            self._arrived,
+            scale,
+            **shape,
+            BLOCK=plan.decode.block,
+            SPLITS=splits,
+            MERGED=plan.decode.merged,
+            EARLY=step.query_starts is None,
+            num_warps=plan.decode.warps,
+        )
+        if step.query_starts is not None:
+            assert plan.decode.merged, "prompts have no splits to merge"
+            prefill = plan.prefill
+            attention.prefill_attention[(min(_PREFILL_PROGRAMS, len(step.token_ids) * config.num_heads),)](
+                self._q,
+                cache.keys,
+                cache.values,
+                step.tables,
+                step.lengths,
+                step.query_starts,
+                step.tile_sequences,
+                step.tile_starts,
+                step.num_tiles,
+                self._mixed,
+                scale,
+                **shape,
+                BLOCK_T=prefill.block_t,
+                BLOCK=prefill.block,
+                num_warps=prefill.warps,
+                num_stages=prefill.stages,
+            )
+
+
+_MOST_PARTS = 2048  # rows of split sums: tokens times splits
+_PREFILL_PROGRAMS = 528  # four for each of an H100's multiprocessors

@@ -1,0 +1,274 @@
+"""The runner of an NVIDIA GPU: every step is a captured body of layers and a captured tail of sampling.
+
+Bodies are captured by how many tokens they have room for, once for steps in which every sequence has one token that
+the step before sampled, once for any mix; which token is whose, they read on the device. Called by the engine.
+"""
+
+import bisect
+import logging
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from service.model.batch import NUM_TOP, Batch, StepOutput
+from service.model.fused import FusedGPT2
+from service.model.gpt2 import GPT2
+from service.model.inputs import AskedInputs, Shape, StepInputs
+from service.model.kernels.plan import Plan
+from service.model.kernels.plans import head_for, plan_for
+from service.model.logprobs import logprob_words, unpack_logprobs
+from service.model.runner import translate
+from service.model.tail import Tail
+
+log = logging.getLogger(__name__)
+
+_DECODE_TOKENS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
+_MIXED_TOKENS = (16, 32, 64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 1024, 1536, 2048)
+_PLAIN_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256)
+_ASKED_ROWS = (8, 64, 256)  # few: they cost more anyway
+_MOST_SCORED = 256  # prompt tokens whose logits stand in memory at once (200 KB each)
+_WORDS = 1 + 2 * NUM_TOP
+_NUM_RESULTS = 3  # a result is read at the latest while the second after it is being made
+
+Replay = Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _TailKind:
+    """What a tail does beside sampling."""
+
+    adjusted: bool
+    logprobs: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Launched:
+    tokens: np.ndarray  # all are filled once `wait` has returned
+    logprobs: np.ndarray | None
+    scores: np.ndarray | None
+    wait: Callable[[], None]
+
+
+def _sizes(ladder: tuple[int, ...], most: int) -> list[int]:
+    """The steps of a ladder below `most`, and `most`."""
+    below = [size for size in ladder if size < most]
+    top = ladder[-1]
+    return [*below, *range(2 * top, most, top), most]
+
+
+class GraphRunner:
+    """Computes batches of at most `max_num_seqs` sequences and `max_num_batched_tokens` tokens."""
+
+    def __init__(
+        self,
+        model: GPT2,
+        *,
+        num_blocks: int,
+        block_size: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+    ) -> None:
+        """Steps can be launched once `capture` has been called."""
+        config, device = model.config, model.device
+        self.num_blocks = num_blocks
+        self.depth = 1
+        self.model = model
+        self._device = device
+        pdl = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+        cache = model.new_cache(num_blocks=num_blocks + 1, block_size=block_size)  # the last for what fills buckets up
+        max_tokens, max_rows = max_num_batched_tokens, max(max_num_seqs, _MOST_SCORED)
+        self._fused = FusedGPT2(model, cache, max_tokens=max_tokens, block_size=block_size, pdl=pdl)
+        self._tail = Tail(model, max_rows=max_rows, pdl=pdl)
+        decodes = [Shape(size, size) for size in _sizes(_DECODE_TOKENS, max_num_seqs)]
+        mixed = [
+            Shape(size, min(size, max_num_seqs), self._plan(size).prefill.block_t)
+            for size in _sizes(_MIXED_TOKENS, max_num_batched_tokens)
+        ]
+        self._inputs = StepInputs(
+            [*decodes, *mixed],
+            max_rows=max_rows,
+            table_width=-(-config.context_length // block_size),
+            no_slot=num_blocks * block_size,
+            device=device,
+        )
+        self._asked = AskedInputs(
+            max_rows=max_num_seqs, vocab_size=config.vocab_size, context_length=config.context_length, device=device
+        )
+        self._scored = torch.zeros(2, max_tokens, dtype=torch.int64, device=device)  # indices, targets
+        self._slice = torch.zeros(2, _MOST_SCORED, dtype=torch.int64, device=device)
+        self._words = torch.zeros(max_rows, _WORDS, dtype=torch.int32, device=device)
+        self._score_words = torch.zeros(max_tokens, _WORDS, dtype=torch.int32, device=device)
+        self._results = [
+            torch.zeros(max_rows, dtype=torch.int32, pin_memory=device.type == "cuda") for _ in range(_NUM_RESULTS)
+        ]
+        self._turn = 0
+        self._launched: deque[_Launched] = deque()
+        self._decodes, self._mixed = decodes, mixed
+        self._rows = {
+            kind: _sizes(_ASKED_ROWS if kind.adjusted or kind.logprobs else _PLAIN_ROWS, max_num_seqs)
+            for kind in (_TailKind(adjusted, logprobs) for adjusted in (False, True) for logprobs in (False, True))
+        }
+        self._bodies: dict[Shape, Replay] = {}
+        self._tails: dict[tuple[_TailKind, int], Replay] = {}
+
+    @torch.inference_mode()
+    def launch(self, batch: Batch) -> None:
+        """Start computing `batch`."""
+        try:
+            self._launched.append(self._launch(batch))
+        except RuntimeError as error:
+            raise translate(error) from error
+
+    def collect(self) -> StepOutput:
+        """The results of the oldest launched batch; if that raises, everything launched is gone."""
+        launched = self._launched.popleft()
+        try:
+            launched.wait()
+        except RuntimeError as error:
+            self._launched.clear()
+            raise translate(error) from error
+        return StepOutput(
+            launched.tokens.copy(),
+            logprobs=None if launched.logprobs is None else unpack_logprobs(launched.logprobs),
+            scores=None if launched.scores is None else unpack_logprobs(launched.scores),
+        )
+
+    def close(self) -> None:
+        self._launched.clear()
+        self._bodies.clear()
+        self._tails.clear()
+        del self._fused, self._tail, self.model
+
+    # A step
+
+    def _launch(self, batch: Batch) -> _Launched:
+        num_tokens, num_rows = len(batch.token_ids), len(batch.sampling)
+        # A token that the host knows may be in a block that another row of this step reads: kernels of steps of
+        # single tokens in flight ask for old keys early.
+        early = batch.num_decodes == num_tokens and bool((batch.token_sources >= 0).all())
+        shapes = self._decodes if early else self._mixed
+        shape = shapes[bisect.bisect_left(shapes, num_tokens, key=lambda shape: shape.num_tokens)]
+        adjusted = batch.masks is not None or batch.biases is not None or batch.histories is not None
+        kind = _TailKind(adjusted, batch.logprobs)
+        rows = 0
+        if num_rows:
+            sizes = self._rows[kind]
+            rows = sizes[bisect.bisect_left(sizes, num_rows)]
+        self._inputs.upload(batch, shape, num_rows=rows)
+        self._bodies[shape]()
+        scores = None
+        if batch.scored is not None:
+            scores = self._score(batch.scored.indices, batch.scored.targets)
+        if adjusted and num_rows:
+            self._asked.upload(batch, num_rows=rows)
+        self._turn = (self._turn + 1) % _NUM_RESULTS
+        tokens = self._results[self._turn][:num_rows]
+        words = None
+        if num_rows:
+            self._tails[kind, rows]()
+            tokens.copy_(self._tail.sampled[:num_rows], non_blocking=True)
+            if batch.logprobs:
+                words = _to_host(self._words[:num_rows])
+        return _Launched(tokens.numpy(), words, scores, self._queued())
+
+    def _queued(self) -> Callable[[], None]:
+        """Returns once what is queued so far is done."""
+        if self._device.type != "cuda":
+            return lambda: None
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        return event.synchronize
+
+    def _score(self, indices: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """Words of model/logprobs.py for the targets, in slices."""
+        count = len(indices)
+        both = torch.from_numpy(np.stack((indices, targets)).astype(np.int64))
+        both = both.pin_memory() if self._device.type == "cuda" else both
+        self._scored[:, :count].copy_(both, non_blocking=True)
+        for start in range(0, count, _MOST_SCORED):
+            size = min(_MOST_SCORED, count - start)
+            self._slice[:, :size] = self._scored[:, start : start + size]
+            self._scorer()
+            self._score_words[start : start + size] = self._words[:size]
+        return _to_host(self._score_words[:count])
+
+    # What is captured
+
+    def _plan(self, num_tokens: int, *, decodes_only: bool = False) -> Plan:
+        return plan_for(num_tokens, dtype=self.model.dtype, decodes_only=decodes_only)
+
+    def _body(self, shape: Shape) -> None:
+        plan = self._plan(shape.num_tokens, decodes_only=not shape.tile)
+        self._fused.body(self._inputs.step(shape), self._tail.sampled, plan)
+
+    def _sample(self, kind: _TailKind, num_rows: int) -> None:
+        rows = self._inputs.rows(num_rows)
+        head = head_for(num_rows, dtype=self.model.dtype)
+        logits = self._tail.logits(self._fused.x, rows.indices, head)
+        if kind.adjusted:
+            adjusted = self._tail.adjust(logits, rows, self._asked.tensors(), self._fused.resolved)
+            self._tail.sample(adjusted, rows, adjusted=True)
+            self._tail.drop_wrong(num_rows)
+        else:
+            self._tail.sample(logits, rows)
+        if kind.logprobs:
+            self._words[:num_rows] = logprob_words(logits, self._tail.sampled[:num_rows].long())
+
+    def _score_slice(self) -> None:
+        head = head_for(_MOST_SCORED, dtype=self.model.dtype)
+        logits = self._tail.logits(self._fused.x, self._slice[0].int(), head)
+        self._words[:_MOST_SCORED] = logprob_words(logits, self._slice[1])
+
+    @torch.inference_mode()
+    def run_largest(self) -> None:
+        """What takes the most memory, uncaptured."""
+        self._body(self._mixed[-1])
+        for kind, sizes in self._rows.items():
+            self._sample(kind, sizes[-1])
+        self._score_slice()
+        self._queued()()
+
+    @torch.inference_mode()
+    def capture(self, on_capture: Callable[[float], None] = lambda _: None) -> None:
+        """Capture all graphs; `on_capture` hears how many of them are, from 0 to 1. Raises what the device raises.
+
+        The largest first: what the smaller need then lies in the memory of these.
+        """
+        tails = [(kind, size) for kind, sizes in self._rows.items() for size in reversed(sizes)]
+        shapes = [*reversed(self._mixed), *reversed(self._decodes)]
+        total, done = len(shapes) + len(tails) + 1, 0
+        pool = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
+
+        def captured(work: Replay) -> Replay:
+            nonlocal done
+            done += 1
+            on_capture(done / total)
+            return work if pool is None else _captured(work, pool)
+
+        for shape in shapes:
+            self._bodies[shape] = captured(partial(self._body, shape))
+        for kind, size in tails:
+            self._tails[kind, size] = captured(partial(self._sample, kind, size))
+        self._scorer = captured(self._score_slice)
+        log.info("captured %d bodies and %d tails", len(self._bodies), len(self._tails))
+
+
+def _captured(work: Replay, pool: Any) -> Replay:
+    work()  # kernels are compiled and loaded by their first call
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        work()
+    return graph.replay
+
+
+def _to_host(tensor: Tensor) -> np.ndarray:
+    """A copy that is filled once what is queued so far is done."""
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    return host.copy_(tensor, non_blocking=True).numpy()

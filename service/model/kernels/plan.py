@@ -1,0 +1,75 @@
+"""How the kernels of a step are shaped, by how many tokens it has: measured choices. Read by model/fused.py."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Vector:
+    """One token: every program takes whole rows of the matrix."""
+
+    block_n: int
+    block_k: int
+    warps: int
+    prefetch: bool = False
+    splits: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Tiled:
+    """Many tokens in tiles."""
+
+    block_t: int
+    block_n: int
+    block_k: int
+    splits: int  # of K; more than one only where the sum is added to the residual stream
+    warps: int
+    stages: int
+    prefetch: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Library:
+    """The library's matrix product."""
+
+    splits: int = 1
+
+
+Product = Vector | Tiled | Library
+
+
+@dataclass(frozen=True, slots=True)
+class Decode:
+    """Attention of single tokens."""
+
+    block: int  # tokens of context at once
+    splits: int  # of the context, a power of two
+    warps: int
+    merged: bool = True  # by the last to arrive; else by the next product, which must be a Vector
+
+
+@dataclass(frozen=True, slots=True)
+class Prefill:
+    """Attention of prompts."""
+
+    block_t: int
+    block: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A step's layers. `qkv`, `out`, `up` and `down` are all Vector, or none is."""
+
+    qkv: Product
+    out: Product
+    up: Product
+    down: Product
+    decode: Decode
+    prefill: Prefill = Prefill(64, 64, 4, 2)
+    pdl: bool = True
+
+    @property
+    def fused(self) -> bool:
+        """Layer norms, merging and residual sums are in the products."""
+        return isinstance(self.qkv, Vector)

@@ -1,0 +1,79 @@
+"""The plan of a step and the head's product, by size: what bench/tune.py found best on an H100. Read by graphs.py."""
+
+import torch
+
+from service.model.kernels.plan import Decode, Library, Plan, Prefill, Product, Tiled, Vector
+
+_ONE = Plan(
+    qkv=Vector(32, 1024, 8),
+    out=Vector(16, 1024, 8),
+    up=Vector(16, 1024, 8),
+    down=Vector(8, 4096, 16),
+    decode=Decode(32, 8, 2, merged=False),
+)
+_UP_TO_16 = Plan(
+    qkv=Tiled(16, 32, 128, 1, 4, 4, prefetch=False),
+    out=Tiled(16, 32, 128, 2, 4, 4),
+    up=Tiled(16, 32, 128, 1, 4, 4),
+    down=Tiled(16, 32, 128, 4, 4, 4, prefetch=False),
+    decode=Decode(32, 4, 1),
+    pdl=False,
+)
+_UP_TO_32 = Plan(
+    qkv=Tiled(32, 32, 128, 1, 4, 4),
+    out=Tiled(32, 16, 256, 2, 4, 3),
+    up=Tiled(32, 16, 256, 1, 4, 3),
+    down=Tiled(32, 32, 128, 4, 4, 4),
+    decode=Decode(32, 1, 2),
+)
+_UP_TO_64 = Plan(
+    qkv=Tiled(64, 16, 128, 1, 4, 4, prefetch=False),
+    out=Tiled(64, 16, 256, 2, 4, 3),
+    up=Tiled(64, 16, 128, 1, 4, 4),
+    down=Tiled(64, 16, 256, 2, 4, 3),
+    decode=Decode(32, 1, 1),
+)
+_UP_TO_128 = Plan(
+    qkv=Tiled(64, 32, 128, 1, 4, 4, prefetch=False),
+    out=Tiled(64, 32, 128, 2, 4, 4),
+    up=Tiled(128, 32, 128, 1, 4, 4),
+    down=Tiled(128, 32, 128, 4, 4, 4),
+    decode=Decode(32, 1, 1),
+)
+_UP_TO_256 = Plan(
+    qkv=Library(),
+    out=Tiled(128, 32, 128, 2, 4, 4, prefetch=False),
+    up=Library(),
+    down=Tiled(128, 64, 64, 4, 4, 4, prefetch=False),
+    decode=Decode(32, 1, 1),
+)
+_MORE = Plan(
+    qkv=Library(),
+    out=Library(),
+    up=Library(),
+    down=Library(),
+    decode=Decode(32, 1, 1),
+    prefill=Prefill(64, 128, 4, 2),
+)
+_SINGLE = Plan(Library(), Library(), Library(), Library(), Decode(32, 1, 2), Prefill(16, 32, 4, 1))  # fp32
+_BY_SIZE = ((16, _UP_TO_16), (32, _UP_TO_32), (64, _UP_TO_64), (128, _UP_TO_128), (256, _UP_TO_256))
+
+
+def plan_for(num_tokens: int, *, dtype: torch.dtype, decodes_only: bool) -> Plan:
+    """The plan of a body of `num_tokens`."""
+    if dtype == torch.float32:
+        return _SINGLE
+    if num_tokens == 1 and decodes_only:
+        return _ONE
+    return next((plan for most, plan in _BY_SIZE if num_tokens <= most), _MORE)
+
+
+def head_for(num_rows: int, *, dtype: torch.dtype) -> Product:
+    """The product that gives the logits of `num_rows` rows."""
+    if dtype == torch.float32:
+        return Library()
+    if num_rows == 1:
+        return Vector(32, 1024, 8)
+    if 16 < num_rows <= 64:
+        return Tiled(64, 64, 128, 1, 4, 3, prefetch=False)
+    return Library()

@@ -1,0 +1,221 @@
+"""Products with a weight matrix (out, in): one row of activations, a few, or many. Called by model/fused.py.
+
+Around the product each kernel does what stands before and after it in the layer: layer norm or the merging of
+attention's splits before; bias and then activation, residual or the scattering of keys and values after.
+"""
+
+import triton
+import triton.language as tl
+
+from service.model.kernels.chain import begin, prefetch, wait
+
+# What a kernel reads its activations from.
+PLAIN = tl.constexpr(0)  # x [T, K] in the served dtype
+NORM = tl.constexpr(1)  # layer norm of x [T, K] in fp32
+MERGE = tl.constexpr(2)  # splits of attention [T, SPLITS, K] in fp32, and their maxima and sums [T, SPLITS, 2, K]
+
+# Where it puts what comes out.
+STORE = tl.constexpr(0)  # y [T, N] in y's dtype
+ACTIVATE = tl.constexpr(1)  # the same, after the activation
+RESIDUAL = tl.constexpr(2)  # added to y [T, N] in fp32
+SCATTER = tl.constexpr(3)  # queries to y [T, N / 3], keys and values to their slots of the cache
+PARTIAL = tl.constexpr(4)  # y [splits of K, T, N] in fp32, without bias
+
+ACTIVATIONS = {"gelu_tanh": 0, "gelu": 1, "relu": 2, "silu": 3, "tanh": 4}
+
+
+@triton.jit
+def _tanh(x):
+    small = tl.exp(-2.0 * tl.abs(x))
+    y = (1.0 - small) / (1.0 + small)
+    return tl.where(x < 0, -y, y)
+
+
+@triton.jit
+def activate(x, KIND: tl.constexpr):
+    """The activation of fp32 x."""
+    if KIND == 0:
+        y = 0.5 * x * (1.0 + _tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
+    elif KIND == 1:
+        y = 0.5 * x * (1.0 + tl.math.erf(x * 0.7071067811865476))
+    elif KIND == 2:
+        y = tl.maximum(x, 0.0)
+    elif KIND == 3:
+        y = x / (1.0 + tl.exp(-tl.maximum(x, -80.0)))
+    else:
+        y = _tanh(x)
+    return y
+
+
+@triton.jit
+def _put(
+    acc, before, slot, t, n, rows, columns, y, keys, values, N: tl.constexpr, KIND: tl.constexpr, OUT: tl.constexpr
+):
+    """The epilogue: fp32 acc, bias in it, of tokens t and columns n, which broadcast against each other.
+
+    `before` is what RESIDUAL adds to, `slot` where SCATTER puts; both were asked for early.
+    """
+    inside = rows & columns
+    if OUT == RESIDUAL:
+        tl.store(y + t * N + n, before + acc, mask=inside)
+    elif OUT == SCATTER:
+        H: tl.constexpr = N // 3
+        value = acc.to(y.dtype.element_ty)
+        at = slot.to(tl.int64) * H
+        tl.store(y + t * H + n, value, mask=inside & (n < H))
+        tl.store(keys + at + (n - H), value, mask=inside & (n >= H) & (n < 2 * H))
+        tl.store(values + at + (n - 2 * H), value, mask=inside & (n >= 2 * H))
+    else:
+        if OUT == ACTIVATE:
+            acc = activate(acc, KIND)
+        tl.store(y + t.to(tl.int64) * N + n, acc.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _add_three(a, b, c, d, e, f):
+    return a + d, b + e, c + f
+
+
+@triton.jit
+def vector_product(
+    x,
+    stats,
+    w,
+    bias,  # [N] fp32; with NORM it has W b in it
+    scaled,  # [N] fp32: W g, read with NORM
+    gain,  # [K] fp32, read with NORM
+    y,
+    keys,
+    values,
+    slots,
+    epsilon,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    IN: tl.constexpr,
+    OUT: tl.constexpr,
+    KIND: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One token. Layer norm is folded: W LN(x) = (W (g x) - mean W g) / deviation + W b, all sums in one go."""
+    begin(PDL)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = n < N
+    k = tl.arange(0, BLOCK_K)
+    at = w + n[:, None].to(tl.int64) * K + k[None, :]
+    if PREFETCH:
+        prefetch(w + tl.program_id(0).to(tl.int64) * (BLOCK_N * K), BLOCK_N * K, PDL and N % BLOCK_N == 0)
+    tile = tl.load(at, mask=rows[:, None] & (k < K)[None, :], other=0.0)
+    offset = tl.load(bias + n, mask=rows, other=0.0).to(tl.float32)
+    slot = tl.load(slots) if OUT == SCATTER else 0
+    if IN == NORM:
+        slope = tl.load(scaled + n, mask=rows, other=0.0)
+        factor = tl.load(gain + k, mask=k < K, other=0.0)
+        tl.static_assert(BLOCK_K >= K, "layer norm needs all of K at once")
+    wait(PDL)
+    before = tl.load(y + n, mask=rows, other=0.0) if OUT == RESIDUAL else 0.0
+    acc = tl.zeros([BLOCK_N], tl.float32)
+    for start in tl.static_range(0, K, BLOCK_K):
+        inside = k + start < K
+        if start > 0:
+            tile = tl.load(at + start, mask=rows[:, None] & inside[None, :], other=0.0)
+        if IN == MERGE:
+            peaks = stats + k + start
+            best = tl.load(peaks, mask=inside, other=0.0)
+            for split in tl.static_range(1, SPLITS):
+                best = tl.maximum(best, tl.load(peaks + split * 2 * K, mask=inside, other=0.0))
+            mass = tl.zeros([BLOCK_K], tl.float32)
+            value = tl.zeros([BLOCK_K], tl.float32)
+            for split in tl.static_range(SPLITS):
+                share = tl.exp(tl.load(peaks + split * 2 * K, mask=inside, other=0.0) - best)
+                mass += share * tl.load(peaks + (split * 2 + 1) * K, mask=inside, other=1.0)
+                value += share * tl.load(x + split * K + k + start, mask=inside, other=0.0)
+            value = value / mass
+        else:
+            value = tl.load(x + k + start, mask=inside, other=0.0).to(tl.float32)
+        if IN == NORM:
+            # The three sums in one reduction: what costs is its barriers.
+            spread = tl.broadcast_to(value[None, :], [BLOCK_N, BLOCK_K])
+            parts = (tile.to(tl.float32) * (value * factor)[None, :], spread, spread * spread)
+            acc, total, squares = tl.reduce(parts, 1, _add_three)
+            mean = total / K
+            acc = (acc - mean * slope) * tl.rsqrt(squares / K - mean * mean + epsilon)
+        else:
+            acc += tl.sum(tile.to(tl.float32) * value[None, :], 1)
+    zero = tl.zeros([BLOCK_N], tl.int32)
+    _put(acc + offset, before, slot + zero, zero, n, zero == 0, rows, y, keys, values, N, KIND, OUT)
+
+
+@triton.jit
+def tiled_product(
+    x,  # [T, K] in w's dtype
+    w,
+    bias,
+    y,
+    keys,
+    values,
+    slots,
+    num_tokens,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLITS: tl.constexpr,  # of K, one a program
+    STAGES: tl.constexpr,
+    OUT: tl.constexpr,
+    KIND: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Many tokens in tiles; program (column tile, token tile, split of K)."""
+    begin(PDL)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    split = tl.program_id(2)
+    k = tl.arange(0, BLOCK_K)
+    SHARE: tl.constexpr = (K + SPLITS * BLOCK_K - 1) // (SPLITS * BLOCK_K) * BLOCK_K
+    first = split * SHARE
+    rows = t < num_tokens
+    columns = n < N
+    if PREFETCH and SPLITS == 1:
+        prefetch(w + tl.program_id(0).to(tl.int64) * (BLOCK_N * K), BLOCK_N * K, PDL and N % BLOCK_N == 0)
+    at_x = x + t[:, None].to(tl.int64) * K + (first + k)[None, :]
+    at_w = w + n[None, :].to(tl.int64) * K + (first + k)[:, None]
+    if OUT != PARTIAL:
+        offset = tl.load(bias + n, mask=columns, other=0.0).to(tl.float32)
+    slot = tl.load(slots + t, mask=rows, other=0) if OUT == SCATTER else t
+    tl.static_assert(OUT != RESIDUAL, "partial sums are added by add_and_norm")
+    wait(PDL)
+    acc = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
+    for start in tl.range(0, SHARE, BLOCK_K, num_stages=STAGES):
+        if K % (SPLITS * BLOCK_K) == 0:
+            value = tl.load(at_x + start, mask=rows[:, None], other=0.0)
+            tile = tl.load(at_w + start, mask=columns[None, :], other=0.0)
+        else:
+            inside = first + start + k < K
+            value = tl.load(at_x + start, mask=rows[:, None] & inside[None, :], other=0.0)
+            tile = tl.load(at_w + start, mask=columns[None, :] & inside[:, None], other=0.0)
+        acc = tl.dot(value, tile, acc, input_precision="ieee")
+    if OUT == PARTIAL:
+        at = y + split.to(tl.int64) * num_tokens * N + t[:, None] * N + n[None, :]
+        tl.store(at, acc, mask=rows[:, None] & columns[None, :])
+    else:
+        _put(
+            acc + offset[None, :],
+            0.0,
+            slot[:, None],
+            t[:, None],
+            n[None, :],
+            rows[:, None],
+            columns[None, :],
+            y,
+            keys,
+            values,
+            N,
+            KIND,
+            OUT,
+        )

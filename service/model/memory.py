@@ -1,0 +1,98 @@
+"""Which runner a model gets, and how much memory its KV cache. Called as the engine loads."""
+
+import gc
+from collections.abc import Callable
+
+import torch
+
+from service.model.batch import Runner
+from service.model.gpt2 import GPT2
+from service.model.runner import TorchRunner, warm_up
+
+_CPU_KV_MEMORY = 2**30
+# What captured graphs, their kernels' code and the library's handles take beside the allocator's memory, and some.
+_GRAPH_MEMORY = 2**29
+
+
+class KVMemoryError(ValueError):
+    """The KV cache would not hold one full context, or the device has no room for the steps that were asked for."""
+
+
+def make_runner(
+    model: GPT2,
+    *,
+    block_size: int,
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+    kv_memory: int | None,
+    utilization: float,
+    on_progress: Callable[[float], None] = lambda _: None,
+) -> Runner:
+    """The runner for the model's device, ready to step.
+
+    `kv_memory` are the bytes of its cache; None takes what the GPU has left when `utilization` of it may be used in
+    all. `on_progress` hears numbers from 0 to 1. Raises KVMemoryError.
+    """
+    limits = {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens}
+    if model.device.type == "cpu":
+        runner = TorchRunner(
+            model, num_blocks=count_blocks(model, block_size, kv_memory or _CPU_KV_MEMORY), block_size=block_size
+        )
+        warm_up(runner, max_num_seqs=1, max_num_batched_tokens=16)  # only first calls are slow; memory is no concern
+        return runner
+    if not has_kernels(model.device):
+        if kv_memory is None:
+            probe = TorchRunner(model, num_blocks=1, block_size=block_size)
+            kv_memory = _memory_left(model.device, lambda: warm_up(probe, **limits), utilization=utilization)
+            probe.close()
+        torch_runner = TorchRunner(model, num_blocks=count_blocks(model, block_size, kv_memory), block_size=block_size)
+        warm_up(torch_runner, **limits)
+        return torch_runner
+    from service.model.graphs import GraphRunner  # and with it Triton, which is only where CUDA is
+
+    if kv_memory is None:
+
+        def run_largest() -> None:
+            probe = GraphRunner(model, num_blocks=1, block_size=block_size, **limits)
+            probe.run_largest()
+            probe.close()
+
+        kv_memory = _memory_left(model.device, run_largest, utilization=utilization) - _GRAPH_MEMORY
+    graphs = GraphRunner(model, num_blocks=count_blocks(model, block_size, kv_memory), block_size=block_size, **limits)
+    graphs.capture(on_progress)
+    return graphs
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether the Triton kernels run there: on Ampere GPUs and later."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def block_bytes(model: GPT2, block_size: int) -> int:
+    """Bytes of one KV block over all layers."""
+    config = model.config
+    return 2 * config.num_layers * block_size * config.hidden_size * model.dtype.itemsize
+
+
+def count_blocks(model: GPT2, block_size: int, kv_memory: int) -> int:
+    """How many blocks fit in `kv_memory` bytes. Raises KVMemoryError if that is less than one full context."""
+    num_blocks = kv_memory // block_bytes(model, block_size)
+    needed = -(-model.config.context_length // block_size)
+    if num_blocks < needed:
+        raise KVMemoryError(
+            f"kv_memory: {kv_memory} bytes hold {num_blocks} blocks; one context of "
+            f"{model.config.context_length} tokens needs {needed} ({needed * block_bytes(model, block_size)} bytes)"
+        )
+    return num_blocks
+
+
+def _memory_left(device: torch.device, run_largest: Callable[[], None], *, utilization: float) -> int:
+    """Bytes of the GPU beside what others hold and `run_largest` needs, when `utilization` of it may be used in all."""
+    free, total = torch.cuda.mem_get_info(device)
+    others = total - free - torch.cuda.memory_reserved(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    run_largest()
+    peak = torch.cuda.max_memory_reserved(device)
+    gc.collect()
+    torch.cuda.empty_cache()
+    return max(0, int(total * utilization) - others - peak)

@@ -1,0 +1,34 @@
+"""How much memory the KV cache gets."""
+
+from collections.abc import Callable
+
+import pytest
+
+from service.model.memory import KVMemoryError, block_bytes, count_blocks, make_runner
+from service.model.runner import TorchRunner
+from tests.model.batches import BLOCK_SIZE
+from tests.model.conftest import Pair
+
+
+def test_kv_memory_below_one_context_is_refused(make_pair: Callable[..., Pair]) -> None:
+    """The message names the setting and the bytes that would do; just enough is accepted."""
+    _, ours = make_pair()
+    enough = 16 * block_bytes(ours, BLOCK_SIZE)
+    assert 16 == count_blocks(ours, BLOCK_SIZE, enough)
+    with pytest.raises(KVMemoryError, match=rf"kv_memory: .*\({enough} bytes\)"):
+        count_blocks(ours, BLOCK_SIZE, enough - 1)
+
+
+def test_a_cpu_gets_the_runner_of_plain_operators(make_pair: Callable[..., Pair]) -> None:
+    """With as many blocks as the bytes hold, and no more."""
+    _, ours = make_pair()
+    runner = make_runner(
+        ours,
+        block_size=BLOCK_SIZE,
+        max_num_seqs=4,
+        max_num_batched_tokens=64,
+        kv_memory=20 * block_bytes(ours, BLOCK_SIZE) + 1,
+        utilization=0.9,
+    )
+    assert isinstance(runner, TorchRunner)
+    assert 20 == runner.num_blocks
