@@ -1,29 +1,34 @@
-"""The bare runner: milliseconds a decode step and tokens/s by batch, beside transformers' generate in the same run.
+"""The bare runner: milliseconds a decode step beside the limit of this card, plain torch and transformers' generate.
 
-python -m bench.decode [--model FOLDER] [--device cpu|cuda] [--dtype float32] [--batches 1,8] [--context 256] [--out F]
+python -m bench.decode [--model FOLDER] [--device cpu|cuda] [--dtype float32] [--steps 1@256,8@512] [--out FOLDER/NAME]
+
+A step is batch@context. The limit is the time to read all weights and all keys and values once, at the bandwidth of a
+large copy in the same run; plain torch is the model in torch's operators, on a GPU in one CUDA graph.
 """
 
 import argparse
 import json
 import platform
 import statistics
-import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import transformers
 
-from bench.random_model import write_random_model
+from bench.random_model import SHAPE_345M, random_gpt2
 from service.checkpoint.hub import read_config, read_state
-from service.model.batch import SAMPLING, Batch
+from service.load.report import chart
+from service.model.batch import SAMPLING, Batch, Runner
 from service.model.gpt2 import GPT2
-from service.model.runner import TorchRunner
+from service.model.memory import block_bytes, make_runner
 
 BLOCK_SIZE = 16
+Steps = Sequence[tuple[int, int]]  # batch, context
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,14 +37,16 @@ class Row:
     context: int
     step_ms: float
     tokens_per_second: float
-    transformers_tokens_per_second: float
-    ratio: float
+    limit_ms: float | None
+    plain_ms: float | None
+    transformers_tokens_per_second: float | None
 
 
 def decode_batch(num_sequences: int, context: int, step: int) -> Batch:
     """One decode step of `num_sequences` sequences whose blocks lie apart; the token sampled before it goes in."""
     width = -(-context // BLOCK_SIZE)
-    tables = np.arange(num_sequences * width, dtype=np.int32).reshape(num_sequences, width)
+    tables = np.random.default_rng(0).permutation(num_sequences * width).astype(np.int32)
+    tables = tables.reshape(num_sequences, width)
     position = context - 1
     sampling = np.zeros(num_sequences, dtype=SAMPLING)
     sampling["top_p"] = 1
@@ -60,7 +67,7 @@ def decode_batch(num_sequences: int, context: int, step: int) -> Batch:
 
 
 def step_seconds(
-    model: GPT2,
+    runner: Runner,
     num_sequences: int,
     context: int,
     num_steps: int,
@@ -68,15 +75,30 @@ def step_seconds(
     ask: Callable[[Batch], Batch] = lambda batch: batch,
 ) -> float:
     """Median over steps launched as the engine does: one ahead on a GPU. `ask` may ask for more in each batch."""
-    runner = TorchRunner(model, num_blocks=num_sequences * -(-context // BLOCK_SIZE), block_size=BLOCK_SIZE)
+    batches = [ask(decode_batch(num_sequences, context, step)) for step in (0, 1)]
     times = []
     for step in range(num_steps + 3):
-        runner.launch(ask(decode_batch(num_sequences, context, step)))
+        runner.launch(batches[min(step, 1)])
         if step >= runner.depth:
             runner.collect()
         times.append(time.perf_counter())
-    runner.close()
+    for _ in range(runner.depth):
+        runner.collect()
     return statistics.median(np.diff(times[3:]).tolist())
+
+
+def runner_for(model: GPT2, steps: Steps) -> Runner:
+    """A runner with room for the largest of the steps."""
+    num_blocks = max(num * -(-context // BLOCK_SIZE) for num, context in steps)
+    most = max(num for num, _ in steps)
+    return make_runner(
+        model,
+        block_size=BLOCK_SIZE,
+        max_num_seqs=most,
+        max_num_batched_tokens=max(most, 16),
+        kv_memory=max(num_blocks, -(-model.config.context_length // BLOCK_SIZE)) * block_bytes(model, BLOCK_SIZE),
+        utilization=1.0,
+    )
 
 
 def transformers_tokens_per_second(
@@ -104,22 +126,58 @@ def transformers_tokens_per_second(
     return num_sequences * (num_tokens - 1) / (seconds(num_tokens) - seconds(1))
 
 
-def parse(description: str | None, *, batches: str) -> tuple[argparse.Namespace, torch.dtype]:
+def copy_bandwidth() -> float:
+    """Bytes a second that this GPU's memory gives a large copy, those read and those written."""
+    source = torch.empty(2**30, dtype=torch.int32, device="cuda").random_()
+    target = torch.empty_like(source)
+    times = []
+    for _ in range(12):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        target.copy_(source)
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1000)
+    return 2 * source.nbytes / statistics.median(times[2:])
+
+
+def limit_seconds(model: GPT2, num_sequences: int, context: int, *, bandwidth: float) -> float:
+    """Reading every weight but the embeddings' unused rows, and every sequence's keys and values, once."""
+    config = model.config
+    hidden, inner = config.hidden_size, config.intermediate_size
+    weights = config.num_layers * (4 * hidden + 2 * inner) * hidden + config.vocab_size * hidden
+    cached = num_sequences * context * 2 * config.num_layers * hidden
+    return (weights + cached) * model.dtype.itemsize / bandwidth
+
+
+def parse_steps(text: str) -> Steps:
+    """Of the form 1@256,8@512."""
+    return [(int(num), int(context)) for num, context in (step.split("@") for step in text.split(","))]
+
+
+def parse(description: str | None, *, steps: str) -> tuple[argparse.Namespace, torch.dtype]:
     """The command line of a benchmark of the bare runner, and the dtype that it asks for."""
-    parser = argparse.ArgumentParser(description=description)
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="a GPT-2 folder; by default random weights of the 345M's shape")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", help="by default bfloat16 on a GPU and float32 on a CPU")
-    parser.add_argument("--batches", default=batches)
-    parser.add_argument("--context", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=16)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--steps", type=parse_steps, default=steps, metavar="BATCH@CONTEXT,...")
+    parser.add_argument("--repeats", type=int, default=100 if torch.cuda.is_available() else 16)
+    parser.add_argument("--out", type=Path, help="write .json and, where there is one, .svg beside this name")
     arguments = parser.parse_args()
     name = arguments.dtype or ("bfloat16" if arguments.device.startswith("cuda") else "float32")
     return arguments, getattr(torch, name)
 
 
-def machine(arguments: argparse.Namespace, dtype: torch.dtype) -> dict[str, object]:
+def load(arguments: argparse.Namespace, dtype: torch.dtype) -> GPT2:
+    """The model that the command line names."""
+    if arguments.model is None:
+        return random_gpt2(dtype=dtype, device=arguments.device)
+    config = read_config(arguments.model)
+    return GPT2(config, read_state(arguments.model, config, dtype=dtype, device=arguments.device))
+
+
+def machine(arguments: argparse.Namespace, dtype: torch.dtype) -> dict[str, Any]:
     """On what the numbers were made."""
     device = torch.cuda.get_device_name() if arguments.device.startswith("cuda") else platform.processor() or "CPU"
     return {
@@ -131,28 +189,85 @@ def machine(arguments: argparse.Namespace, dtype: torch.dtype) -> dict[str, obje
     }
 
 
-def main() -> None:
-    arguments, dtype = parse(__doc__, batches="1,4,8")
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = arguments.model or write_random_model(Path(scratch))
-        config = read_config(folder)
-        ours = GPT2(config, read_state(folder, config, dtype=dtype, device=arguments.device))
-        theirs = transformers.GPT2LMHeadModel.from_pretrained(folder, dtype=dtype).to(arguments.device).eval()
-    rows = []
-    for size in map(int, arguments.batches.split(",")):
-        seconds = step_seconds(ours, size, arguments.context, arguments.steps)
-        peer = transformers_tokens_per_second(theirs, size, arguments.context, arguments.steps)
-        rows.append(Row(size, arguments.context, 1000 * seconds, size / seconds, peer, size / seconds / peer))
+def peer(arguments: argparse.Namespace, dtype: torch.dtype) -> transformers.GPT2LMHeadModel:
+    if arguments.model is not None:
+        model = transformers.GPT2LMHeadModel.from_pretrained(arguments.model, dtype=dtype)
+    else:
+        with torch.device(arguments.device):
+            model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**SHAPE_345M)).to(dtype)
+    return model.to(arguments.device).eval()
+
+
+def plain_ms(model: GPT2, num_sequences: int, context: int) -> float:
+    """The model's plain operators in one CUDA graph, greedy, without sampling."""
+    from bench.step import Step, replay_ms  # needs Triton
+
+    step = Step(model, num=num_sequences, context=context, prompt=False)
+    step.plain()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step.plain().argmax(-1)
+    return replay_ms(graph, 0.2)
+
+
+@torch.inference_mode()
+def measure(arguments: argparse.Namespace, dtype: torch.dtype) -> tuple[dict[str, Any], list[Row]]:
+    model = load(arguments, dtype)
+    on_gpu = arguments.device.startswith("cuda")
     about = machine(arguments, dtype) | {"transformers": transformers.__version__}
+    if on_gpu:
+        about["copy_bandwidth_tb_per_second"] = round(copy_bandwidth() / 1e12, 3)
+    runner = runner_for(model, arguments.steps)
+    ours = {step: step_seconds(runner, *step, arguments.repeats) for step in arguments.steps}
+    runner.close()
+    plain = {step: plain_ms(model, *step) if on_gpu else None for step in arguments.steps}
+    theirs = peer(arguments, dtype)
+    rows = []
+    for num, context in arguments.steps:
+        seconds = ours[num, context]
+        limit = None
+        if on_gpu:
+            bandwidth = about["copy_bandwidth_tb_per_second"] * 1e12
+            limit = 1000 * limit_seconds(model, num, context, bandwidth=bandwidth)
+        rows.append(
+            Row(
+                batch=num,
+                context=context,
+                step_ms=1000 * seconds,
+                tokens_per_second=num / seconds,
+                limit_ms=limit,
+                plain_ms=plain[num, context],
+                transformers_tokens_per_second=transformers_tokens_per_second(theirs, num, context, 16),
+            )
+        )
+    return about, rows
+
+
+def main() -> None:
+    on_gpu = torch.cuda.is_available()
+    arguments, dtype = parse(__doc__, steps="1@256,8@512,32@512,64@192,128@192,256@192" if on_gpu else "1@256,8@256")
+    about, rows = measure(arguments, dtype)
     print(about)
-    print("batch context  step ms  tokens/s  transformers tokens/s  ratio")
+    print("batch context  step ms  tokens/s  of the limit  plain torch ms  transformers tokens/s  ratio")
     for row in rows:
+        share = "-" if row.limit_ms is None else f"{row.limit_ms / row.step_ms:.0%}"
+        plain = "-" if row.plain_ms is None else f"{row.plain_ms:.3f}"
+        theirs = row.transformers_tokens_per_second
         print(
-            f"{row.batch:5} {row.context:7} {row.step_ms:8.3f} {row.tokens_per_second:9.1f} "
-            f"{row.transformers_tokens_per_second:22.1f} {row.ratio:6.2f}"
+            f"{row.batch:5} {row.context:7} {row.step_ms:8.3f} {row.tokens_per_second:9.0f} {share:>13} {plain:>15} "
+            f"{theirs:22.1f} {row.tokens_per_second / theirs:6.1f}"
         )
     if arguments.out is not None:
-        arguments.out.write_text(json.dumps(about | {"rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(about | {"rows": [asdict(row) for row in rows]}, indent=1) + "\n"
+        arguments.out.with_suffix(".json").write_text(text)
+        series = {"ours": [row.step_ms for row in rows], "limit": [row.limit_ms for row in rows]}
+        series["plain torch"] = [row.plain_ms for row in rows]
+        title = f"{about['device']} · {about['dtype']} · torch {about['torch']} · {about['date']}"
+        names = [f"{row.batch}@{row.context}" for row in rows]
+        picture = chart(title, unit="batch@context", names=names, panels=[("ms a decode step", series)])
+        arguments.out.with_suffix(".svg").write_text(picture)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,16 @@
 """What a request's fields cost a decode step: milliseconds with each beside a plain greedy step of the same run.
 
-python -m bench.fields [--model FOLDER] [--device cpu|cuda] [--dtype float32] [--batches 1,8] [--context 256] [--out F]
+python -m bench.fields [--model FOLDER] [--device cpu|cuda] [--dtype float32] [--steps 1@256,8@256] [--out FILE]
 """
 
 import json
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import numpy as np
 
-from bench.decode import machine, parse, step_seconds
-from bench.random_model import write_random_model
-from service.checkpoint.hub import read_config, read_state
+from bench.decode import load, machine, parse, runner_for, step_seconds
 from service.model.batch import Batch, Biases
-from service.model.gpt2 import GPT2
 
 Ask = Callable[[Batch], Batch]
 
@@ -23,6 +18,7 @@ Ask = Callable[[Batch], Batch]
 @dataclass(frozen=True, slots=True)
 class Row:
     batch: int
+    context: int
     field: str
     step_ms: float
     ratio: float  # to the plain step
@@ -64,26 +60,21 @@ ASKED: Mapping[str, Ask] = {
 
 
 def main() -> None:
-    arguments, dtype = parse(__doc__, batches="1,8")
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = arguments.model or write_random_model(Path(scratch))
-        config = read_config(folder)
-        model = GPT2(config, read_state(folder, config, dtype=dtype, device=arguments.device))
+    arguments, dtype = parse(__doc__, steps="1@256,8@256")
+    runner = runner_for(load(arguments, dtype), arguments.steps)
     rows = []
-    for size in map(int, arguments.batches.split(",")):
+    for size, context in arguments.steps:
         # Before and after: these machines are noisy.
-        plain = [step_seconds(model, size, arguments.context, arguments.steps)]
-        asked = {
-            name: step_seconds(model, size, arguments.context, arguments.steps, ask=ask) for name, ask in ASKED.items()
-        }
-        plain.append(step_seconds(model, size, arguments.context, arguments.steps))
+        plain = [step_seconds(runner, size, context, arguments.repeats)]
+        asked = {name: step_seconds(runner, size, context, arguments.repeats, ask=ask) for name, ask in ASKED.items()}
+        plain.append(step_seconds(runner, size, context, arguments.repeats))
         least = min(plain)
-        rows += [Row(size, "plain", 1000 * seconds, seconds / least) for seconds in plain]
-        rows += [Row(size, name, 1000 * seconds, seconds / least) for name, seconds in asked.items()]
-    about = machine(arguments, dtype) | {"context": arguments.context}
+        rows += [Row(size, context, "plain", 1000 * seconds, seconds / least) for seconds in plain]
+        rows += [Row(size, context, name, 1000 * seconds, seconds / least) for name, seconds in asked.items()]
+    about = machine(arguments, dtype)
     print(about)
     for row in rows:
-        print(f"batch {row.batch:4}  {row.field:24} {row.step_ms:8.3f} ms  {row.ratio:5.2f}")
+        print(f"{row.batch:4}@{row.context}  {row.field:24} {row.step_ms:8.3f} ms  {row.ratio:5.2f}")
     if arguments.out is not None:
         arguments.out.write_text(json.dumps(about | {"rows": [asdict(row) for row in rows]}, indent=1) + "\n")
 

@@ -26,6 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "convert": {"checkpoint", "serve", "settings", "logs"},
     "verify": {"checkpoint", "engine", "model", "serve", "settings", "logs"},
     "cli": {"serve", "generate", "convert", "verify", "settings", "version"},
+    "load": {"version"},
     "demo": set(),
 }
 # Of these packages, others may import only the files without tensors.

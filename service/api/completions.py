@@ -1,9 +1,8 @@
 """POST /v1/completions: admit a request, follow its sequences, and answer whole or as server-sent events."""
 
 import asyncio
-import json
+import secrets
 import time
-import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from itertools import chain
@@ -16,8 +15,9 @@ from starlette.responses import Response
 
 from service.api import answers, errors
 from service.api.admission import Admitted, admit
-from service.api.body import documented_body, parse_body, work_on
+from service.api.body import DirectRoute, documented_body, parse_body, work_on
 from service.api.choice import Choice, Piece
+from service.api.chunks import Chunks
 from service.api.connection import DONE, EventStream, while_connected
 from service.api.metrics import Metrics
 from service.api.schemas import CompletionRequest
@@ -27,14 +27,13 @@ from service.engine.request import Delta, Logprobs, ModelInfo
 from service.engine.request import Request as EngineRequest
 
 REQUEST_SCHEMAS = (CompletionRequest,)
-_ascii_json = json.JSONEncoder(separators=(",", ":")).encode
 _json = msgspec.json.Encoder().encode
 
 
 def completions_router(
     *, client: EngineClient, served: ServedModel, metrics: Metrics, keep_alive_seconds: float, max_choices: int
 ) -> APIRouter:
-    router = APIRouter()
+    router = APIRouter(route_class=DirectRoute)
 
     @router.post(
         "/v1/completions",
@@ -124,7 +123,7 @@ class Completion:
         self._submitted_at = self._first_token_at = 0.0
         self._started_at: dict[int, float] = {}
         self._head = {
-            "id": f"cmpl-{uuid.uuid4().hex}",
+            "id": f"cmpl-{secrets.token_hex(16)}",
             "object": "text_completion",
             "created": int(time.time()),
             "model": served.name,
@@ -152,21 +151,18 @@ class Completion:
     async def events(self) -> AsyncGenerator[bytes, None]:
         """The answer as server-sent events, from the first chunk to [DONE]. Raises as `answer` does."""
         options = self._ask.stream_options
-        head = f"data: {_ascii_json(self._head)[:-1]},"
-        tail = ',"usage":null}\n\n' if options.include_usage else "}\n\n"
+        chunks = Chunks(self._head, with_usage=options.include_usage)
+        usage_of = self._choice_usage if options.continuous_usage_stats else lambda _: None
         async with aclosing(self._pieces()) as batches:
             async for batch in batches:
-                chunks = []
-                for piece in batch:
-                    if options.continuous_usage_stats:
-                        tail = f',"usage":{_ascii_json(self._choice_usage(piece.choice))}}}\n\n'
-                    chunks.append(f'{head}"choices":[{_chunk(piece)}]{tail}')
-                yield "".join(chunks).encode()
-        if options.include_usage:
-            timings = {f"{name}_ms": milliseconds for name, milliseconds in self._timings().items()}
-            usage = self._usage() | {"timings": timings}
-            yield f'{head}"choices":[],"usage":{_ascii_json(usage)}}}\n\n'.encode()
-        yield DONE
+                events = [chunks.of(piece, usage=usage_of(piece.choice)) for piece in batch]
+                if batch[-1].finish_reason is not None and not self._count_unfinished():
+                    if options.include_usage:
+                        timings = {f"{name}_ms": milliseconds for name, milliseconds in self._timings().items()}
+                        events.append(chunks.of_usage(self._usage() | {"timings": timings}))
+                    yield "".join(events).encode() + DONE
+                else:
+                    yield "".join(events).encode()
 
     # What both follow
 
@@ -179,6 +175,8 @@ class Completion:
             self._requests,
             self._params,
             completing_ids=self._admitted.completing_ids,
+            # Whoever waits for the whole needs no piece of it, but where pieces decide where it ends.
+            patient=not self._ask.stream and self._ask.repetition_stop is None,
             deadline=deadline_of(self._arrived_at, self._ask.timeout_seconds),
             queue_deadline=deadline_of(self._arrived_at, self._ask.queue_timeout_seconds),
         )
@@ -187,12 +185,16 @@ class Completion:
         try:
             async with self._metrics.follow(stream, self._count_unfinished):
                 async for deltas in stream:
+                    if self._waiting:
+                        deltas = list(chain.from_iterable(map(self._ready, deltas)))
                     pieces = []
-                    for delta in chain.from_iterable(map(self._ready, deltas)):
-                        pieces.append(piece := self._take(delta, stream))
+                    for delta in deltas:
+                        piece = self._take(delta, stream)
+                        if piece.says_something:
+                            pieces.append(piece)
                         if piece.logprobs is not None:  # a prompt's entries take their time: let others go on
                             await asyncio.sleep(0)
-                    if pieces := [piece for piece in pieces if piece.says_something]:
+                    if pieces:
                         yield pieces
         finally:
             self._record()
@@ -211,7 +213,8 @@ class Completion:
     def _take(self, delta: Delta, stream: Stream) -> Piece:
         """Turn new tokens into text; end the sequence in the engine when its text ends before it."""
         choice = self._choices[delta.request_id, delta.choice]
-        errors.check_delta(delta)
+        if delta.finish is not None:
+            errors.check_delta(delta)
         before = choice.num_tokens
         piece = choice.take(delta, prompt_logprobs=self._scores.get(delta.request_id))
         self._observe(delta, choice, choice.num_tokens - before, stream)
@@ -311,20 +314,6 @@ class _Whole:
 
 def _encoded(wholes: Sequence[_Whole]) -> bytes:
     return b",".join([whole.encoded(index) for index, whole in enumerate(wholes)])
-
-
-def _chunk(piece: Piece) -> str:
-    """One entry of `choices`. All but ASCII is escaped: some clients break lines at U+2028 and its like."""
-    logprobs = "null" if piece.logprobs is None else _ascii_json(piece.logprobs)
-    finish_reason = "null" if piece.finish_reason is None else f'"{piece.finish_reason}"'
-    stop_reason = "null" if piece.stop_reason is None else _ascii_json(piece.stop_reason)
-    ids = "" if piece.token_ids is None else f',"token_ids":{_ascii_json(piece.token_ids)}'
-    if piece.prompt_token_ids is not None:
-        ids += f',"prompt_token_ids":{_ascii_json(piece.prompt_token_ids)}'
-    return (
-        f'{{"index":{piece.choice.index},"text":{_ascii_json(piece.text)},"logprobs":{logprobs},'
-        f'"finish_reason":{finish_reason},"stop_reason":{stop_reason}{ids}}}'
-    )
 
 
 def deadline_of(arrived_at: float, timeout_seconds: float | None) -> float | None:

@@ -12,6 +12,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from service.api.errors import to_api_error
+from service.api.protocol import Write, write_of
 
 _Result = TypeVar("_Result")
 _KEEP_ALIVE = b": keep-alive\n\n"
@@ -23,28 +24,34 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, _Result]) 
 
     Raises ClientDisconnect, and whatever `work` raises. Starlette does this only for its own streams.
     """
+    # A task of its own: each time it wakes up, all coroutines that await one another in it are gone through, and below
+    # the route there are fifteen of other people's.
+    task = asyncio.ensure_future(work)
+    left = False
 
-    async def until_disconnect() -> None:
+    async def cancel_on_disconnect() -> None:
+        nonlocal left
         while (await receive())["type"] != "http.disconnect":
             pass
+        left = True
+        task.cancel()
 
-    tasks = task, _ = (asyncio.ensure_future(work), asyncio.ensure_future(until_disconnect()))
+    watcher = asyncio.ensure_future(cancel_on_disconnect())
     try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientDisconnect
-        return task.result()
+        return await task
+    except asyncio.CancelledError:
+        if left and task.cancelled():
+            raise ClientDisconnect from None
+        raise
     finally:
-        for each in tasks:
-            each.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        watcher.cancel()
 
 
 class EventStream(Response):
     """Server-sent events. The status line waits for the first event, or for the first keep-alive comment.
 
     An exception before the status line is raised, so that it becomes an HTTP error; one after it becomes an error
-    event and the end of the stream.
+    event and the end of the stream. `events` ends with DONE, which goes out in one piece with the end of the answer.
     """
 
     media_type = "text/event-stream"
@@ -57,42 +64,54 @@ class EventStream(Response):
         self._keep_alive_seconds = keep_alive_seconds
         self._last_write = time.monotonic()
         self._started = False
-        self._writing = asyncio.Lock()
+        self._sending = asyncio.Lock()
+        self._timer: asyncio.TimerHandle | None = None
+        self._comment: asyncio.Task[None] | None = None  # the last one, kept while it is on its way
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await while_connected(receive, self._run(send))
+            await while_connected(receive, self._run(send, write_of(scope)))
         except ClientDisconnect:
             if not self._started:
                 raise
 
-    async def _run(self, send: Send) -> None:
-        async with aclosing(self._events) as events:
-            keep_alive = asyncio.ensure_future(self._keep_alive(send))
-            try:
+    async def _run(self, send: Send, write: Write) -> None:
+        self._keep_alive(send)
+        last = b""
+        try:
+            async with aclosing(self._events) as events:
                 async for event in events:
-                    await self._write(send, event)
-            except Exception as error:
-                answer = to_api_error(error)
-                if not self._started:
-                    raise answer from error
-                await self._write(send, b"data: %b\n\n" % json.dumps(answer.body).encode() + DONE)
-            finally:
-                keep_alive.cancel()
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+                    if event.endswith(DONE):
+                        last = event
+                    elif self._started and not self._sending.locked() and write(event):
+                        self._last_write = time.monotonic()
+                    else:
+                        await self._send(send, event)
+        except Exception as error:
+            answer = to_api_error(error)
+            if not self._started:
+                raise answer from error
+            last = b"data: %b\n\n" % json.dumps(answer.body).encode() + DONE
+        finally:
+            if self._timer is not None:
+                self._timer.cancel()
+            if self._comment is not None:
+                self._comment.cancel()
+        await self._send(send, last, more_body=False)
 
-    async def _keep_alive(self, send: Send) -> None:
-        while True:
-            silent_seconds = time.monotonic() - self._last_write
-            if silent_seconds >= self._keep_alive_seconds:
-                await self._write(send, _KEEP_ALIVE)
-            else:
-                await asyncio.sleep(self._keep_alive_seconds - silent_seconds)
+    def _keep_alive(self, send: Send) -> None:
+        """Send a comment if there was silence for so long, and look again when there may be."""
+        left_seconds = self._last_write + self._keep_alive_seconds - time.monotonic()
+        if left_seconds <= 0:
+            if not self._sending.locked():  # else the reader is behind, and nothing goes out
+                self._comment = asyncio.ensure_future(self._send(send, _KEEP_ALIVE))
+            left_seconds = self._keep_alive_seconds
+        self._timer = asyncio.get_running_loop().call_later(left_seconds, self._keep_alive, send)
 
-    async def _write(self, send: Send, event: bytes) -> None:
-        async with self._writing:
+    async def _send(self, send: Send, event: bytes, *, more_body: bool = True) -> None:
+        async with self._sending:
             if not self._started:
                 self._started = True
                 await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            await send({"type": "http.response.body", "body": event, "more_body": True})
+            await send({"type": "http.response.body", "body": event, "more_body": more_body})
             self._last_write = time.monotonic()

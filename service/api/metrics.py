@@ -5,10 +5,11 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from service.api.series import Count, Distribution
 from service.engine.client import EngineClient, Stream
 from service.engine.request import EngineStats
 
@@ -52,10 +53,10 @@ class Metrics:
         self.registry = CollectorRegistry()
         self.registry.register(_ClientCollector(client, version))
         self.finished = self._counter("requests_finished", "Choices that ended, by reason.", "finish_reason")
-        self.aborted = self._counter("requests_aborted", "Requests whose client left before the end.")
-        self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of accepted requests.")
-        self.generated_tokens = self._counter("generated_tokens", "Generated tokens that belong to an answer.")
-        self.dropped_tokens = self._counter("dropped_tokens", "Tokens computed past a stop and never sent.")
+        self.aborted = self._count("requests_aborted", "Requests whose client left before the end.")
+        self.prompt_tokens = self._count("prompt_tokens", "Prompt tokens of accepted requests.")
+        self.generated_tokens = self._count("generated_tokens", "Generated tokens that belong to an answer.")
+        self.dropped_tokens = self._count("dropped_tokens", "Tokens computed past a stop and never sent.")
         self.first_token = self._histogram("time_to_first_token_seconds", "From submission to a choice's first token.")
         self.between_tokens = self._histogram(
             "time_between_tokens_seconds", "Between a choice's deliveries, divided by the tokens delivered."
@@ -63,10 +64,10 @@ class Metrics:
         self.end_to_end = self._histogram("request_seconds", "From submission to the end of a finished request.")
         self.queue = self._histogram("queue_seconds", "From submission until the engine starts on a prompt.")
         self._responses = self._counter("http_responses", "HTTP answers.", "method", "route", "status")
-        self._steps = self._counter("steps", "Steps of the engine.")
-        self._preemptions = self._counter("preemptions", "Sequences that gave up their blocks and began again.")
-        self._prefix_queries = self._counter("prefix_cache_queries", "Prompt tokens looked up in shared blocks.")
-        self._prefix_hits = self._counter("prefix_cache_hits", "Prompt tokens found in shared blocks.")
+        self._steps = self._count("steps", "Steps of the engine.")
+        self._preemptions = self._count("preemptions", "Sequences that gave up their blocks and began again.")
+        self._prefix_queries = self._count("prefix_cache_queries", "Prompt tokens looked up in shared blocks.")
+        self._prefix_hits = self._count("prefix_cache_hits", "Prompt tokens found in shared blocks.")
         self._step_seconds = self._histogram("step_seconds", "Time of a step.", buckets=_STEP_SECONDS)
         self._batch_size = self._histogram("batch_size", "Sequences in a step.", buckets=_SEQUENCES)
         for reason in ("stop", "length", "abort", "error"):
@@ -96,7 +97,8 @@ class Metrics:
     def take_tokens(self, num_tokens: int, *, num_dropped: int, stream: Stream, delivered_at: float) -> float:
         """Count a delivery of one choice; `delivered_at` is that of the one before, or 0. Returns it for the next."""
         self.generated_tokens.inc(num_tokens)
-        self.dropped_tokens.inc(num_dropped)
+        if num_dropped:
+            self.dropped_tokens.inc(num_dropped)
         if not num_tokens:
             return delivered_at
         now = time.monotonic()
@@ -127,11 +129,14 @@ class Metrics:
         """The text exposition format."""
         return generate_latest(self.registry)
 
+    def _count(self, name: str, help: str) -> Count:
+        return Count(f"{_PREFIX}_{name}", help, self.registry)
+
     def _counter(self, name: str, help: str, *labels: str) -> Counter:
         return Counter(f"{_PREFIX}_{name}", help, labels, registry=self.registry)
 
-    def _histogram(self, name: str, help: str, *, buckets: tuple[float, ...] = _SECONDS) -> Histogram:
-        return Histogram(f"{_PREFIX}_{name}", help, registry=self.registry, buckets=buckets)
+    def _histogram(self, name: str, help: str, *, buckets: tuple[float, ...] = _SECONDS) -> Distribution:
+        return Distribution(f"{_PREFIX}_{name}", help, self.registry, bounds=buckets)
 
 
 class _ClientCollector(Collector):

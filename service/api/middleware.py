@@ -56,17 +56,18 @@ class RequestMiddleware:
         finally:
             route = getattr(scope.get("route"), "path", "other")
             self._metrics.http_response(method=scope["method"], route=route, status=status)
-            figures = {
-                "request_id": request_id.decode(),
-                "method": scope["method"],
-                "route": route,
-                "status": status,
-                "milliseconds": round(1000 * (time.monotonic() - started_at), 1),
-                **summary,
-            }
             level = logging.DEBUG if route in _QUIET_ROUTES else logging.INFO
-            line = " ".join(f"{name}={value!r}" for name, value in figures.items())
-            log.log(level, "request %s", line, extra={"figures": figures})
+            if log.isEnabledFor(level):
+                figures = {
+                    "request_id": request_id.decode(),
+                    "method": scope["method"],
+                    "route": route,
+                    "status": status,
+                    "milliseconds": round(1000 * (time.monotonic() - started_at), 1),
+                    **summary,
+                }
+                line = " ".join(f"{name}={value!r}" for name, value in figures.items())
+                log.log(level, "request %s", line, extra={"figures": figures})
 
     def _bounded(self, receive: Receive, content_length: bytes | None) -> Receive:
         """`receive` that raises ApiError (413) at the first byte too many, or at once where the length is declared."""

@@ -5,6 +5,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 from service.api.errors import ApiError, check_ids, invalid
@@ -77,9 +78,7 @@ class ServedModel:
 
     def fingerprint(self, model: ModelInfo) -> str:
         """Equal where the version, the model (a hub snapshot's folder is its commit), dtype and device are."""
-        device = model.device.split(":")[0]
-        about = f"{self._version} {Path(model.folder).name} {model.dtype} {device}"
-        return f"fp_{hashlib.sha256(about.encode()).hexdigest()[:12]}"
+        return _fingerprint(self._version, model.folder, model.dtype, model.device)
 
     def prompt_ids(
         self,
@@ -120,3 +119,9 @@ class ServedModel:
                     f"{max_bytes} bytes; a text of {len(text)} characters cannot fit",
                     code="context_length_exceeded",
                 )
+
+
+@lru_cache(maxsize=8)
+def _fingerprint(version: str, folder: str, dtype: str, device: str) -> str:
+    about = f"{version} {Path(folder).name} {dtype} {device.split(':')[0]}"
+    return f"fp_{hashlib.sha256(about.encode()).hexdigest()[:12]}"

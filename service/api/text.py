@@ -198,6 +198,7 @@ class TextStream:
         self._state = 0  # of the stop strings
         self._min_tokens = min_tokens  # a stop string completed by an earlier token does not count
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._within = False  # whether the decoder has the beginning of a character
         self._held = ""
         self.num_tokens = 0  # pushed, up to and including the one that completed a stop string
         self.stop: str | None = None
@@ -207,11 +208,12 @@ class TextStream:
         assert self.stop is None
         if not self._stops.first_characters:
             self.num_tokens += len(token_ids)
-            return self._decoder.decode(b"".join([self._token_bytes[token_id] for token_id in token_ids]))
+            table = self._token_bytes
+            return self._decode(b"".join([table[token_id] for token_id in token_ids]))
         pieces = []
         for token_id in token_ids:
             self.num_tokens += 1
-            pieces.append(self._search(self._decoder.decode(self._token_bytes[token_id])))
+            pieces.append(self._search(self._decode(self._token_bytes[token_id])))
             if self.stop is not None:
                 break
         return "".join(pieces)
@@ -230,6 +232,17 @@ class TextStream:
         rest = self._search(self._decoder.decode(b"", final=True))
         held, self._held = self._held, ""
         return rest + held
+
+    def _decode(self, data: bytes) -> str:
+        """The text that is certain. Whole characters, as nearly always, need no incremental decoder."""
+        if not self._within:
+            try:
+                return data.decode()
+            except UnicodeDecodeError:
+                pass
+        text = self._decoder.decode(data)
+        self._within = bool(self._decoder.getstate()[0])
+        return text
 
     def _search(self, text: str) -> str:
         """Walk the stop strings over `text`; return what of the held and the new text can be in none."""

@@ -141,16 +141,17 @@ class EngineClient:
         params: SamplingParams,
         *,
         completing_ids: bytes = b"",
+        patient: bool = False,
         deadline: float | None = None,
         queue_deadline: float | None = None,
     ) -> Stream:
         """Hand `requests` to the engine as one group, drawn by `params`. Raises EngineUnavailable.
 
-        `completing_ids` is Submit's. Deadlines are in monotonic seconds: all must have finished by the one, and have
-        started by the other.
+        `completing_ids` and `patient` are Submit's. Deadlines are in monotonic seconds: all must have finished by the
+        one, and have started by the other.
         """
         self.check_ready()
-        submit = Submit(tuple(requests), params, completing_ids)
+        submit = Submit(tuple(requests), params, completing_ids, patient)
         stream = Stream(self, submit, deadline=deadline, queue_deadline=queue_deadline)
         self._hand_over(stream, submit)
         return stream

@@ -34,9 +34,9 @@ log = logging.getLogger(__name__)
 
 EXIT_UNUSABLE = 3  # the model, the device or a setting cannot be used: another try would not mend it
 _STATS_SECONDS = 0.25  # while work is open, the API hears from the engine at least this often, or once a step
-_PUBLISH_SECONDS_A_STREAM = 40e-6  # an event costs the API less, so publishing leaves it some of its time
+_PUBLISH_SECONDS_A_STREAM = 60e-6  # an event costs the API about half as much, on a slow host
 _PUBLISH_AT_ONCE = 4  # streams, up to which every token goes out as it comes
-_MAX_PUBLISH_SECONDS = 0.01
+_MAX_PUBLISH_SECONDS = 0.016
 
 
 def start_child(*, level: str, json_lines: bool) -> None:
@@ -135,9 +135,9 @@ class Loop:
 
     def _take(self, message: object) -> None:
         match message:
-            case Submit(requests, params, completing_ids):
+            case Submit(requests, params, completing_ids, patient):
                 for request in requests:
-                    self._scheduler.add(request, params, completing_ids=completing_ids)
+                    self._scheduler.add(request, params, completing_ids=completing_ids, patient=patient)
                 if params.grammar is not None:
                     self._compiler.submit(tuple(request.id for request in requests), params.grammar)
             case Abort(request_id, choice):

@@ -136,6 +136,7 @@ class Submit(msgspec.Struct, frozen=True, array_like=True, tag="submit"):
     requests: tuple[Request, ...]
     params: SamplingParams
     completing_ids: bytes = b""  # bit i % 8 of byte i // 8: token i can complete a stop string; empty: none can
+    patient: bool = False  # of its tokens, the first, urgent ones and the end are told at once, the others with these
 
 
 class Abort(msgspec.Struct, frozen=True, array_like=True, tag="abort"):

@@ -62,6 +62,7 @@ class Rows:
         self.num_in_flight: Int32 = np.zeros(num_rows, np.int32)  # sampled on the device, not seen by the host
         self.num_scheduled: Int32 = np.zeros(num_rows, np.int32)  # keys and values computed, or being computed
         self.num_told: Int32 = np.zeros(num_rows, np.int32)  # tokens of the prompt, and of Deltas
+        self._patient: npt.NDArray[np.bool_] = np.zeros(num_rows, np.bool_)
         self.capacities: Int32 = np.zeros(num_rows, np.int32)  # tokens that the blocks have room for
         self._limits: Int32 = np.zeros(num_rows, np.int32)
         self._stop_ids: npt.NDArray[np.uint32] = np.zeros(num_rows, np.uint32)  # tokens from these ids on get a look
@@ -86,6 +87,7 @@ class Rows:
         self.tokens[row, :num_known] = tokens
         self.num_known[row] = self.num_told[row] = num_known
         self.num_scheduled[row] = self.capacities[row] = num_computed
+        self._patient[row] = sequence.patient
         self._limits[row] = sequence.limit
         self._stop_ids[row] = sequence.group.stop_id
         self.watch(sequence, each=num_known == sequence.num_prompt or sequence.group.watched)
@@ -155,8 +157,8 @@ class Rows:
         return indices
 
     def untold(self) -> list[tuple[Sequence, tuple[int, ...]]]:
-        """Sequences with tokens that no Delta has told, and these; they count as told from now on."""
-        rows = (self.num_known > self.num_told).nonzero()[0]
+        """Sequences that are not patient, with the tokens that no Delta has told; these count as told from now on."""
+        rows = ((self.num_known > self.num_told) & ~self._patient).nonzero()[0]
         starts, ends = self.num_told[rows].tolist(), self.num_known[rows].tolist()
         self.num_told[rows] = ends
         return [

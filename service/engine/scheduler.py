@@ -105,7 +105,9 @@ class Scheduler:
             batch_sizes=batch_sizes,
         )
 
-    def add(self, request: Request, params: SamplingParams, *, completing_ids: bytes = b"") -> None:
+    def add(
+        self, request: Request, params: SamplingParams, *, completing_ids: bytes = b"", patient: bool = False
+    ) -> None:
         """Queue the request's sequences; with a grammar, they wait for `supply` first.
 
         The requests of a group come one after the other, with one and the same `params`.
@@ -118,7 +120,10 @@ class Scheduler:
         if group is None or group.params is not params or group.completing_ids != completing_ids:
             group = Group(params, completing_ids, vocab_size=self._vocab_size, end_of_text_id=self._end_of_text_id)
             self._group = group
-        sequences = [Sequence(request, choice, group, arrival=next(self._arrivals)) for choice in range(request.n)]
+        sequences = [
+            Sequence(request, choice, group, arrival=next(self._arrivals), patient=patient)
+            for choice in range(request.n)
+        ]
         self._by_request[request.id] = sequences
         if params.grammar is not None:
             self._num_pending += request.n
@@ -157,7 +162,7 @@ class Scheduler:
         return started
 
     def take_held(self) -> list[Delta]:
-        """The tokens, of all sequences, that nothing has told yet."""
+        """The tokens, of all sequences that are not patient, that nothing has told yet."""
         for sequence, tokens in self._rows.untold():
             logprobs, sequence.logprobs = sequence.logprobs, None
             self._deltas.append(Delta(*sequence.key, tokens, logprobs=logprobs))

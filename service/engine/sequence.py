@@ -93,6 +93,7 @@ class Sequence:
         "num_prompt",
         "num_registered",
         "order",
+        "patient",
         "pending",
         "plain",
         "request",
@@ -105,7 +106,7 @@ class Sequence:
         "tokens",
     )
 
-    def __init__(self, request: Request, choice: int, group: Group, *, arrival: int) -> None:
+    def __init__(self, request: Request, choice: int, group: Group, *, arrival: int, patient: bool = False) -> None:
         self.request = request
         self.choice = choice
         self.key = (request.id, choice)
@@ -113,6 +114,7 @@ class Sequence:
         self.order = (request.priority, arrival)  # in which sequences leave the queue; no two have the same
         self.tokens = array("i", request.prompt).tobytes()
         self.num_prompt = len(request.prompt)
+        self.patient = patient  # its tokens wait for its end, or an urgent one
         self.limit = self.num_prompt + max(1, group.params.max_tokens)  # a token is sampled also where none is wanted
         self.stop_ids = group.stop_ids
         self.pending = group.params.grammar is not None  # until its constraint is there

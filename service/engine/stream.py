@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import AsyncIterator, Collection, Sequence
 from types import TracebackType
@@ -43,7 +42,7 @@ class Stream:
         self._queue_deadline = queue_deadline
         self._open = {(request.id, choice) for request in requests for choice in range(request.n)}
         self._mailbox: dict[tuple[int, int], Delta] = {}
-        self._arrived = asyncio.Event()
+        self._arrival: asyncio.Future[None] | None = None  # what the reader waits for
         self._unstarted = {request.id: request for request in requests}
         self._resubmitted = False
         self._ended: tuple[Finish, str] | None = None  # how the client ended it for good
@@ -70,14 +69,27 @@ class Stream:
         while self._open or self._mailbox:
             seconds_left = self._check_deadlines()
             if not self._mailbox:
-                self._arrived.clear()
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(seconds_left):
-                        await self._arrived.wait()
+                await self._wait(seconds_left)
                 continue
             deltas = list(self._mailbox.values())
             self._mailbox.clear()
             yield deltas
+
+    async def _wait(self, seconds: float | None) -> None:
+        """Until something has arrived, or the seconds are over. asyncio's Event and timeout take four times as long."""
+        loop = asyncio.get_running_loop()
+        self._arrival = loop.create_future()
+        timer = None if seconds is None else loop.call_later(seconds, self._arrived)
+        try:
+            await self._arrival
+        finally:
+            self._arrival = None
+            if timer is not None:
+                timer.cancel()
+
+    def _arrived(self) -> None:
+        if self._arrival is not None and not self._arrival.done():
+            self._arrival.set_result(None)
 
     def go_on(self, requests: Sequence[Request]) -> None:
         """Hand over more requests of the same group in place of its present ones, which must have finished.
@@ -103,7 +115,7 @@ class Stream:
             if request_id in self._unstarted and not any(open_id == request_id for open_id, _ in self._open):
                 del self._unstarted[request_id]  # nobody waits for its start
         self._mailbox.pop((request_id, choice), None)
-        self._arrived.set()
+        self._arrived()
 
     def _deliver(self, delta: Delta) -> None:
         key = (delta.request_id, delta.choice)
@@ -116,7 +128,7 @@ class Stream:
         if earlier is not None:
             delta = earlier.then(delta)
         self._mailbox[key] = delta
-        self._arrived.set()
+        self._arrived()
 
     def _close(self, key: tuple[int, int]) -> None:
         self._open.discard(key)
@@ -150,7 +162,7 @@ class Stream:
 
     def _check_deadlines(self) -> float | None:
         """Seconds until the next deadline, if there is one. Raises QueueTimeout, DeadlineExceeded."""
-        if not self._open:
+        if not self._open or (self._deadline is None and self._queue_deadline is None):
             return None
         now = time.monotonic()
         if self._deadline is not None and now >= self._deadline:

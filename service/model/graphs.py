@@ -47,6 +47,9 @@ class _TailKind:
     logprobs: bool
 
 
+_PLAIN = _TailKind(adjusted=False, logprobs=False)
+
+
 @dataclass(frozen=True, slots=True)
 class _Launched:
     tokens: np.ndarray  # all are filled once `wait` has returned
@@ -116,6 +119,7 @@ class GraphRunner:
         }
         self._bodies: dict[Shape, Replay] = {}
         self._tails: dict[tuple[_TailKind, int], Replay] = {}
+        self._steps: dict[Shape, Replay] = {}  # body and plain tail in one: what nearly every step is
 
     @torch.inference_mode()
     def launch(self, batch: Batch) -> None:
@@ -143,6 +147,7 @@ class GraphRunner:
         self._launched.clear()
         self._bodies.clear()
         self._tails.clear()
+        self._steps.clear()
         del self._fused, self._tail, self.model
 
     # A step
@@ -160,8 +165,11 @@ class GraphRunner:
         if num_rows:
             sizes = self._rows[kind]
             rows = sizes[bisect.bisect_left(sizes, num_rows)]
+        whole = early and kind == _PLAIN and num_rows == num_tokens and batch.scored is None
+        rows = shape.num_tokens if whole else rows
         self._inputs.upload(batch, shape, num_rows=rows)
-        self._bodies[shape]()
+        if not whole:
+            self._bodies[shape]()
         scores = None
         if batch.scored is not None:
             scores = self._score(batch.scored.indices, batch.scored.targets)
@@ -171,7 +179,10 @@ class GraphRunner:
         tokens = self._results[self._turn][:num_rows]
         words = None
         if num_rows:
-            self._tails[kind, rows]()
+            if whole:
+                self._steps[shape]()
+            else:
+                self._tails[kind, rows]()
             tokens.copy_(self._tail.sampled[:num_rows], non_blocking=True)
             if batch.logprobs:
                 words = _to_host(self._words[:num_rows])
@@ -220,6 +231,10 @@ class GraphRunner:
         if kind.logprobs:
             self._words[:num_rows] = logprob_words(logits, self._tail.sampled[:num_rows].long())
 
+    def _step(self, shape: Shape) -> None:
+        self._body(shape)
+        self._sample(_PLAIN, shape.num_tokens)
+
     def _score_slice(self) -> None:
         head = head_for(_MOST_SCORED, dtype=self.model.dtype)
         logits = self._tail.logits(self._fused.x, self._slice[0].int(), head)
@@ -242,7 +257,7 @@ class GraphRunner:
         """
         tails = [(kind, size) for kind, sizes in self._rows.items() for size in reversed(sizes)]
         shapes = [*reversed(self._mixed), *reversed(self._decodes)]
-        total, done = len(shapes) + len(tails) + 1, 0
+        total, done = len(shapes) + len(tails) + len(self._decodes) + 1, 0
         pool = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
 
         def captured(work: Replay) -> Replay:
@@ -255,8 +270,10 @@ class GraphRunner:
             self._bodies[shape] = captured(partial(self._body, shape))
         for kind, size in tails:
             self._tails[kind, size] = captured(partial(self._sample, kind, size))
+        for shape in reversed(self._decodes):
+            self._steps[shape] = captured(partial(self._step, shape))
         self._scorer = captured(self._score_slice)
-        log.info("captured %d bodies and %d tails", len(self._bodies), len(self._tails))
+        log.info("captured %d graphs", total)
 
 
 def _captured(work: Replay, pool: Any) -> Replay:

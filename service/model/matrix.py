@@ -42,8 +42,12 @@ class Matrix:
         stats: Tensor | None = None,
         cache: LayerCache | None = None,
         slots: Tensor | None = None,
+        index: Tensor | None = None,
     ) -> None:
-        """y from x as products.py says of `read` and `put`; `splits` and `stats` belong to MERGE."""
+        """y from x as products.py says of `read` and `put`; `splits` and `stats` belong to MERGE.
+
+        `index` [1] says which row of x a Vector reads, where that is not the first.
+        """
         if isinstance(settings, Library):
             self._by_library(x[:num_tokens], y, put=put)
             return
@@ -83,8 +87,10 @@ class Matrix:
             scaled,
             gain,
             *places,
+            nothing if index is None else index,
             epsilon,
             **shape,
+            GATHER=index is not None,
             SPLITS=splits,
             IN=read,
         )

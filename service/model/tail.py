@@ -8,7 +8,8 @@ from torch import Tensor
 from service.model.batch import SAMPLING
 from service.model.gpt2 import GPT2
 from service.model.kernels import adjusting, norms, sampling
-from service.model.kernels.plan import Product
+from service.model.kernels.plan import Product, Vector
+from service.model.kernels.products import NORM
 from service.model.matrix import Matrix, power_of_two
 
 _WORDS = SAMPLING.itemsize // 4
@@ -47,7 +48,9 @@ class Tail:
         self._chain = {"PDL": pdl, "launch_pdl": pdl}
         config, device = model.config, model.device
         head = model.padded_head  # [V', H], a multiple of 64 rows: the products' tiles are whole
-        self._head = Matrix(head, torch.zeros(len(head), dtype=model.dtype, device=device), activation="relu")
+        self._head = Matrix(
+            head, torch.zeros(len(head), dtype=model.dtype, device=device), activation="relu", norm=model.final_norm
+        )
         self._num_chunks = -(-config.vocab_size // _CHUNK)
         self._normed = torch.zeros(max_rows, config.hidden_size, dtype=model.dtype, device=device)
         self._logits = torch.zeros(max_rows, len(head), dtype=torch.float32, device=device)
@@ -61,7 +64,10 @@ class Tail:
     def logits(self, x: Tensor, indices: Tensor, head: Product) -> Tensor:
         """fp32 [R, V] of the rows `indices` [R] of the residual stream."""
         config, num_rows = self._model.config, len(indices)
-        norm = self._model.final_norm
+        norm, pdl = self._model.final_norm, self._chain["PDL"]
+        if isinstance(head, Vector):
+            self._head.product(head, x, self._logits, num_tokens=1, pdl=pdl, read=NORM.value, index=indices)
+            return self._logits[:1, : config.vocab_size]
         norms.gather_and_norm[(num_rows,)](
             x,
             indices,
@@ -73,7 +79,7 @@ class Tail:
             WIDTH=power_of_two(config.hidden_size),
             **self._chain,
         )
-        self._head.product(head, self._normed, self._logits, num_tokens=num_rows, pdl=self._chain["PDL"])
+        self._head.product(head, self._normed, self._logits, num_tokens=num_rows, pdl=pdl)
         return self._logits[:num_rows, : config.vocab_size]
 
     def sample(self, logits: Tensor, rows: RowTensors, *, adjusted: bool = False) -> None:

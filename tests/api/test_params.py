@@ -115,3 +115,22 @@ async def test_the_engine_is_told_which_tokens_can_complete_a_stop(api: Service)
     (the,), (e,), (other,) = api.tokenizer.encode([" the", "e", "q"])
     assert [1, 1, 0] == [told[token_id // 8] >> token_id % 8 & 1 for token_id in (the, e, other)]
     assert b"" == none
+
+
+@pytest.mark.parametrize(
+    ("body", "patient"),
+    [
+        ({}, True),
+        ({"stop": "x"}, True),
+        ({"stream": True}, False),
+        ({"repetition_stop": {}}, False),
+    ],
+)
+async def test_whoever_wants_the_whole_answer_is_patient(api: Service, body: dict[str, Any], patient: bool) -> None:
+    """The engine then tells its tokens at the end; not where pieces are streamed, or decide where it ends."""
+    if body.get("stream"):
+        async with api.http.stream("POST", "/v1/completions", json={"prompt": "x"} | body) as answer:
+            await answer.aread()
+    else:
+        await api.complete(**body)
+    assert patient == api.engine.submits[-1].patient

@@ -46,7 +46,7 @@ class Engine:
 
     def add(self, ask: Ask) -> None:
         """With a grammar, `supply` must follow."""
-        self.scheduler.add(ask.request, ask.params, completing_ids=ask.completing_ids)
+        self.scheduler.add(ask.request, ask.params, completing_ids=ask.completing_ids, patient=ask.patient)
 
     def supply(self, ask: Ask) -> None:
         if ask.params.grammar is not None:
@@ -186,7 +186,7 @@ def asks_strategy(draw: st.DrawFn, *, most_requests: int = 12) -> list[Ask]:
                 priority=draw(st.sampled_from([0, 0, 0, -1, 5])),
                 cache_salt=draw(st.sampled_from(["", "", "a"])),
             )
-            asks.append(Ask(request, params, completing_ids))
+            asks.append(Ask(request, params, completing_ids, patient=draw(st.booleans())))
     return asks
 
 

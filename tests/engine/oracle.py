@@ -11,11 +11,12 @@ from tests.engine.fake_model import END_OF_TEXT, VOCAB_SIZE, draw, logits, penal
 
 @dataclass(frozen=True)
 class Ask:
-    """A request, how its tokens are drawn, and which can complete a stop string."""
+    """A request, how its tokens are drawn, which can complete a stop string, and whether the others can wait."""
 
     request: Request
     params: SamplingParams
     completing_ids: bytes = b""
+    patient: bool = False
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ import socket
 import threading
 import time
 from collections import defaultdict
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -344,7 +345,7 @@ def test_with_many_streams_tokens_are_held_and_sent_together() -> None:
         assert [[Delta(number, 0, (expected[number][0],)) for number in range(8)]] == published.step()
         assert [] == published.step() + published.step()
         assert [[Delta(7, 0, tuple(expected[7][1:3]), Finish.ABORT)]] == published.abort(7)
-        published.now += 7 * 40e-6 + 1e-6
+        published.now += 7 * 60e-6 + 1e-6
         assert [[Delta(number, 0, tuple(expected[number][1:3])) for number in range(7)]] == published.due()
         assert [] == published.step()
         assert [[Delta(number, 0, (expected[number][3],)) for number in range(7)]] == published.due(idle=True)
@@ -358,6 +359,27 @@ def test_a_few_streams_get_every_token_at_once() -> None:
         for step in range(20):
             finish = Finish.LENGTH if step == 19 else None
             assert [[Delta(number, 0, (expected[number][step],), finish) for number in range(4)]] == published.step()
+
+
+def test_a_patient_request_hears_of_its_first_token_and_its_end() -> None:
+    """And of an urgent token, with those before it; of nothing else, however long it takes."""
+    asks, expected = streams(2)
+    bits = bytes(1 << expected[1][7] % 8 if index == expected[1][7] // 8 else 0 for index in range(13))
+    first = expected[1].index(expected[1][7])
+    assert 1 <= first
+    patient = [replace(asks[0], patient=True), replace(asks[1], patient=True, completing_ids=bits)]
+    heard: list[list[Delta]] = []
+    with Published(patient) as published:
+        published.due()
+        for _ in range(20):
+            heard += published.step()
+            published.now += 1
+            heard += published.due()
+    of_0 = [delta for deltas in heard for delta in deltas if delta.request_id == 0]
+    assert [Delta(0, 0, (expected[0][0],)), Delta(0, 0, tuple(expected[0][1:]), Finish.LENGTH)] == of_0
+    of_1 = [delta for deltas in heard for delta in deltas if delta.request_id == 1]
+    assert expected[1] == [token for delta in of_1 for token in delta.token_ids]
+    assert [False, *[True] * expected[1][1:-1].count(expected[1][7])] == [delta.urgent for delta in of_1[:-1]]
 
 
 def test_an_urgent_token_goes_out_at_once_with_those_held_before_it() -> None:

@@ -88,9 +88,11 @@ def vector_product(
     keys,
     values,
     slots,
+    index,  # [1] with GATHER: which row of x is read
     epsilon,
     K: tl.constexpr,
     N: tl.constexpr,
+    GATHER: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -111,6 +113,8 @@ def vector_product(
     tile = tl.load(at, mask=rows[:, None] & (k < K)[None, :], other=0.0)
     offset = tl.load(bias + n, mask=rows, other=0.0).to(tl.float32)
     slot = tl.load(slots) if OUT == SCATTER else 0
+    if GATHER:
+        x += tl.load(index).to(tl.int64) * K
     if IN == NORM:
         slope = tl.load(scaled + n, mask=rows, other=0.0)
         factor = tl.load(gain + k, mask=k < K, other=0.0)

@@ -1,0 +1,146 @@
+"""One step of the model captured in a graph: by our kernels, as a plan shapes them, and by plain operators.
+
+Called by bench/tune.py and bench/decode.py.
+"""
+
+import dataclasses
+import statistics
+import time
+from typing import Any
+
+import torch
+
+from service.model.attention import Decodes, PagedAttention
+from service.model.attention import Prefill as PlainPrefill
+from service.model.batch import SAMPLING
+from service.model.fused import FusedGPT2, StepTensors
+from service.model.gpt2 import GPT2
+from service.model.kernels.plan import Plan, Product
+from service.model.tail import RowTensors, Tail
+
+BLOCK_SIZE, TABLE = 16, 64
+
+
+class Step:
+    """One step's graph by plan: `num` single tokens of `context`, or with `prompt` one prompt a sequence."""
+
+    def __init__(self, model: GPT2, *, num: int, context: int, prompt: bool, pdl: bool = True) -> None:
+        self.model = model
+        counts = [context if prompt else 1] * num
+        tokens = sum(counts)
+        device = model.device
+        generator = torch.Generator(device).manual_seed(1)
+        num_blocks = num * -(-context // BLOCK_SIZE)
+        self.cache = model.new_cache(num_blocks=num_blocks + 1, block_size=BLOCK_SIZE)
+        self.cache._cache.normal_(0, 0.5, generator=generator)
+
+        def ints(values: Any) -> torch.Tensor:
+            return torch.as_tensor(values, dtype=torch.int32, device=device)
+
+        tables = torch.zeros(num, TABLE, dtype=torch.int32, device=device)
+        order = torch.randperm(num_blocks, generator=generator, device=device)
+        tables[:, : num_blocks // num] = order.view(num, -1)
+        positions = (
+            torch.arange(context, device=device).repeat(num)
+            if prompt
+            else torch.full((num,), context - 1, device=device)
+        )
+        sequences = torch.repeat_interleave(torch.arange(num, device=device), torch.tensor(counts, device=device))
+        slots = tables[sequences, positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
+        starts = torch.arange(num + 1, device=device) * counts[0]
+        self.step = StepTensors(
+            token_ids=torch.randint(0, 50000, (tokens,), dtype=torch.int32, device=device, generator=generator),
+            sources=ints([-1] * tokens),
+            positions=ints(positions),
+            slots=ints(slots),
+            tables=tables,
+            lengths=ints([context] * num),
+            num_decodes=ints([0 if prompt else num]),
+        )
+        if prompt:
+            tiles = [(number, start) for number in range(num) for start in range(0, context, 64)]
+            self.step = dataclasses.replace(
+                self.step,
+                query_starts=ints(starts),
+                tile_sequences=ints([tile[0] for tile in tiles]),
+                tile_starts=ints([tile[1] for tile in tiles]),
+                num_tiles=ints([len(tiles)]),
+            )
+        records = torch.zeros(num, SAMPLING.itemsize // 4, dtype=torch.int32, device=device)
+        records[:, 2] = torch.tensor(1.0).view(torch.int32)
+        self.rows = RowTensors(ints(starts[1:] - 1), ints([context] * num), records)
+        self.fused = FusedGPT2(model, self.cache, max_tokens=max(tokens, 16), block_size=BLOCK_SIZE, pdl=pdl)
+        self.tail = Tail(model, max_rows=num, pdl=pdl)
+        self.counts, self.context = counts, context
+
+    def run(self, plan: Plan, head: Product) -> torch.Tensor:
+        self.fused.body(self.step, self.tail.sampled, plan)
+        logits = self.tail.logits(self.fused.x, self.rows.indices, head)
+        self.tail.sample(logits, self.rows)
+        return logits
+
+    def milliseconds(self, plan: Plan, head: Product, *, seconds: float = 0.04) -> float:
+        """Median of ten groups of replays back to back."""
+        self.run(plan, head)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.run(plan, head)
+        return replay_ms(graph, seconds)
+
+    def error(self, plan: Plan, head: Product) -> tuple[float, float]:
+        """Relative error of the logits against plain operators on the same weights in fp32, and equal greedy picks."""
+        got = self.run(plan, head).clone()
+        expected = self.plain()
+        same = (got.argmax(-1) == expected.argmax(-1)).float().mean()
+        picked = (self.tail.sampled[: len(got)] == got.argmax(-1)).float().mean()
+        assert picked == 1, "the sampler disagrees with argmax"
+        return float((got - expected).norm() / expected.norm()), float(same)
+
+    def profile(self, plan: Plan, head: Product) -> str:
+        """Microseconds a kernel, by name, one after the other."""
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+            for _ in range(3):
+                self.run(plan, head)
+            torch.cuda.synchronize()
+        events = sorted(profiler.key_averages(), key=lambda event: -event.device_time_total)
+        return "\n".join(
+            f"    {event.device_time_total / event.count:8.2f} us x {event.count // 3:3}  {event.key[:60]}"
+            for event in events[:12]
+        )
+
+    def plain(self) -> torch.Tensor:
+        step, model = self.step, self.model
+        lengths = [self.context] * len(self.counts)
+        prefills, decodes = [], []
+        if step.query_starts is None:
+            decodes = [
+                Decodes(0, len(lengths), lengths[0], step.tables[:, : -(-lengths[0] // BLOCK_SIZE)], step.lengths)
+            ]
+        else:
+            starts = [number * self.context for number in range(len(lengths) + 1)]
+            prefills = [PlainPrefill(starts[i], starts[i + 1], n, step.tables[i], None) for i, n in enumerate(lengths)]
+        attention = PagedAttention(slots=step.slots.long(), decodes=decodes, prefills=prefills, block_size=BLOCK_SIZE)
+        hidden = model.hidden(step.token_ids.long(), step.positions.long(), self.cache, attention)
+        return model.logits(hidden[self.rows.indices.long()])
+
+
+def replay_ms(graph: torch.cuda.CUDAGraph, seconds: float) -> float:
+    graph.replay()
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    graph.replay()
+    torch.cuda.synchronize()
+    for _ in range(int(seconds / 2 / max(time.perf_counter() - began, 1e-5))):  # clocks go up under load
+        graph.replay()
+    count = max(1, min(20, int(seconds / 10 / max(time.perf_counter() - began, 1e-5))))
+    times = []
+    for _ in range(10):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(count):
+            graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / count)
+    return statistics.median(times)

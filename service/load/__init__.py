@@ -1,0 +1,1 @@
+"""The load generator: completion requests against any server with OpenAI's API, and what they took. See command.py."""

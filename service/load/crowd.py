@@ -1,0 +1,71 @@
+"""The client processes, as command.py sees them: spawned once, given one level after another."""
+
+import multiprocessing
+import time
+from types import TracebackType
+from typing import Self
+
+from service.load import worker
+from service.load.plan import Level, Plan
+from service.load.worker import Tally, Task
+
+_START_SECONDS = 0.1  # for every process to hear of a level
+
+
+class CrowdError(Exception):
+    """A client process has ended by itself."""
+
+
+class Crowd:
+    """A context manager; its processes end with it."""
+
+    def __init__(self, plan: Plan) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        self._count = 0
+        self._pipes = []
+        self._processes = []
+        for number in range(plan.processes):
+            ours, theirs = spawn.Pipe()
+            process = spawn.Process(target=worker.main, args=(plan, number, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def __enter__(self) -> Self:
+        try:
+            for pipe in self._pipes:
+                pipe.recv()  # READY
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for pipe in self._pipes:
+            pipe.close()
+        for process in self._processes:
+            process.join(5)
+            process.kill()
+
+    def measure(self, level: Level) -> tuple[list[Tally], bool]:
+        """What each process measured, and whether Ctrl-C cut it short. Raises CrowdError."""
+        self._count += 1
+        task = Task(level, self._count, time.monotonic() + _START_SECONDS)
+        try:
+            for pipe in self._pipes:
+                pipe.send(task)
+            tallies: list[Tally] = []
+            try:
+                while len(tallies) < len(self._pipes):
+                    tallies.append(self._pipes[len(tallies)].recv())
+            except KeyboardInterrupt:
+                for pipe in self._pipes[len(tallies) :]:
+                    pipe.send(worker.STOP)
+                tallies += [pipe.recv() for pipe in self._pipes[len(tallies) :]]
+                return tallies, True
+            return tallies, False
+        except (EOFError, OSError) as error:
+            raise CrowdError("a client process has ended by itself") from error

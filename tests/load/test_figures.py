@@ -1,0 +1,88 @@
+"""From measured moments to figures: percentiles by their definition, rates by the share of time that was measured."""
+
+import math
+from array import array
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.load.figures import Spread, figures_of
+from service.load.plan import Level, Plan, Server, share
+from service.load.worker import Tally
+
+PLAN = Plan(
+    server=Server.at("http://h"),
+    fields={"stream": True},
+    texts=(),
+    prompt_tokens=1,
+    vocab_size=10,
+    warmup_seconds=0,
+    seconds=10,
+    requests=None,
+    timeout_seconds=1,
+    processes=2,
+    seed=0,
+)
+
+
+@given(st.lists(st.floats(0, 1000), min_size=1))
+def test_percentiles_divide_the_values(seconds: list[float]) -> None:
+    """At p50, p90 and p99 so much of the way from the least to the greatest value, in order, lies below."""
+    spread = Spread.of(np.array(seconds))
+    assert spread is not None
+    values = sorted(1000 * value for value in seconds)
+    for part, percentile in ((0.5, spread.p50), (0.9, spread.p90), (0.99, spread.p99)):
+        place = part * (len(values) - 1)
+        assert values[math.floor(place)] - 0.001 <= percentile <= values[math.ceil(place)] + 0.001
+    assert values[0] - 0.001 <= spread.mean <= values[-1] + 0.001
+
+
+def test_no_values_have_no_percentiles() -> None:
+    assert Spread.of(np.array([])) is None
+
+
+def tally(begun: float, ended: float, tokens: int, **more: float) -> Tally:
+    """Of one request in [100, 110], with an event at its begin and one at its end."""
+    return Tally(
+        measured_from=100,
+        measured_to=110,
+        begun_at=array("d", [begun]),
+        ended_at=array("d", [ended]),
+        first_at=array("d", [begun + 0.5]),
+        last_at=array("d", [ended]),
+        prompt_tokens=array("q", [10]),
+        completion_tokens=array("q", [tokens]),
+        num_events=array("q", [2]),
+        gaps=array("d", [ended - begun - 0.5]),
+        **more,
+    )
+
+
+def test_a_request_on_the_edge_counts_by_its_share() -> None:
+    """Half of one before the time, a quarter of one after it; latencies are of those that began within it."""
+    tallies = [tally(98, 102, 40), tally(109, 113, 80, processor_seconds=5)]
+    tallies[0].errors["429"] += 2
+    tallies[1].errors["429"] += 1
+    figures = figures_of(Level("closed", 2), PLAN, tallies, interrupted=False)
+    assert (40 * 0.5 + 80 * 0.25) / 10 == pytest.approx(figures.tokens_per_second)
+    assert (0.5 + 0.25) / 10 == pytest.approx(figures.requests_per_second)
+    assert (1, {"429": 3}, 30.0) == (figures.requests, figures.errors, figures.tokens_per_event)
+    assert figures.ttft is not None
+    assert figures.tpot is not None
+    assert (500, round(3500 / 79, 3)) == (figures.ttft.p99, figures.tpot.p50)
+    assert (0.5, False) == (figures.client_load, figures.saturated)
+
+
+def test_nothing_measured_has_no_figures() -> None:
+    """A server that refused all leaves zeros and errors, and no division by zero."""
+    figures = figures_of(Level("open", 1), PLAN, [Tally(100, 110), Tally(100, 110)], interrupted=True)
+    assert (0, 0, None, None) == (figures.requests, figures.tokens_per_second, figures.ttft, figures.tokens_per_event)
+
+
+@given(st.integers(0, 1000), st.integers(1, 9))
+def test_shares_add_up_and_differ_by_one(count: int, processes: int) -> None:
+    shares = [share(count, number, processes) for number in range(processes)]
+    assert count == sum(shares)
+    assert 1 >= max(shares) - min(shares)
