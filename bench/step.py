@@ -56,6 +56,8 @@ class Step:
             tables=tables,
             lengths=ints([context] * num),
             num_decodes=ints([0 if prompt else num]),
+            turn=ints([0]),
+            num_turns=3,
         )
         if prompt:
             tiles = [(number, start) for number in range(num) for start in range(0, context, 64)]
@@ -70,13 +72,13 @@ class Step:
         records[:, 2] = torch.tensor(1.0).view(torch.int32)
         self.rows = RowTensors(ints(starts[1:] - 1), ints([context] * num), records)
         self.fused = FusedGPT2(model, self.cache, max_tokens=max(tokens, 16), block_size=BLOCK_SIZE, pdl=pdl)
-        self.tail = Tail(model, max_rows=num, pdl=pdl)
+        self.tail = Tail(model, max_rows=num, turn=self.step.turn, num_turns=3, pdl=pdl)
         self.counts, self.context = counts, context
 
     def run(self, plan: Plan, head: Product) -> torch.Tensor:
         self.fused.body(self.step, self.tail.sampled, plan)
-        logits = self.tail.logits(self.fused.x, self.rows.indices, head)
-        self.tail.sample(logits, self.rows)
+        logits = self.tail.logits(self.fused.x, self.rows, head)
+        self.tail.sample(logits, self.rows, head=head)
         return logits
 
     def milliseconds(self, plan: Plan, head: Product, *, seconds: float = 0.04) -> float:

@@ -25,6 +25,8 @@ class StepTensors:
     tables: Tensor  # [S, width]
     lengths: Tensor  # [S]
     num_decodes: Tensor  # [1]
+    turn: Tensor  # [1]: the body counts it on, modulo `num_turns`
+    num_turns: int
     query_starts: Tensor | None = None  # [S + 1]; None where every sequence has one token
     tile_sequences: Tensor | None = None  # [tiles]
     tile_starts: Tensor | None = None
@@ -85,11 +87,13 @@ class FusedGPT2:
             step.positions,
             model.token_embedding,
             model.position_embedding,
+            step.turn,
             self.resolved,
             self.x,
             H=config.hidden_size,
             WIDTH=self._width,
-            **chain,
+            TURNS=step.num_turns,
+            PDL=chain["PDL"],  # but launched when what wrote `step` is done: kernels to come read it early
         )
         if not plan.fused:
             self._add_and_norm(num_tokens, 0, None, model.layers[0].attention_norm, chain)

@@ -8,7 +8,7 @@ import bisect
 import logging
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from service.model.batch import NUM_TOP, Batch, StepOutput
 from service.model.fused import FusedGPT2
 from service.model.gpt2 import GPT2
-from service.model.inputs import AskedInputs, Shape, StepInputs
+from service.model.inputs import NUM_TURNS, AskedInputs, Shape, StepInputs
 from service.model.kernels.plan import Plan
 from service.model.kernels.plans import head_for, plan_for
 from service.model.logprobs import logprob_words, unpack_logprobs
@@ -34,7 +34,6 @@ _PLAIN_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256)
 _ASKED_ROWS = (8, 64, 256)  # few: they cost more anyway
 _MOST_SCORED = 256  # prompt tokens whose logits stand in memory at once (200 KB each)
 _WORDS = 1 + 2 * NUM_TOP
-_NUM_RESULTS = 3  # a result is read at the latest while the second after it is being made
 
 Replay = Callable[[], None]
 
@@ -87,7 +86,6 @@ class GraphRunner:
         cache = model.new_cache(num_blocks=num_blocks + 1, block_size=block_size)  # the last for what fills buckets up
         max_tokens, max_rows = max_num_batched_tokens, max(max_num_seqs, _MOST_SCORED)
         self._fused = FusedGPT2(model, cache, max_tokens=max_tokens, block_size=block_size, pdl=pdl)
-        self._tail = Tail(model, max_rows=max_rows, pdl=pdl)
         decodes = [Shape(size, size) for size in _sizes(_DECODE_TOKENS, max_num_seqs)]
         mixed = [
             Shape(size, min(size, max_num_seqs), self._plan(size).prefill.block_t)
@@ -100,6 +98,8 @@ class GraphRunner:
             no_slot=num_blocks * block_size,
             device=device,
         )
+        self._tail = Tail(model, max_rows=max_rows, turn=self._inputs.turn, num_turns=NUM_TURNS, pdl=pdl)
+        self._turn = 0  # of the next step, as `turn` on the device
         self._asked = AskedInputs(
             max_rows=max_num_seqs, vocab_size=config.vocab_size, context_length=config.context_length, device=device
         )
@@ -107,10 +107,7 @@ class GraphRunner:
         self._slice = torch.zeros(2, _MOST_SCORED, dtype=torch.int64, device=device)
         self._words = torch.zeros(max_rows, _WORDS, dtype=torch.int32, device=device)
         self._score_words = torch.zeros(max_tokens, _WORDS, dtype=torch.int32, device=device)
-        self._results = [
-            torch.zeros(max_rows, dtype=torch.int32, pin_memory=device.type == "cuda") for _ in range(_NUM_RESULTS)
-        ]
-        self._turn = 0
+        self._results = self._tail.results.numpy()
         self._launched: deque[_Launched] = deque()
         self._decodes, self._mixed = decodes, mixed
         self._rows = {
@@ -167,26 +164,24 @@ class GraphRunner:
             rows = sizes[bisect.bisect_left(sizes, num_rows)]
         whole = early and kind == _PLAIN and num_rows == num_tokens and batch.scored is None
         rows = shape.num_tokens if whole else rows
-        self._inputs.upload(batch, shape, num_rows=rows)
+        self._inputs.stage(batch, shape, num_rows=rows, turn=self._turn)
         if not whole:
             self._bodies[shape]()
         scores = None
         if batch.scored is not None:
             scores = self._score(batch.scored.indices, batch.scored.targets)
         if adjusted and num_rows:
-            self._asked.upload(batch, num_rows=rows)
-        self._turn = (self._turn + 1) % _NUM_RESULTS
-        tokens = self._results[self._turn][:num_rows]
+            self._asked.upload(batch, num_rows=rows, turn=self._turn)
+        self._turn = (self._turn + 1) % NUM_TURNS
         words = None
         if num_rows:
             if whole:
                 self._steps[shape]()
             else:
                 self._tails[kind, rows]()
-            tokens.copy_(self._tail.sampled[:num_rows], non_blocking=True)
             if batch.logprobs:
                 words = _to_host(self._words[:num_rows])
-        return _Launched(tokens.numpy(), words, scores, self._queued())
+        return _Launched(self._results[self._turn, :num_rows], words, scores, self._queued())
 
     def _queued(self) -> Callable[[], None]:
         """Returns once what is queued so far is done."""
@@ -216,18 +211,19 @@ class GraphRunner:
 
     def _body(self, shape: Shape) -> None:
         plan = self._plan(shape.num_tokens, decodes_only=not shape.tile)
+        self._inputs.fetch(shape)
         self._fused.body(self._inputs.step(shape), self._tail.sampled, plan)
 
     def _sample(self, kind: _TailKind, num_rows: int) -> None:
         rows = self._inputs.rows(num_rows)
         head = head_for(num_rows, dtype=self.model.dtype)
-        logits = self._tail.logits(self._fused.x, rows.indices, head)
+        logits = self._tail.logits(self._fused.x, rows, head)
         if kind.adjusted:
             adjusted = self._tail.adjust(logits, rows, self._asked.tensors(), self._fused.resolved)
-            self._tail.sample(adjusted, rows, adjusted=True)
+            self._tail.sample(adjusted, rows, head=None, adjusted=True)
             self._tail.drop_wrong(num_rows)
         else:
-            self._tail.sample(logits, rows)
+            self._tail.sample(logits, rows, head=head)
         if kind.logprobs:
             self._words[:num_rows] = logprob_words(logits, self._tail.sampled[:num_rows].long())
 
@@ -237,7 +233,8 @@ class GraphRunner:
 
     def _score_slice(self) -> None:
         head = head_for(_MOST_SCORED, dtype=self.model.dtype)
-        logits = self._tail.logits(self._fused.x, self._slice[0].int(), head)
+        rows = replace(self._inputs.rows(_MOST_SCORED), indices=self._slice[0].int())
+        logits = self._tail.logits(self._fused.x, rows, head)
         self._words[:_MOST_SCORED] = logprob_words(logits, self._slice[1])
 
     @torch.inference_mode()
@@ -273,6 +270,7 @@ class GraphRunner:
         for shape in reversed(self._decodes):
             self._steps[shape] = captured(partial(self._step, shape))
         self._scorer = captured(self._score_slice)
+        self._inputs.turn.fill_(self._turn)
         log.info("captured %d graphs", total)
 
 

@@ -1,4 +1,4 @@
-"""What the host tells the GPU of a step: staged in pinned memory, copied at once to where graphs read it.
+"""What the host tells the GPU of a step: staged in pinned memory, from where a graph's first kernel fetches it.
 
 Called by model/graphs.py. Rows (what is sampled) come first and lie at fixed places; then the body's fields, whose
 places depend on its bucket.
@@ -12,12 +12,14 @@ import torch
 
 from service.model.batch import SAMPLING, Batch, Int32
 from service.model.fused import StepTensors
+from service.model.kernels import exchange
 from service.model.tail import AskedTensors, RowTensors
 
 _WORDS = SAMPLING.itemsize // 4
 _ALIGNMENT = 4  # words: kernels rely on 16 bytes
 _MOST_BIASES = 1024  # of a row; the API takes no more
-_NUM_STAGED = 3  # one is being filled while the two before may still be on their way
+NUM_TURNS = 3  # slots for what goes to the GPU and comes back: one is filled while the two before are in use
+_BLOCK = 1024  # words that one program fetches
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,17 +46,16 @@ class Layout:
         if shape.tile:
             fields |= {"query_starts": (sequences + 1,), "num_tiles": (1,)}
             fields |= dict.fromkeys(("tile_sequences", "tile_starts"), (shape.num_tiles,))
-        fields["tables"] = (sequences, table_width)  # last: of it only the used rows are copied
+        fields["tables"] = (sequences, table_width)
         self.fields: dict[str, tuple[int, tuple[int, ...]]] = {}
         for name, size in fields.items():
             self.fields[name] = (first, size)
             first += -(-int(np.prod(size)) // _ALIGNMENT) * _ALIGNMENT
         self.end = first
-        self.table_start = self.fields["tables"][0]
 
 
 class StepInputs:
-    """The buffer on the device, and the pinned ones that are copied to it in turn."""
+    """The buffer on the device, and the pinned slots that it is filled from in turn."""
 
     def __init__(
         self, shapes: Iterable[Shape], *, max_rows: int, table_width: int, no_slot: int, device: torch.device
@@ -69,8 +70,8 @@ class StepInputs:
         size = max(layout.end for layout in self._layouts.values())
         self._device = torch.zeros(size, dtype=torch.int32, device=device)
         pinned = device.type == "cuda"
-        self._staged = [torch.zeros(size, dtype=torch.int32, pin_memory=pinned) for _ in range(_NUM_STAGED)]
-        self._turn = 0
+        self._staged = torch.zeros(NUM_TURNS, size, dtype=torch.int32, pin_memory=pinned)
+        self.turn = torch.zeros(1, dtype=torch.int32, device=device)  # whose slot the next step is in
         self._max_rows = max_rows
         self._row_views = [self._rows_of(staged.numpy()) for staged in self._staged]
         self._views = [
@@ -90,12 +91,23 @@ class StepInputs:
         found = {}
         for name, (first, size) in layout.fields.items():
             found[name] = self._device[first : first + int(np.prod(size))].view(size)
-        return StepTensors(**found)
+        return StepTensors(**found, turn=self.turn, num_turns=NUM_TURNS)
 
-    def upload(self, batch: Batch, shape: Shape, *, num_rows: int) -> None:
-        """Copy `batch` to the device, filled up to `shape` and to `num_rows` rows."""
-        self._turn = (self._turn + 1) % _NUM_STAGED
-        indices, positions, records = self._row_views[self._turn]
+    def fetch(self, shape: Shape) -> None:
+        """Fill the tensors of a bucket, and of rows, from the slot whose turn it is."""
+        count = self._layouts[shape].end
+        exchange.fetch[(-(-count // _BLOCK),)](
+            self._staged,
+            self.turn,
+            self._device,
+            STRIDE=self._staged.shape[1],
+            COUNT=count,
+            BLOCK=_BLOCK,
+        )
+
+    def stage(self, batch: Batch, shape: Shape, *, num_rows: int, turn: int) -> None:
+        """Put `batch` into the slot of `turn`, filled up to `shape` and to `num_rows` rows."""
+        indices, positions, records = self._row_views[turn]
         sampled = len(batch.sampling)
         if sampled:
             indices[:sampled] = batch.sample_indices
@@ -104,7 +116,7 @@ class StepInputs:
             if sampled < num_rows:
                 indices[sampled:num_rows] = 0
                 records[sampled:num_rows] = 0
-        fields = self._views[self._turn][shape]
+        fields = self._views[turn][shape]
         tokens, sequences = len(batch.token_ids), len(batch.context_lengths)
         for name, values in (
             ("token_ids", batch.token_ids),
@@ -127,8 +139,6 @@ class StepInputs:
             fields["tile_sequences"][: len(owners)] = owners
             fields["tile_starts"][: len(owners)] = starts
             fields["num_tiles"][0] = len(owners)
-        used = self._layouts[shape].table_start + sequences * self._table_width
-        self._device[:used].copy_(self._staged[self._turn][:used], non_blocking=True)
 
     def _rows_of(self, words: Int32) -> tuple[Int32, Int32, np.ndarray]:
         most = self._max_rows
@@ -170,17 +180,15 @@ class AskedInputs:
         self._device = {name: torch.zeros(size, dtype=torch.int32, device=device) for name, size in sizes.items()}
         self._staged = [
             {name: torch.zeros(size, dtype=torch.int32, pin_memory=pinned) for name, size in sizes.items()}
-            for _ in range(_NUM_STAGED)
+            for _ in range(NUM_TURNS)
         ]
-        self._turn = 0
 
     def tensors(self) -> AskedTensors:
         """What a tail reads; those of its rows that ask for nothing are told so by `upload`."""
         return AskedTensors(**self._device | {"bias_values": self._device["bias_values"].view(torch.float32)})
 
-    def upload(self, batch: Batch, *, num_rows: int) -> None:
+    def upload(self, batch: Batch, *, num_rows: int, turn: int) -> None:
         """Copy what the rows of `batch` ask for, and nothing for those that fill up `num_rows`."""
-        self._turn = (self._turn + 1) % _NUM_STAGED
         nothing = np.zeros(num_rows + 1, np.int32)
         arrays: dict[str, Int32] = {"mask_rows": nothing[:-1] - 1, "history_starts": nothing, "bias_starts": nothing}
         if batch.masks is not None:
@@ -195,7 +203,7 @@ class AskedInputs:
             counts = np.bincount(batch.biases.rows, minlength=num_rows)
             arrays |= {"bias_starts": _starts(counts, num_rows), "bias_ids": batch.biases.token_ids}
             arrays["bias_values"] = batch.biases.values.view(np.int32)
-        staged = self._staged[self._turn]
+        staged = self._staged[turn]
         for name, values in arrays.items():
             staged[name].numpy()[: len(values)] = values
             self._device[name][: len(values)].copy_(staged[name][: len(values)], non_blocking=True)

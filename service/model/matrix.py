@@ -22,11 +22,11 @@ class Matrix:
         self.weight = weight
         self.bias = bias
         self._activation = activation
-        self._norm = norm
+        self.norm = norm
         if norm is not None:  # folded: W LN(x) + bias = (W (gain x) - mean W gain) / deviation + W shift + bias
             single = weight.float()
-            self._scaled = single @ norm.weight  # fp32 [N]
-            self._folded_bias = single @ norm.bias + bias.float()
+            self.scaled = single @ norm.weight  # fp32 [N]
+            self.folded_bias = single @ norm.bias + bias.float()
 
     def product(
         self,
@@ -42,12 +42,8 @@ class Matrix:
         stats: Tensor | None = None,
         cache: LayerCache | None = None,
         slots: Tensor | None = None,
-        index: Tensor | None = None,
     ) -> None:
-        """y from x as products.py says of `read` and `put`; `splits` and `stats` belong to MERGE.
-
-        `index` [1] says which row of x a Vector reads, where that is not the first.
-        """
+        """y from x as products.py says of `read` and `put`; `splits` and `stats` belong to MERGE."""
         if isinstance(settings, Library):
             self._by_library(x[:num_tokens], y, put=put)
             return
@@ -77,8 +73,8 @@ class Matrix:
         assert isinstance(settings, Vector)
         assert num_tokens == 1
         folded = read == NORM.value
-        bias, scaled = (self._folded_bias, self._scaled) if folded else (self.bias, nothing)
-        gain, epsilon = (nothing, 0.0) if self._norm is None else (self._norm.weight, self._norm.epsilon)
+        bias, scaled = (self.folded_bias, self.scaled) if folded else (self.bias, nothing)
+        gain, epsilon = (nothing, 0.0) if self.norm is None else (self.norm.weight, self.norm.epsilon)
         products.vector_product[(-(-size // settings.block_n),)](
             x,
             nothing if stats is None else stats,
@@ -87,10 +83,8 @@ class Matrix:
             scaled,
             gain,
             *places,
-            nothing if index is None else index,
             epsilon,
             **shape,
-            GATHER=index is not None,
             SPLITS=splits,
             IN=read,
         )

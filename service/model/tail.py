@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from service.model.batch import SAMPLING
-from service.model.gpt2 import GPT2
-from service.model.kernels import adjusting, norms, sampling
+from service.model.gpt2 import GPT2, HEAD_ROWS
+from service.model.kernels import adjusting, norms, products, sampling
 from service.model.kernels.plan import Product, Vector
-from service.model.kernels.products import NORM
 from service.model.matrix import Matrix, power_of_two
 
 _WORDS = SAMPLING.itemsize // 4
@@ -43,75 +43,113 @@ class RowTensors:
 class Tail:
     """The head of `model` over buffers for `max_rows` rows; the tokens stay in `sampled`, -1 where there is none."""
 
-    def __init__(self, model: GPT2, *, max_rows: int, pdl: bool) -> None:
+    def __init__(self, model: GPT2, *, max_rows: int, turn: Tensor, num_turns: int, pdl: bool) -> None:
+        """`turn` [1] counts steps, modulo `num_turns`."""
         self._model = model
         self._chain = {"PDL": pdl, "launch_pdl": pdl}
         config, device = model.config, model.device
-        head = model.padded_head  # [V', H], a multiple of 64 rows: the products' tiles are whole
+        head = model.padded_head  # [V', H], whole tiles of rows; on a CPU, where only tests come here, not yet
+        head = F.pad(head, (0, 0, 0, -len(head) % HEAD_ROWS))
         self._head = Matrix(
             head, torch.zeros(len(head), dtype=model.dtype, device=device), activation="relu", norm=model.final_norm
         )
-        self._num_chunks = -(-config.vocab_size // _CHUNK)
         self._normed = torch.zeros(max_rows, config.hidden_size, dtype=model.dtype, device=device)
         self._logits = torch.zeros(max_rows, len(head), dtype=torch.float32, device=device)
         self._adjusted = torch.zeros_like(self._logits)
         self._finite = torch.ones(max_rows, dtype=torch.int32, device=device)
-        self._peaks = torch.zeros(max_rows, self._num_chunks, dtype=torch.float32, device=device)
-        self._masses = torch.zeros_like(self._peaks)
-        self._winners = torch.zeros(max_rows, self._num_chunks, dtype=torch.int32, device=device)
+        # Of each chunk of a row's logits: the largest, its id, what it weighs. A lone row may have small chunks.
+        size = max(max_rows * -(-config.vocab_size // _CHUNK), len(head))
+        self._scanned = tuple(
+            torch.zeros(size, dtype=dtype, device=device) for dtype in (torch.float32, torch.int32, torch.float32)
+        )
+        self._turn = turn
+        # The same tokens on the host, a row a turn, there when the step is done.
+        self.results = torch.zeros(num_turns, max_rows, dtype=torch.int32, pin_memory=device.type == "cuda")
         self.sampled = torch.zeros(max_rows, dtype=torch.int32, device=device)
 
-    def logits(self, x: Tensor, indices: Tensor, head: Product) -> Tensor:
-        """fp32 [R, V] of the rows `indices` [R] of the residual stream."""
-        config, num_rows = self._model.config, len(indices)
-        norm, pdl = self._model.final_norm, self._chain["PDL"]
+    def logits(self, x: Tensor, rows: RowTensors, head: Product) -> Tensor:
+        """fp32 [R, V] of the rows' tokens in the residual stream x; a Vector has scanned them, too, for `sample`."""
+        config, num_rows = self._model.config, len(rows.indices)
+        hidden, norm = config.hidden_size, self._model.final_norm
         if isinstance(head, Vector):
-            self._head.product(head, x, self._logits, num_tokens=1, pdl=pdl, read=NORM.value, index=indices)
-            return self._logits[:1, : config.vocab_size]
-        norms.gather_and_norm[(num_rows,)](
-            x,
-            indices,
-            norm.weight,
-            norm.bias,
-            self._normed,
-            norm.epsilon,
-            H=config.hidden_size,
-            WIDTH=power_of_two(config.hidden_size),
-            **self._chain,
-        )
-        self._head.product(head, self._normed, self._logits, num_tokens=num_rows, pdl=pdl)
+            size = len(self._head.weight)
+            products.vector_logits[(size // head.block_n,)](
+                x,
+                rows.indices,
+                self._head.weight,
+                self._head.folded_bias,
+                self._head.scaled,
+                norm.weight,
+                self._logits,
+                rows.records,
+                rows.positions,
+                *self._scanned,
+                config.end_of_text_id,
+                norm.epsilon,
+                K=hidden,
+                N=size,
+                V=config.vocab_size,
+                WORDS=_WORDS,
+                BLOCK_N=head.block_n,
+                WIDTH=power_of_two(hidden),
+                num_warps=head.warps,
+                **self._chain,
+            )
+        else:
+            norms.gather_and_norm[(num_rows,)](
+                x,
+                rows.indices,
+                norm.weight,
+                norm.bias,
+                self._normed,
+                norm.epsilon,
+                H=hidden,
+                WIDTH=power_of_two(hidden),
+                **self._chain,
+            )
+            self._head.product(head, self._normed, self._logits, num_tokens=num_rows, pdl=self._chain["PDL"])
         return self._logits[:num_rows, : config.vocab_size]
 
-    def sample(self, logits: Tensor, rows: RowTensors, *, adjusted: bool = False) -> None:
-        """`sampled` from logits [R, V] whose rows are as far apart as in the buffer; `adjusted`: some are -inf."""
+    def sample(self, logits: Tensor, rows: RowTensors, *, head: Product | None, adjusted: bool = False) -> None:
+        """`sampled` from logits [R, V], which `head` made, or where it is None, something else made of them.
+
+        The rows of `logits` are as far apart as in the buffer; `adjusted`: some are -inf.
+        """
         config, num_rows = self._model.config, len(rows.indices)
+        chunk = head.block_n if isinstance(head, Vector) else _CHUNK
+        num_chunks = -(-config.vocab_size // chunk)
         shape = {
             "V": config.vocab_size,
             "STRIDE": logits.stride(0),
-            "CHUNKS": self._num_chunks,
-            "CHUNK": _CHUNK,
+            "CHUNKS": num_chunks,
+            "CHUNK": chunk,
             "WORDS": _WORDS,
             **self._chain,
         }
-        partials = (self._peaks, self._winners, self._masses)
-        sampling.scan_logits[(self._num_chunks, num_rows)](
-            logits,
-            rows.records,
-            rows.positions,
-            *partials,
-            config.end_of_text_id,
-            **shape,
-            ADJUSTED=adjusted,
-        )
+        if not isinstance(head, Vector):
+            sampling.scan_logits[(num_chunks, num_rows)](
+                logits,
+                rows.records,
+                rows.positions,
+                *self._scanned,
+                config.end_of_text_id,
+                **shape,
+                ADJUSTED=adjusted,
+            )
         sampling.pick_tokens[(num_rows,)](
             logits,
             rows.records,
             rows.positions,
-            *partials,
+            *self._scanned,
             self.sampled,
+            self.results,
+            self._turn,
             config.end_of_text_id,
             **shape,
-            CHUNKS_WIDTH=power_of_two(self._num_chunks),
+            MOST_ROWS=self.results.shape[1],
+            CHUNKS_WIDTH=power_of_two(num_chunks),
+            PIECE=_CHUNK,
+            PIECES=power_of_two(-(-config.vocab_size // _CHUNK)),
             BLOCK=_BLOCK,
             num_warps=16 if num_rows <= _FEW_ROWS else 8,
         )
@@ -149,4 +187,13 @@ class Tail:
 
     def drop_wrong(self, num_rows: int) -> None:
         """No token for a row whose logits were not all finite before `adjust`."""
-        adjusting.drop_wrong[(-(-num_rows // 128),)](self.sampled, self._finite, num_rows, BLOCK=128, **self._chain)
+        adjusting.drop_wrong[(-(-num_rows // 128),)](
+            self.sampled,
+            self.results,
+            self._turn,
+            self._finite,
+            num_rows,
+            MOST_ROWS=self.results.shape[1],
+            BLOCK=128,
+            **self._chain,
+        )

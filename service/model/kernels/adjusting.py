@@ -89,10 +89,21 @@ def adjust_logits(
 
 
 @triton.jit
-def drop_wrong(tokens, finite, num_rows, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def drop_wrong(
+    tokens,
+    results,
+    turn,
+    finite,
+    num_rows,
+    MOST_ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
     """-1 for the tokens of rows whose logits were not all finite before they were adjusted."""
     begin(PDL)
     r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     wait(PDL)
     kept = tl.load(finite + r, mask=r < num_rows, other=1)
-    tl.store(tokens + r, tl.full([BLOCK], -1, tl.int32), mask=(r < num_rows) & (kept == 0))
+    wrong = (r < num_rows) & (kept == 0)
+    tl.store(tokens + r, tl.full([BLOCK], -1, tl.int32), mask=wrong)
+    tl.store(results + tl.load(turn) * MOST_ROWS + r, tl.full([BLOCK], -1, tl.int32), mask=wrong)

@@ -14,10 +14,12 @@ def embed(
     positions,  # [T]
     token_table,  # [V, H]
     position_table,  # [context, H]
+    turn,  # [1] counts steps, modulo TURNS
     resolved,  # [T], out: the token ids
     x,  # [T, H] fp32, out
     H: tl.constexpr,
     WIDTH: tl.constexpr,
+    TURNS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """x = token embedding + position embedding, in fp32; program t. A token that could not be sampled is 0."""
@@ -32,6 +34,8 @@ def embed(
     if source >= 0:
         token = tl.maximum(tl.load(sampled + source), 0)
     tl.store(resolved + t, token)
+    if t == 0:
+        tl.store(turn, (tl.load(turn) + 1) % TURNS)
     value = tl.load(token_table + token.to(tl.int64) * H + h, mask=inside, other=0.0)
     tl.store(x + t * H + h, value.to(tl.float32) + place.to(tl.float32), mask=inside)
 

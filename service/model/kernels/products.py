@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from service.model.kernels.chain import begin, prefetch, wait
+from service.model.kernels.sampling import heat_and_banned, scan
 
 # What a kernel reads its activations from.
 PLAIN = tl.constexpr(0)  # x [T, K] in the served dtype
@@ -77,6 +78,19 @@ def _add_three(a, b, c, d, e, f):
 
 
 @triton.jit
+def _after_norm(x, tile, factor, slope, epsilon, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """tile LN(x) but for what the norm's shift adds: (W (g x) - mean W g) / deviation, all sums in one reduction."""
+    k = tl.arange(0, BLOCK_K)
+    value = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
+    spread = tl.broadcast_to(value[None, :], [BLOCK_N, BLOCK_K])
+    # What costs is a reduction's barriers.
+    parts = (tile.to(tl.float32) * (value * factor)[None, :], spread, spread * spread)
+    acc, total, squares = tl.reduce(parts, 1, _add_three)
+    mean = total / K
+    return (acc - mean * slope) * tl.rsqrt(squares / K - mean * mean + epsilon)
+
+
+@triton.jit
 def vector_product(
     x,
     stats,
@@ -88,11 +102,9 @@ def vector_product(
     keys,
     values,
     slots,
-    index,  # [1] with GATHER: which row of x is read
     epsilon,
     K: tl.constexpr,
     N: tl.constexpr,
-    GATHER: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -102,7 +114,7 @@ def vector_product(
     PREFETCH: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One token. Layer norm is folded: W LN(x) = (W (g x) - mean W g) / deviation + W b, all sums in one go."""
+    """One token, whose layer norm is folded into the weights."""
     begin(PDL)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = n < N
@@ -113,41 +125,34 @@ def vector_product(
     tile = tl.load(at, mask=rows[:, None] & (k < K)[None, :], other=0.0)
     offset = tl.load(bias + n, mask=rows, other=0.0).to(tl.float32)
     slot = tl.load(slots) if OUT == SCATTER else 0
-    if GATHER:
-        x += tl.load(index).to(tl.int64) * K
     if IN == NORM:
         slope = tl.load(scaled + n, mask=rows, other=0.0)
         factor = tl.load(gain + k, mask=k < K, other=0.0)
         tl.static_assert(BLOCK_K >= K, "layer norm needs all of K at once")
     wait(PDL)
     before = tl.load(y + n, mask=rows, other=0.0) if OUT == RESIDUAL else 0.0
-    acc = tl.zeros([BLOCK_N], tl.float32)
-    for start in tl.static_range(0, K, BLOCK_K):
-        inside = k + start < K
-        if start > 0:
-            tile = tl.load(at + start, mask=rows[:, None] & inside[None, :], other=0.0)
-        if IN == MERGE:
-            peaks = stats + k + start
-            best = tl.load(peaks, mask=inside, other=0.0)
-            for split in tl.static_range(1, SPLITS):
-                best = tl.maximum(best, tl.load(peaks + split * 2 * K, mask=inside, other=0.0))
-            mass = tl.zeros([BLOCK_K], tl.float32)
-            value = tl.zeros([BLOCK_K], tl.float32)
-            for split in tl.static_range(SPLITS):
-                share = tl.exp(tl.load(peaks + split * 2 * K, mask=inside, other=0.0) - best)
-                mass += share * tl.load(peaks + (split * 2 + 1) * K, mask=inside, other=1.0)
-                value += share * tl.load(x + split * K + k + start, mask=inside, other=0.0)
-            value = value / mass
-        else:
-            value = tl.load(x + k + start, mask=inside, other=0.0).to(tl.float32)
-        if IN == NORM:
-            # The three sums in one reduction: what costs is its barriers.
-            spread = tl.broadcast_to(value[None, :], [BLOCK_N, BLOCK_K])
-            parts = (tile.to(tl.float32) * (value * factor)[None, :], spread, spread * spread)
-            acc, total, squares = tl.reduce(parts, 1, _add_three)
-            mean = total / K
-            acc = (acc - mean * slope) * tl.rsqrt(squares / K - mean * mean + epsilon)
-        else:
+    if IN == NORM:
+        acc = _after_norm(x, tile, factor, slope, epsilon, K, BLOCK_N, BLOCK_K)
+    else:
+        acc = tl.zeros([BLOCK_N], tl.float32)
+        for start in tl.static_range(0, K, BLOCK_K):
+            inside = k + start < K
+            if start > 0:
+                tile = tl.load(at + start, mask=rows[:, None] & inside[None, :], other=0.0)
+            if IN == MERGE:
+                peaks = stats + k + start
+                best = tl.load(peaks, mask=inside, other=0.0)
+                for split in tl.static_range(1, SPLITS):
+                    best = tl.maximum(best, tl.load(peaks + split * 2 * K, mask=inside, other=0.0))
+                mass = tl.zeros([BLOCK_K], tl.float32)
+                value = tl.zeros([BLOCK_K], tl.float32)
+                for split in tl.static_range(SPLITS):
+                    share = tl.exp(tl.load(peaks + split * 2 * K, mask=inside, other=0.0) - best)
+                    mass += share * tl.load(peaks + (split * 2 + 1) * K, mask=inside, other=1.0)
+                    value += share * tl.load(x + split * K + k + start, mask=inside, other=0.0)
+                value = value / mass
+            else:
+                value = tl.load(x + k + start, mask=inside, other=0.0).to(tl.float32)
             acc += tl.sum(tile.to(tl.float32) * value[None, :], 1)
     zero = tl.zeros([BLOCK_N], tl.int32)
     _put(acc + offset, before, slot + zero, zero, n, zero == 0, rows, y, keys, values, N, KIND, OUT)
@@ -223,3 +228,46 @@ def tiled_product(
             KIND,
             OUT,
         )
+
+
+@triton.jit
+def vector_logits(
+    x,  # [T, K] fp32
+    index,  # [1]: which of the tokens
+    w,
+    bias,  # [N] fp32: W b
+    scaled,  # [N] fp32: W g
+    gain,  # [K] fp32
+    logits,  # [N] fp32, out
+    records,
+    positions,
+    peaks,  # [programs], these three are what scan_logits finds, out
+    winners,
+    masses,
+    end_of_text_id,
+    epsilon,
+    K: tl.constexpr,
+    N: tl.constexpr,  # a multiple of BLOCK_N
+    V: tl.constexpr,
+    WORDS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WIDTH: tl.constexpr,  # power of two, K or more
+    PDL: tl.constexpr,
+):
+    """The head of one token, its norm folded, and the first look at the logits."""
+    begin(PDL)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, WIDTH)
+    tile = tl.load(w + n[:, None].to(tl.int64) * K + k[None, :], mask=(k < K)[None, :], other=0.0)
+    offset = tl.load(bias + n)
+    slope = tl.load(scaled + n)
+    factor = tl.load(gain + k, mask=k < K, other=0.0)
+    heat, banned = heat_and_banned(records, positions, 0, end_of_text_id, WORDS)
+    row = tl.load(index).to(tl.int64)
+    wait(PDL)
+    found = _after_norm(x + row * K, tile, factor, slope, epsilon, K, BLOCK_N, WIDTH) + offset
+    tl.store(logits + n, found)
+    peak, winner, mass = scan(found, n, banned, heat, V, False)
+    tl.store(peaks + tl.program_id(0), peak)
+    tl.store(winners + tl.program_id(0), winner)
+    tl.store(masses + tl.program_id(0), mass)

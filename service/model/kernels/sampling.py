@@ -20,6 +20,30 @@ def _logits(row, ids, V: tl.constexpr, banned):
 
 
 @triton.jit
+def scan(raw, ids, banned, heat, V: tl.constexpr, ADJUSTED: tl.constexpr):
+    """Of logits at `ids`: the largest, its first id, and the sum of exp((logit - largest) / heat), as scan_logits."""
+    # Infinities and NaNs make the difference a NaN.
+    if ADJUSTED:
+        wrong = tl.sum(tl.where((ids >= V) | (raw == float("-inf")) | (raw - raw == 0.0), 0, 1))
+    else:
+        wrong = tl.sum(tl.where((ids >= V) | (raw - raw == 0.0), 0, 1))
+    x = tl.where((ids < V) & (ids != banned), raw, float("-inf"))
+    peak = tl.max(x)
+    winner = tl.min(tl.where(x == peak, ids, 0x7FFFFFFF))
+    heat = tl.where(heat > 0, heat, 1.0)
+    mass = tl.sum(tl.where(x > float("-inf"), tl.exp((x - peak) / heat), 0.0))
+    return peak, winner, tl.where(wrong > 0, float("nan"), mass)
+
+
+@triton.jit
+def heat_and_banned(records, positions, row, end_of_text_id, WORDS: tl.constexpr):
+    """A row's temperature, and the id that it may not take yet, or -1."""
+    heat = tl.load(records + row * WORDS).to(tl.float32, bitcast=True)
+    early = tl.load(positions + row) < tl.load(records + row * WORDS + 7)
+    return heat, tl.where(early, end_of_text_id, -1)
+
+
+@triton.jit
 def scan_logits(
     logits,  # [R, STRIDE] fp32
     records,  # [R, WORDS] int32: SAMPLING of model/batch.py
@@ -40,25 +64,15 @@ def scan_logits(
     begin(PDL)
     chunk = tl.program_id(0)
     row = tl.program_id(1)
-    heat = tl.load(records + row * WORDS).to(tl.float32, bitcast=True)
-    banned = tl.where(tl.load(positions + row) >= tl.load(records + row * WORDS + 7), -1, end_of_text_id)
+    heat, banned = heat_and_banned(records, positions, row, end_of_text_id, WORDS)
     ids = chunk * CHUNK + tl.arange(0, CHUNK)
     wait(PDL)
     raw = tl.load(logits + row.to(tl.int64) * STRIDE + ids, mask=ids < V, other=0.0)
-    # Infinities and NaNs make the difference a NaN.
-    if ADJUSTED:
-        wrong = tl.sum(tl.where((raw == float("-inf")) | (raw - raw == 0.0), 0, 1))
-    else:
-        wrong = tl.sum(tl.where(raw - raw == 0.0, 0, 1))
-    x = tl.where((ids < V) & (ids != banned), raw, float("-inf"))
-    peak = tl.max(x)
-    winner = tl.min(tl.where(x == peak, ids, 0x7FFFFFFF))
-    heat = tl.where(heat > 0, heat, 1.0)
-    mass = tl.sum(tl.where(x > float("-inf"), tl.exp((x - peak) / heat), 0.0))
+    peak, winner, mass = scan(raw, ids, banned, heat, V, ADJUSTED)
     at = row * CHUNKS + chunk
     tl.store(peaks + at, peak)
     tl.store(winners + at, winner)
-    tl.store(masses + at, tl.where(wrong > 0, float("nan"), mass))
+    tl.store(masses + at, mass)
 
 
 @triton.jit
@@ -127,6 +141,36 @@ def _uniform(seed_low, seed_high, choice, position):
 
 
 @triton.jit
+def _search(
+    row,
+    best,
+    heat,
+    banned,
+    least,  # bits of the least weight that is kept
+    share,  # [WIDTH] what is kept weighs, by chunk
+    chance,
+    V: tl.constexpr,
+    SIZE: tl.constexpr,  # ids in a chunk
+    WIDTH: tl.constexpr,
+):
+    """The id at which the cumulative weight of what is kept passes `chance` of the whole."""
+    chunks = tl.arange(0, WIDTH)
+    before = tl.cumsum(share, 0)
+    target = chance * tl.sum(tl.where(chunks == WIDTH - 1, before, 0.0))
+    # The first chunk that ends past the target; rounding may leave none: then the last that weighs something.
+    passed = (before > target) & (share > 0)
+    last = tl.max(tl.where(share > 0, chunks, 0))
+    chunk = tl.minimum(tl.min(tl.where(passed, chunks, WIDTH)), last)
+    begun = tl.sum(tl.where(chunks == chunk, before - share, 0.0))
+    ids = chunk * SIZE + tl.arange(0, SIZE)
+    w = _weight(_logits(row, ids, V, banned), best, heat)
+    w = tl.where(w.to(tl.int32, bitcast=True) >= least, w, 0.0)
+    passed = (begun + tl.cumsum(w, 0) > target) & (w > 0)
+    last = tl.max(tl.where(w > 0, ids, 0))
+    return tl.minimum(tl.min(tl.where(passed, ids, V)), last)
+
+
+@triton.jit
 def pick_tokens(
     logits,
     records,
@@ -135,14 +179,19 @@ def pick_tokens(
     winners,
     masses,
     tokens,  # [R] int32, out; -1 for a row that holds a number that is not finite
+    results,  # [TURNS, MOST_ROWS], out: the same in pinned memory, in the slot of the turn
+    turn,
     end_of_text_id,
     V: tl.constexpr,
     STRIDE: tl.constexpr,
     CHUNKS: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS_WIDTH: tl.constexpr,  # power of two, CHUNKS or more
+    PIECE: tl.constexpr,  # ids that a row with filters is drawn from at once
+    PIECES: tl.constexpr,  # power of two, of which there are so many at most
     BLOCK: tl.constexpr,
     WORDS: tl.constexpr,
+    MOST_ROWS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Program r: greedy where the temperature is 0, else one uniform number put through the cumulative weights."""
@@ -177,24 +226,16 @@ def pick_tokens(
                 wanted = tl.maximum(top_p * _mass(row, best, temperature, banned, least, V, BLOCK), 1e-30)
                 least = _bisect(row, best, temperature, banned, least, wanted, False, V, BLOCK)
             least = tl.maximum(least, min_p.to(tl.int32, bitcast=True))
-            share = tl.zeros([CHUNKS_WIDTH], tl.float32)
-            for chunk in range(CHUNKS):
-                w = _weight(_logits(row, chunk * CHUNK + tl.arange(0, CHUNK), V, banned), best, temperature)
-                share += tl.where(chunks == chunk, tl.sum(tl.where(w.to(tl.int32, bitcast=True) >= least, w, 0.0)), 0.0)
+            pieces = tl.arange(0, PIECES)
+            share = tl.zeros([PIECES], tl.float32)
+            for piece in range((V + PIECE - 1) // PIECE):
+                w = _weight(_logits(row, piece * PIECE + tl.arange(0, PIECE), V, banned), best, temperature)
+                kept = tl.sum(tl.where(w.to(tl.int32, bitcast=True) >= least, w, 0.0))
+                share += tl.where(pieces == piece, kept, 0.0)
+            token = _search(row, best, temperature, banned, least, share, chance, V, PIECE, PIECES)
         else:
             share = tl.where(mass > 0, mass * tl.exp((peak - best) / temperature), 0.0)
-        before = tl.cumsum(share, 0)
-        total = tl.sum(tl.where(chunks == CHUNKS_WIDTH - 1, before, 0.0))
-        target = chance * total
-        # The first chunk that ends past the target; rounding may leave none: then the last that weighs something.
-        passed = (before > target) & (share > 0)
-        last = tl.max(tl.where(share > 0, chunks, 0))
-        chunk = tl.minimum(tl.min(tl.where(passed, chunks, CHUNKS_WIDTH)), last)
-        begun = tl.sum(tl.where(chunks == chunk, before - share, 0.0))
-        ids = chunk * CHUNK + tl.arange(0, CHUNK)
-        w = _weight(_logits(row, ids, V, banned), best, temperature)
-        w = tl.where(w.to(tl.int32, bitcast=True) >= least, w, 0.0)
-        passed = (begun + tl.cumsum(w, 0) > target) & (w > 0)
-        last = tl.max(tl.where(w > 0, ids, 0))
-        token = tl.minimum(tl.min(tl.where(passed, ids, V)), last)
-    tl.store(tokens + r, tl.where(wrong > 0, -1, token))
+            token = _search(row, best, temperature, banned, 1, share, chance, V, CHUNK, CHUNKS_WIDTH)
+    token = tl.where(wrong > 0, -1, token)
+    tl.store(tokens + r, token)
+    tl.store(results + tl.load(turn) * MOST_ROWS + r, token)
