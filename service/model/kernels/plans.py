@@ -73,7 +73,7 @@ def head_for(num_rows: int, *, dtype: torch.dtype) -> Product:
     if dtype == torch.float32:
         return Library()
     if num_rows == 1:
-        return Vector(32, 1024, 8)
+        return Vector(16, 1024, 8)
     if 16 < num_rows <= 64:
         return Tiled(64, 64, 128, 1, 4, 3, prefetch=False)
     return Library()

@@ -227,12 +227,12 @@ def pick_tokens(
                 least = _bisect(row, best, temperature, banned, least, wanted, False, V, BLOCK)
             least = tl.maximum(least, min_p.to(tl.int32, bitcast=True))
             pieces = tl.arange(0, PIECES)
-            share = tl.zeros([PIECES], tl.float32)
+            kept_share = tl.zeros([PIECES], tl.float32)
             for piece in range((V + PIECE - 1) // PIECE):
                 w = _weight(_logits(row, piece * PIECE + tl.arange(0, PIECE), V, banned), best, temperature)
                 kept = tl.sum(tl.where(w.to(tl.int32, bitcast=True) >= least, w, 0.0))
-                share += tl.where(pieces == piece, kept, 0.0)
-            token = _search(row, best, temperature, banned, least, share, chance, V, PIECE, PIECES)
+                kept_share += tl.where(pieces == piece, kept, 0.0)
+            token = _search(row, best, temperature, banned, least, kept_share, chance, V, PIECE, PIECES)
         else:
             share = tl.where(mass > 0, mass * tl.exp((peak - best) / temperature), 0.0)
             token = _search(row, best, temperature, banned, 1, share, chance, V, CHUNK, CHUNKS_WIDTH)
