@@ -26,7 +26,7 @@ SAMPLING = np.dtype(
         ("seed", np.int64),
         ("choice", np.int32),
         ("min_length", np.int32),  # a row at a position before this may not sample end of text
-        ("num_prompt", np.int32),  # these four are read only in a batch with `histories`
+        ("num_prompt", np.int32),  # these four are read only in a batch with masks, biases or histories
         ("presence_penalty", np.float32),
         ("frequency_penalty", np.float32),
         ("repetition_penalty", np.float32),
@@ -74,7 +74,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Biases:
-    """What is added to some logits; no (row, id) twice."""
+    """What is added to some logits, in order of their rows; no (row, id) twice."""
 
     rows: Int32  # [E]
     token_ids: Int32  # [E]

@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from triton.runtime import driver
 
 from service.model.batch import NUM_TOP, Batch, StepOutput
 from service.model.fused import FusedGPT2
 from service.model.gpt2 import GPT2
 from service.model.inputs import NUM_TURNS, AskedInputs, Shape, StepInputs
-from service.model.kernels.plan import Plan
+from service.model.kernels.plan import Plan, Product
 from service.model.kernels.plans import head_for, plan_for
 from service.model.logprobs import logprob_words, unpack_logprobs
 from service.model.runner import translate
@@ -82,6 +83,9 @@ class GraphRunner:
         self.depth = 1
         self.model = model
         self._device = device
+        self._shared_memory = 2**20
+        if device.type == "cuda":
+            self._shared_memory = driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"]
         pdl = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
         cache = model.new_cache(num_blocks=num_blocks + 1, block_size=block_size)  # the last for what fills buckets up
         max_tokens, max_rows = max_num_batched_tokens, max(max_num_seqs, _MOST_SCORED)
@@ -207,7 +211,12 @@ class GraphRunner:
     # What is captured
 
     def _plan(self, num_tokens: int, *, decodes_only: bool = False) -> Plan:
-        return plan_for(num_tokens, dtype=self.model.dtype, decodes_only=decodes_only)
+        return plan_for(
+            num_tokens, dtype=self.model.dtype, decodes_only=decodes_only, shared_memory=self._shared_memory
+        )
+
+    def _head(self, num_rows: int) -> Product:
+        return head_for(num_rows, dtype=self.model.dtype, shared_memory=self._shared_memory)
 
     def _body(self, shape: Shape) -> None:
         plan = self._plan(shape.num_tokens, decodes_only=not shape.tile)
@@ -216,7 +225,7 @@ class GraphRunner:
 
     def _sample(self, kind: _TailKind, num_rows: int) -> None:
         rows = self._inputs.rows(num_rows)
-        head = head_for(num_rows, dtype=self.model.dtype)
+        head = self._head(num_rows)
         logits = self._tail.logits(self._fused.x, rows, head)
         if kind.adjusted:
             adjusted = self._tail.adjust(logits, rows, self._asked.tensors(), self._fused.resolved)
@@ -232,7 +241,7 @@ class GraphRunner:
         self._sample(_PLAIN, shape.num_tokens)
 
     def _score_slice(self) -> None:
-        head = head_for(_MOST_SCORED, dtype=self.model.dtype)
+        head = self._head(_MOST_SCORED)
         rows = replace(self._inputs.rows(_MOST_SCORED), indices=self._slice[0].int())
         logits = self._tail.logits(self._fused.x, rows, head)
         self._words[:_MOST_SCORED] = logprob_words(logits, self._slice[1])

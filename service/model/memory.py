@@ -12,6 +12,7 @@ from service.model.runner import TorchRunner, warm_up
 _CPU_KV_MEMORY = 2**30
 # What captured graphs, their kernels' code and the library's handles take beside the allocator's memory, and some.
 _GRAPH_MEMORY = 2**29
+_MOST_NUMBERS = 2**31  # in a layer's keys: the kernels count them in 32 bits
 
 
 class KVMemoryError(ValueError):
@@ -75,8 +76,12 @@ def block_bytes(model: GPT2, block_size: int) -> int:
 
 
 def count_blocks(model: GPT2, block_size: int, kv_memory: int) -> int:
-    """How many blocks fit in `kv_memory` bytes. Raises KVMemoryError if that is less than one full context."""
-    num_blocks = kv_memory // block_bytes(model, block_size)
+    """How many blocks fit in `kv_memory` bytes. Raises KVMemoryError if that is less than one full context.
+
+    No more than the kernels can reach, with one for what fills steps up.
+    """
+    most = _MOST_NUMBERS // (block_size * model.config.hidden_size) - 1
+    num_blocks = min(kv_memory // block_bytes(model, block_size), most)
     needed = -(-model.config.context_length // block_size)
     if num_blocks < needed:
         raise KVMemoryError(

@@ -19,6 +19,13 @@ def test_kv_memory_below_one_context_is_refused(make_pair: Callable[..., Pair]) 
         count_blocks(ours, BLOCK_SIZE, enough - 1)
 
 
+def test_a_cache_is_no_larger_than_the_kernels_can_reach(make_pair: Callable[..., Pair]) -> None:
+    """Slots times hidden size, of one block more than there are for sequences, stay below 2^31 on the largest GPU."""
+    _, ours = make_pair()
+    num_blocks = count_blocks(ours, BLOCK_SIZE, 2**40)
+    assert 2**31 // (BLOCK_SIZE * 64) == num_blocks + 1
+
+
 def test_a_cpu_gets_the_runner_of_plain_operators(make_pair: Callable[..., Pair]) -> None:
     """With as many blocks as the bytes hold, and no more."""
     _, ours = make_pair()

@@ -1,5 +1,7 @@
 """The plan of a step and the head's product, by size: what bench/tune.py found best on an H100. Read by graphs.py."""
 
+from dataclasses import replace
+
 import torch
 
 from service.model.kernels.plan import Decode, Library, Plan, Prefill, Product, Tiled, Vector
@@ -59,21 +61,36 @@ _SINGLE = Plan(Library(), Library(), Library(), Library(), Decode(32, 1, 2), Pre
 _BY_SIZE = ((16, _UP_TO_16), (32, _UP_TO_32), (64, _UP_TO_64), (128, _UP_TO_128), (256, _UP_TO_256))
 
 
-def plan_for(num_tokens: int, *, dtype: torch.dtype, decodes_only: bool) -> Plan:
-    """The plan of a body of `num_tokens`."""
+def plan_for(num_tokens: int, *, dtype: torch.dtype, decodes_only: bool, shared_memory: int) -> Plan:
+    """The plan of a body of `num_tokens`, whose programs may take `shared_memory` bytes each."""
     if dtype == torch.float32:
         return _SINGLE
     if num_tokens == 1 and decodes_only:
         return _ONE
-    return next((plan for most, plan in _BY_SIZE if num_tokens <= most), _MORE)
+    plan = next((plan for most, plan in _BY_SIZE if num_tokens <= most), _MORE)
+    return replace(
+        plan,
+        qkv=_fit(plan.qkv, shared_memory),
+        out=_fit(plan.out, shared_memory),
+        up=_fit(plan.up, shared_memory),
+        down=_fit(plan.down, shared_memory),
+    )
 
 
-def head_for(num_rows: int, *, dtype: torch.dtype) -> Product:
-    """The product that gives the logits of `num_rows` rows."""
+def _fit(product: Product, shared_memory: int) -> Product:
+    """With as many stages as there is room for; a tile of 16 bits an element is there once a stage."""
+    if not isinstance(product, Tiled):
+        return product
+    stage = 2 * (product.block_t + product.block_n) * product.block_k
+    return replace(product, stages=max(1, min(product.stages, shared_memory // stage)))
+
+
+def head_for(num_rows: int, *, dtype: torch.dtype, shared_memory: int) -> Product:
+    """The product that gives the logits of `num_rows` rows; the rest as in `plan_for`."""
     if dtype == torch.float32:
         return Library()
     if num_rows == 1:
         return Vector(16, 1024, 8)
     if 16 < num_rows <= 64:
-        return Tiled(64, 64, 128, 1, 4, 3, prefetch=False)
+        return _fit(Tiled(64, 64, 128, 1, 4, 3, prefetch=False), shared_memory)
     return Library()

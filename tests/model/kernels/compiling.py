@@ -1,0 +1,97 @@
+"""Compiles every kernel of the GPU path as the real code launches it, for a GPU that need not be there.
+
+Run by test_compiling.py in a process of its own, where Triton's interpreter is off: `compiling.py 90 bfloat16 232448`
+(bytes of shared memory that a program may have).
+Prints a line for each compiled kernel: its name and the bytes of shared memory that a program takes.
+"""
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from service.model.config import ModelConfig
+from service.model.gpt2 import GPT2
+from service.model.graphs import GraphRunner
+
+
+class FakeDriver:
+    """What a launch asks of a driver before it compiles."""
+
+    def __init__(self, capability: int) -> None:
+        self._target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def megatron_345m(dtype: torch.dtype) -> GPT2:
+    """Its shapes in one layer, without numbers."""
+    config = ModelConfig(
+        num_layers=1,
+        hidden_size=1024,
+        num_heads=16,
+        intermediate_size=4096,
+        context_length=1024,
+        vocab_size=50257,
+        layer_norm_epsilon=1e-5,
+        activation="gelu_tanh",
+        scale_attention=True,
+        scale_attention_by_layer=False,
+        upcast_attention=False,
+        tie_word_embeddings=True,
+        end_of_text_id=50256,
+        dtype="float16",
+    )
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    layer = {"attention_norm": (1024,), "mlp_norm": (1024,), "qkv": (3072, 1024), "attention_output": (1024, 1024)}
+    layer |= {"up": (4096, 1024), "down": (1024, 4096)}
+    shapes: dict[str, tuple[int, ...]] = {f"layers.0.{name}": shape for name, shape in layer.items()}
+    state = {"token_embedding.weight": empty(50257, 1024), "position_embedding.weight": empty(1024, 1024)}
+    for name, shape in (shapes | {"final_norm": (1024,)}).items():
+        state |= {f"{name}.weight": empty(*shape), f"{name}.bias": empty(shape[0])}
+    return GPT2(config, state)
+
+
+def main() -> None:
+    capability, dtype = int(sys.argv[1]), getattr(torch, sys.argv[2])
+    driver.set_active(FakeDriver(capability))
+    launch = JITFunction.run
+    compiled = set()
+
+    def compile_only(self: JITFunction[Any], *args: object, **kwargs: Any) -> None:
+        kernel = launch(self, *args, **kwargs | {"warmup": True})
+        if kernel.hash not in compiled:
+            compiled.add(kernel.hash)
+            print(kernel.name, kernel.metadata.shared, flush=True)
+
+    JITFunction.run = compile_only
+    model = megatron_345m(dtype)
+    runner = GraphRunner(model, num_blocks=64, block_size=16, max_num_seqs=256, max_num_batched_tokens=2048)
+    runner._shared_memory = int(sys.argv[3])
+    if capability >= 90:
+        runner._fused._pdl = True
+        runner._tail._chain = {"PDL": True, "launch_pdl": True}
+    for shape in (*runner._decodes, *runner._mixed):
+        runner._body(shape)
+    for kind, sizes in runner._rows.items():
+        for size in sizes:
+            runner._sample(kind, size)
+    runner._score_slice()
+
+
+if __name__ == "__main__":
+    main()
