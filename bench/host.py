@@ -141,7 +141,7 @@ def run(
     )
     runner = IdleRunner(device_seconds)
     compile_grammar: Compile = lambda text: (_ for _ in ()).throw(ValueError(text))  # noqa: E731 - nobody asks
-    loop = Loop(Channel(ours, ToEngine), scheduler, runner, compile_grammar)
+    loop = Loop(Channel(ours, ToEngine), scheduler, runner, compile_grammar, max_event_interval=0.016)
     if profile is None:
         loop.run()
     else:

@@ -224,6 +224,7 @@ def engine_config(settings: Settings, *, json_lines: bool, device: str | None = 
         kv_memory=settings.kv_memory,
         gpu_memory_utilization=settings.gpu_memory_utilization,
         cpu_threads=settings.cpu_threads,
+        max_event_interval_ms=settings.max_event_interval_ms,
         log_level=settings.log_level,
         json_lines=json_lines,
     )

@@ -104,6 +104,12 @@ class Settings(BaseSettings):
     max_body_bytes: Bytes = Field(8 * 2**20, description="Largest request body.")
     max_choices: int = Field(1024, ge=1, description="Sequences of one request: prompts x max(n, best_of), or items.")
     stream_keep_alive_seconds: float = Field(15, gt=0, description="A silent stream gets a comment line this often.")
+    max_event_interval_ms: float = Field(
+        16,
+        ge=0,
+        le=1000,
+        description="How long a busy service may hold a stream's tokens, to send them in one event; 0: not at all.",
+    )
     http_keep_alive_seconds: int = Field(75, ge=1, description="How long an idle HTTP connection is kept.")
     drain_seconds: float = Field(60, ge=0, description="After SIGTERM, how long running requests may go on.")
     stall_seconds: float = Field(

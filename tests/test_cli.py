@@ -31,6 +31,7 @@ SERVER_ONLY = {
     "max_choices",
     "stream_keep_alive_seconds",
     "http_keep_alive_seconds",
+    "max_event_interval_ms",
     "drain_seconds",
     "stall_seconds",
     "max_restarts",

@@ -19,5 +19,6 @@ class EngineConfig:
     kv_memory: int | None
     gpu_memory_utilization: float
     cpu_threads: int | None
+    max_event_interval_ms: float
     log_level: str
     json_lines: bool

@@ -36,7 +36,6 @@ EXIT_UNUSABLE = 3  # the model, the device or a setting cannot be used: another 
 _STATS_SECONDS = 0.25  # while work is open, the API hears from the engine at least this often, or once a step
 _PUBLISH_SECONDS_A_STREAM = 60e-6  # an event costs the API about half as much, on a slow host
 _PUBLISH_AT_ONCE = 4  # streams, up to which every token goes out as it comes
-_MAX_PUBLISH_SECONDS = 0.016
 
 
 def start_child(*, level: str, json_lines: bool) -> None:
@@ -57,8 +56,10 @@ def _end_with(sentinel: int) -> None:
 class Publisher:
     """What the API is to hear, and when: starts, first tokens, urgent ones and ends at once, the rest by interval."""
 
-    def __init__(self, channel: Channel, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, channel: Channel, *, max_interval: float, clock: Callable[[], float] = time.monotonic) -> None:
+        """`max_interval`: seconds that tokens are held at most."""
         self._channel = channel
+        self._max_interval = max_interval
         self._clock = clock  # seconds
         self._published_at = 0.0
         self._stats_at = 0.0
@@ -83,7 +84,7 @@ class Publisher:
         now = self._clock()
         num_streams = scheduler.num_running
         interval = 0.0 if num_streams <= _PUBLISH_AT_ONCE else _PUBLISH_SECONDS_A_STREAM * num_streams
-        if idle or now - self._published_at >= min(interval, _MAX_PUBLISH_SECONDS):
+        if idle or now - self._published_at >= min(interval, self._max_interval):
             deltas = deltas + scheduler.take_held()
             self._published_at = now
         send_stats = idle or now - self._stats_at >= _STATS_SECONDS
@@ -101,11 +102,20 @@ class Publisher:
 class Loop:
     """Steps the engine for as long as the channel is open."""
 
-    def __init__(self, channel: Channel, scheduler: Scheduler, runner: Runner, compile_grammar: Compile) -> None:
+    def __init__(
+        self,
+        channel: Channel,
+        scheduler: Scheduler,
+        runner: Runner,
+        compile_grammar: Compile,
+        *,
+        max_event_interval: float,
+    ) -> None:
+        """`max_event_interval` is the Publisher's, in seconds."""
         self._channel = channel
         self._scheduler = scheduler
         self._core = Core(scheduler, runner)
-        self._publisher = Publisher(channel)
+        self._publisher = Publisher(channel, max_interval=max_event_interval)
         self._compiler = GrammarCompiler(compile_grammar, scheduler.is_open)
 
     def run(self) -> None:
@@ -170,7 +180,13 @@ def main(config: EngineConfig, sock: socket.socket) -> None:
             sys.exit(EXIT_UNUSABLE)
         gc.freeze()  # what is loaded stays
         channel.send(Ready(loaded.model))
-        Loop(channel, loaded.scheduler, loaded.runner, loaded.compile_grammar).run()
+        Loop(
+            channel,
+            loaded.scheduler,
+            loaded.runner,
+            loaded.compile_grammar,
+            max_event_interval=config.max_event_interval_ms / 1000,
+        ).run()
         loaded.runner.close()
     except ChannelClosed:
         return

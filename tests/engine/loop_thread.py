@@ -56,7 +56,7 @@ class LoopThread:
 
     def _run(self, channel: Channel) -> None:
         try:
-            Loop(channel, self.scheduler, self.runner, self._compile_grammar).run()
+            Loop(channel, self.scheduler, self.runner, self._compile_grammar, max_event_interval=0.016).run()
         finally:
             self._sock.close()
 

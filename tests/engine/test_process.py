@@ -298,11 +298,11 @@ def test_the_loop_ends_while_a_grammar_is_compiled() -> None:
 class Published:
     """A publisher between an engine that is stepped by hand and the API's end, and the time that it goes by."""
 
-    def __init__(self, asks: list[Ask]) -> None:
+    def __init__(self, asks: list[Ask], *, max_interval: float = 0.016) -> None:
         self.now = 100.0
         self.ours, self.theirs = socket.socketpair()
         self._channel = Channel(self.theirs, ToApi)
-        self._publisher = Publisher(Channel(self.ours, ToApi), lambda: self.now)
+        self._publisher = Publisher(Channel(self.ours, ToApi), max_interval=max_interval, clock=lambda: self.now)
         self._engine = Engine(num_blocks=400, max_num_seqs=16, budget=100)
         self._engine.add_all(asks)
 
@@ -380,6 +380,15 @@ def test_a_patient_request_hears_of_its_first_token_and_its_end() -> None:
     of_1 = [delta for deltas in heard for delta in deltas if delta.request_id == 1]
     assert expected[1] == [token for delta in of_1 for token in delta.token_ids]
     assert [False, *[True] * expected[1][1:-1].count(expected[1][7])] == [delta.urgent for delta in of_1[:-1]]
+
+
+def test_no_token_is_held_where_none_may_be() -> None:
+    """With an interval of 0, however many streams there are."""
+    asks, expected = streams(8)
+    with Published(asks, max_interval=0) as published:
+        published.due()
+        for step in range(4):
+            assert [[Delta(number, 0, (expected[number][step],)) for number in range(8)]] == published.step()
 
 
 def test_an_urgent_token_goes_out_at_once_with_those_held_before_it() -> None:
