@@ -19,6 +19,9 @@ COPY service service
 RUN /opt/venv/bin/pip install --no-deps .
 
 FROM ${PYTHON_IMAGE}
+# Triton builds what launches a kernel with a C compiler, once; without one the GPU runs plain operators.
+# hadolint ignore=DL3008
+RUN apt-get update && apt-get install --no-install-recommends --yes gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 COPY --from=build /opt/venv /opt/venv
 # All that is ever written goes to /cache, so the root may be read-only. Group 0 may write there: some clusters run
 # images under a random user of that group.
@@ -29,7 +32,7 @@ ENV PATH=/opt/venv/bin:$PATH \
     XDG_CACHE_HOME=/cache \
     HF_HOME=/cache/huggingface \
     TORCHINDUCTOR_CACHE_DIR=/cache/torchinductor \
-    TRITON_CACHE_DIR=/cache/triton \
+    TRITON_CACHE_DIR=/cache/kernels \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \
     MGPT_HOST=0.0.0.0
 VOLUME ["/cache"]

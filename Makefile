@@ -2,7 +2,7 @@
 PYTHON ?= python3
 MODEL ?=
 ARGS ?=
-.PHONY: run test lint format types check clients bench image
+.PHONY: run test lint format types check clients bench load image
 
 run: .venv/ready  ## serve MODEL, a folder or a hub id; without one, the embedded demo model
 	.venv/bin/megatron-gpt2 serve $(MODEL) $(ARGS)
@@ -26,6 +26,9 @@ clients: .venv/ready .venv-clients/ready  ## packages that people use as clients
 
 bench: .venv/ready  ## milliseconds a step of the bare runner beside transformers, on this machine
 	.venv/bin/python -m bench.decode $(ARGS)
+
+load: .venv/ready  ## load over HTTP on a running service: throughput and latencies
+	.venv/bin/python -m bench.load $(ARGS)
 
 image:  ## the container image, megatron-gpt2
 	docker build -t megatron-gpt2 .

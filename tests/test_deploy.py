@@ -29,6 +29,11 @@ def final_stage() -> list[tuple[str, str]]:
     return every[start:]
 
 
+def commands() -> str:
+    """What the final stage runs."""
+    return " ".join(arguments for name, arguments in final_stage() if name == "RUN")
+
+
 def only(name: str) -> str:
     """The arguments of an instruction that the final stage has once."""
     (arguments,) = [arguments for other, arguments in final_stage() if other == name]
@@ -128,7 +133,7 @@ def test_compose_fits_the_image(service: str) -> None:
     assert f"http://127.0.0.1:{port}/readyz" in about["healthcheck"]["test"][-1]
     places = [re.sub(r":ro$", "", volume).rsplit(":", 1)[1] for volume in about["volumes"]]
     assert ["/cache", "/models"] == places
-    assert set(places) <= set(only("RUN").split())
+    assert set(places) <= set(commands().split())
     assert {"cache", "models"} == set(COMPOSE["volumes"])
     assert ["ALL"] == about["cap_drop"]
     assert ["no-new-privileges:true"] == about["security_opt"]
@@ -142,3 +147,9 @@ def test_compose_profiles_are_read_only_and_gpu() -> None:
     assert COMPOSE["services"]["cpu"]["read_only"] is True
     (device,) = COMPOSE["services"]["gpu"]["deploy"]["resources"]["reservations"]["devices"]
     assert ["gpu"] == device["capabilities"]
+
+
+def test_the_image_can_compile_kernels() -> None:
+    """Triton takes gcc, whose headers Debian has in a package of their own, and keeps its work where one may write."""
+    assert {"gcc", "libc6-dev"} <= set(commands().split())
+    assert environment()["TRITON_CACHE_DIR"].startswith("/cache/")

@@ -51,15 +51,13 @@ def create_app(
     )
     errors.install(app)
     app.add_middleware(RequestMiddleware, metrics=metrics, max_body_bytes=max_body_bytes)
-    app.include_router(
-        completions.completions_router(
-            client=client,
-            served=served,
-            metrics=metrics,
-            keep_alive_seconds=stream_keep_alive_seconds,
-            max_choices=max_choices,
-        ),
-        tags=["Completions"],
+    completions.add_completions(
+        app.router,
+        client=client,
+        served=served,
+        metrics=metrics,
+        keep_alive_seconds=stream_keep_alive_seconds,
+        max_choices=max_choices,
     )
     app.include_router(tokens.tokens_router(client=client, served=served), tags=["Tokens"])
     app.include_router(

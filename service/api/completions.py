@@ -30,23 +30,17 @@ REQUEST_SCHEMAS = (CompletionRequest,)
 _json = msgspec.json.Encoder().encode
 
 
-def completions_router(
-    *, client: EngineClient, served: ServedModel, metrics: Metrics, keep_alive_seconds: float, max_choices: int
-) -> APIRouter:
-    router = APIRouter(route_class=DirectRoute)
+def add_completions(
+    router: APIRouter,
+    *,
+    client: EngineClient,
+    served: ServedModel,
+    metrics: Metrics,
+    keep_alive_seconds: float,
+    max_choices: int,
+) -> None:
+    """Add the route to the app's own router: one that is included is looked through twice for every request."""
 
-    @router.post(
-        "/v1/completions",
-        summary="Complete text",
-        description="The answer is JSON, or with `stream` server-sent events: each `data:` line a chunk of the same "
-        "shape, the last one `[DONE]`.",
-        response_class=JSONResponse,
-        responses={
-            200: {"model": answers.Completion, "content": {"text/event-stream": {}}},
-            **errors.documented(400, 404, 413, 429, 500, 503, 504),
-        },
-        openapi_extra=documented_body(CompletionRequest, prompt="The capital of France is", max_tokens=32),
-    )
     async def complete(request: Request) -> Response:
         arrived_at = time.monotonic()
         model = client.check_ready()
@@ -60,14 +54,37 @@ def completions_router(
             client, served, metrics, model, admitted=admitted, arrived_at=arrived_at, summary=summary
         )
         if ask.stream:
-            return EventStream(completion.events(), keep_alive_seconds=keep_alive_seconds)
-        return await while_connected(request.receive, completion.answer())
+            return EventStream(
+                completion.events(), keep_alive_seconds=keep_alive_seconds, close=completion.stream.close
+            )
+        try:
+            return await while_connected(request.receive, completion.answer())
+        finally:
+            completion.stream.close()
 
-    return router
+    router.add_api_route(
+        "/v1/completions",
+        complete,
+        methods=["POST"],
+        route_class_override=DirectRoute,
+        tags=["Completions"],
+        summary="Complete text",
+        description="The answer is JSON, or with `stream` server-sent events: each `data:` line a chunk of the same "
+        "shape, the last one `[DONE]`.",
+        response_class=JSONResponse,
+        responses={
+            200: {"model": answers.Completion, "content": {"text/event-stream": {}}},
+            **errors.documented(400, 404, 413, 429, 500, 503, 504),
+        },
+        openapi_extra=documented_body(CompletionRequest, prompt="The capital of France is", max_tokens=32),
+    )
 
 
 class Completion:
-    """The life of one admitted request: submitted by the first step of `answer` or `events`, aborted by their end."""
+    """The life of one admitted request: submitted as it is made, aborted by the end of `answer` or `events`.
+
+    Whoever might not begin either closes the `stream`. Raises EngineUnavailable.
+    """
 
     def __init__(
         self,
@@ -80,10 +97,8 @@ class Completion:
         arrived_at: float,
         summary: dict[str, Any],
     ) -> None:
-        self._client = client
         self._metrics = metrics
         self._summary = summary
-        self._arrived_at = arrived_at
         self._admitted = admitted
         self._ask = ask = admitted.ask
         self._params = admitted.params
@@ -120,8 +135,7 @@ class Completion:
             request.id: [] for request in self._requests if request.score_from is not None
         }
         self._cached_tokens = dict.fromkeys((request.id for request in self._requests), 0)
-        self._submitted_at = self._first_token_at = 0.0
-        self._started_at: dict[int, float] = {}
+        self._first_token_at = 0.0
         self._head = {
             "id": f"cmpl-{secrets.token_hex(16)}",
             "object": "text_completion",
@@ -129,6 +143,18 @@ class Completion:
             "model": served.name,
             "system_fingerprint": served.fingerprint(model),
         }
+        # Here and not in the task that follows it: of a crowd that comes at once, the engine has the first before the
+        # last is read, and does not end them all at once either.
+        self.stream = client.submit(
+            self._requests,
+            self._params,
+            completing_ids=admitted.completing_ids,
+            # Whoever waits for the whole needs no piece of it, but where pieces decide where it ends.
+            patient=not ask.stream and ask.repetition_stop is None,
+            deadline=deadline_of(arrived_at, ask.timeout_seconds),
+            queue_deadline=deadline_of(arrived_at, ask.queue_timeout_seconds),
+        )
+        metrics.prompt_tokens.inc(sum(len(request.prompt) for request in self._requests))
 
     # The two answers
 
@@ -169,19 +195,9 @@ class Completion:
     async def _pieces(self) -> AsyncGenerator[list[Piece], None]:
         """The pieces of all choices as they come, several at a time; a choice's last has its finish reason.
 
-        Raises ApiError, EngineUnavailable, DeadlineExceeded and QueueTimeout.
+        Raises ApiError, DeadlineExceeded and QueueTimeout.
         """
-        stream = self._client.submit(
-            self._requests,
-            self._params,
-            completing_ids=self._admitted.completing_ids,
-            # Whoever waits for the whole needs no piece of it, but where pieces decide where it ends.
-            patient=not self._ask.stream and self._ask.repetition_stop is None,
-            deadline=deadline_of(self._arrived_at, self._ask.timeout_seconds),
-            queue_deadline=deadline_of(self._arrived_at, self._ask.queue_timeout_seconds),
-        )
-        self._submitted_at, self._started_at = stream.submitted_at, stream.started_at
-        self._metrics.prompt_tokens.inc(sum(len(request.prompt) for request in self._requests))
+        stream = self.stream
         try:
             async with self._metrics.follow(stream, self._count_unfinished):
                 async for deltas in stream:
@@ -260,9 +276,10 @@ class Completion:
 
     def _timings(self) -> dict[str, float]:
         """Milliseconds in the queue, from there to the first token, and to the end."""
-        started_at = min(self._started_at.values(), default=self._submitted_at)
+        submitted_at = self.stream.submitted_at
+        started_at = min(self.stream.started_at.values(), default=submitted_at)
         first_token_at = self._first_token_at or time.monotonic()
-        moments = {"queue": started_at - self._submitted_at, "prefill": first_token_at - started_at}
+        moments = {"queue": started_at - submitted_at, "prefill": first_token_at - started_at}
         moments["decode"] = time.monotonic() - first_token_at
         return {name: round(1000 * seconds, 3) for name, seconds in moments.items()}
 

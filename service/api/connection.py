@@ -3,7 +3,7 @@
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -52,15 +52,19 @@ class EventStream(Response):
 
     An exception before the status line is raised, so that it becomes an HTTP error; one after it becomes an error
     event and the end of the stream. `events` ends with DONE, which goes out in one piece with the end of the answer.
+    `close` is called at the end, also where `events` was never begun.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None], *, keep_alive_seconds: float) -> None:
+    def __init__(
+        self, events: AsyncGenerator[bytes, None], *, keep_alive_seconds: float, close: Callable[[], None]
+    ) -> None:
         self.status_code = 200
         self.background = None
         self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         self._events = events
+        self._close = close
         self._keep_alive_seconds = keep_alive_seconds
         self._last_write = time.monotonic()
         self._started = False
@@ -74,6 +78,8 @@ class EventStream(Response):
         except ClientDisconnect:
             if not self._started:
                 raise
+        finally:
+            self._close()
 
     async def _run(self, send: Send, write: Write) -> None:
         self._keep_alive(send)

@@ -85,6 +85,8 @@ def _token_sets(
     ask: CompletionRequest, model: ModelInfo, tokenizer: Tokenizer
 ) -> tuple[tuple[int, ...] | None, tuple[int, ...], tuple[tuple[int, ...], ...]]:
     """The ids that alone may be generated, those that may not, and the sequences of ids that may not be completed."""
+    if ask.allowed_token_ids is None and not ask.logit_bias and not ask.bad_words:
+        return None, (), ()
     check_ids("allowed_token_ids", ask.allowed_token_ids or (), model.vocab_size)
     check_ids("logit_bias", ask.logit_bias, model.vocab_size)
     banned = {token_id for token_id, bias in ask.logit_bias.items() if bias == _BANS}

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PlainValidator, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 from pydantic_core import PydanticCustomError
 
 from service.api.body import Body
@@ -120,6 +120,8 @@ def _parse_repetition_stop(value: object) -> object:
 
 class StreamOptions(Body):
     """Only read with `stream`."""
+
+    model_config = ConfigDict(frozen=True)  # so that the default is not copied for every request
 
     include_usage: bool = Field(False, description="Add a last chunk with the usage of the whole request.")
     continuous_usage_stats: bool = Field(False, description="Add the usage so far to every chunk.")
@@ -296,7 +298,7 @@ class CompletionRequest(Body):
     def slow_to_admit(self) -> bool:
         """A grammar has to be compiled, or many stop strings looked for in the vocabulary: some ten milliseconds."""
         grammars = (self.response_format, self.guided_json, self.guided_regex, self.guided_choice)
-        return len(self.stop) > _FEW_STOPS or any(field is not None for field in grammars)
+        return len(self.stop) > _FEW_STOPS or grammars != (None, None, None, None)
 
     @property
     def num_samples(self) -> int:
@@ -305,12 +307,14 @@ class CompletionRequest(Body):
 
 
 def _refuse_unsupported(body: Mapping[str, Any]) -> None:
+    unknown = body.keys() - CompletionRequest.model_fields.keys()
+    if not unknown:
+        return
     for name, harmless in _UNSUPPORTED.items():
         if body.get(name) is not None and not any(
             body[name] == value and isinstance(body[name], bool) == isinstance(value, bool) for value in harmless
         ):
             hint = f": {_INSTEAD[name]}" if name in _INSTEAD else ""
             raise invalid(name, f"is not supported by this server{hint}")
-    unknown = body.keys() - CompletionRequest.model_fields.keys() - _UNSUPPORTED.keys()
-    if unknown:
+    if unknown := unknown - _UNSUPPORTED.keys():
         log.debug("ignored unknown fields: %s", ", ".join(sorted(unknown))[:500])

@@ -51,6 +51,13 @@ class Stream:
         self.started_at: dict[int, float] = {}
         self._has_gone_on = False
 
+    def close(self) -> None:
+        """Abort whatever has not finished, and read no more; leaving the context does it."""
+        for request_id in {request_id for request_id, _ in self._open}:
+            self._client._abort(request_id, None)
+        self._open.clear()
+        self._client._forget(self)
+
     async def __aenter__(self) -> Self:
         return self
 
@@ -60,10 +67,7 @@ class Stream:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for request_id in {request_id for request_id, _ in self._open}:
-            self._client._abort(request_id, None)
-        self._open.clear()
-        self._client._forget(self)
+        self.close()
 
     async def __aiter__(self) -> AsyncIterator[list[Delta]]:
         while self._open or self._mailbox:

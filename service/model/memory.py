@@ -1,13 +1,21 @@
 """Which runner a model gets, and how much memory its KV cache. Called as the engine loads."""
 
 import gc
+import importlib.util
+import logging
+import os
+import shutil
+import sysconfig
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
 from service.model.batch import Runner
 from service.model.gpt2 import GPT2
 from service.model.runner import TorchRunner, warm_up
+
+log = logging.getLogger(__name__)
 
 _CPU_KV_MEMORY = 2**30
 # What captured graphs, their kernels' code and the library's handles take beside the allocator's memory, and some.
@@ -41,7 +49,8 @@ def make_runner(
         )
         warm_up(runner, max_num_seqs=1, max_num_batched_tokens=16)  # only first calls are slow; memory is no concern
         return runner
-    if not has_kernels(model.device):
+    if lack := what_kernels_lack(model.device):
+        log.warning("the GPU is used through plain operators, many times slower: the kernels lack %s", lack)
         if kv_memory is None:
             probe = TorchRunner(model, num_blocks=1, block_size=block_size)
             kv_memory = _memory_left(model.device, lambda: warm_up(probe, **limits), utilization=utilization)
@@ -64,9 +73,18 @@ def make_runner(
     return graphs
 
 
-def has_kernels(device: torch.device) -> bool:
-    """Whether the Triton kernels run there: on Ampere GPUs and later."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+def what_kernels_lack(device: torch.device) -> str | None:
+    """What the Triton kernels need and do not have here."""
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "a GPU of the Ampere generation or later"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton"
+    # With which Triton builds what launches a kernel.
+    if "CC" not in os.environ and not any(map(shutil.which, ("gcc", "clang"))):
+        return "a C compiler (gcc or clang)"
+    if not Path(sysconfig.get_paths()["include"], "Python.h").exists():
+        return "Python's C headers (Python.h; python3-dev in Debian)"
+    return None
 
 
 def block_bytes(model: GPT2, block_size: int) -> int:

@@ -2,9 +2,12 @@
 
 import asyncio
 import json
+from collections.abc import AsyncGenerator
 
 import pytest
+from starlette.types import Message
 
+from service.api.connection import EventStream
 from tests.api.conftest import Service, Start
 
 
@@ -56,6 +59,30 @@ async def test_a_finished_request_is_not_aborted(api: Service) -> None:
     await api.complete(prompt="a", n=3)
     await api.http.post("/v1/completions", json={"stream": True})
     assert [] == api.engine.aborted
+
+
+async def test_a_stream_that_is_never_begun_is_closed() -> None:
+    """Its request is with the engine already, so who is cancelled before the first step says so too."""
+    closed = []
+
+    async def events() -> AsyncGenerator[bytes, None]:
+        raise AssertionError("begun")
+        yield b""
+
+    async def receive() -> Message:
+        await asyncio.Event().wait()
+        raise AssertionError("nobody sends")
+
+    async def send(_: Message) -> None:
+        raise AssertionError("nothing is sent")
+
+    response = EventStream(events(), keep_alive_seconds=15, close=lambda: closed.append(True))
+    answering = asyncio.ensure_future(response({"type": "http"}, receive, send))
+    await asyncio.sleep(0)  # it has come to where it waits for its own task, which has not begun
+    answering.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await answering
+    assert [True] == closed
 
 
 async def test_a_silent_stream_sends_comments(start: Start) -> None:

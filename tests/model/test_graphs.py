@@ -14,6 +14,7 @@ import torch
 from service.checkpoint.hub import read_state
 from service.model import graphs
 from service.model.batch import Batch, Biases, Runner, Scored, StepOutput, TopLogprobs
+from service.model.config import ModelConfig
 from service.model.gpt2 import GPT2
 from service.model.graphs import GraphRunner
 from service.model.inputs import Shape
@@ -50,12 +51,17 @@ VECTOR = Plan(Vector(16, 32, 4), Vector(8, 32, 4), Vector(32, 32, 4), Vector(8, 
 Load = Callable[[torch.dtype], GPT2]
 
 
+def read(folder: Path, config: ModelConfig, dtype: torch.dtype) -> GPT2:
+    """The model there, with queries and keys large enough that attention looks somewhere."""
+    state = read_state(folder, config, dtype=dtype, device="cuda" if ON_GPU else "cpu")
+    return GPT2(config, {name: tensor * 20 if "qkv.weight" in name else tensor for name, tensor in state.items()})
+
+
 @pytest.fixture
 def load(make_pair: Callable[..., Pair], tmp_path: Path) -> Load:
     """One layer of two heads of 16."""
     config = make_pair(n_layer=1, n_embd=32, n_head=2)[1].config
-    device = "cuda" if ON_GPU else "cpu"
-    return lambda dtype: GPT2(config, read_state(tmp_path, config, dtype=dtype, device=device))
+    return lambda dtype: read(tmp_path, config, dtype)
 
 
 @pytest.fixture
@@ -206,6 +212,27 @@ def test_every_kind_of_plan_gives_the_tokens(model: GPT2, plan: Plan, monkeypatc
     check_generated(model, sampling, num_tokens=3, in_flight=True, penalised=False, logprobs=True)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"scale_attn_by_inverse_layer_idx": True, "activation_function": "relu"},
+        {"scale_attn_weights": False, "activation_function": "gelu", "n_inner": 48, "tie_word_embeddings": False},
+    ],
+)
+def test_every_kind_of_model_gives_the_tokens(
+    make_pair: Callable[..., Pair], tmp_path: Path, config: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two layers in tiles: a prompt's scores, and a decode of a known token."""
+    monkeypatch.setattr(graphs, "plan_for", lambda *_, **__: TILED)
+    given = make_pair(n_layer=2, n_embd=32, n_head=2, **config)[1].config
+    model = read(tmp_path, given, torch.float32)
+    plain, runner = make_plain(model), make_graphs(model)
+    prompt = PROMPTS[2]
+    scored = Scored(np.arange(16, dtype=np.int32), np.asarray(prompt[1:], np.int32))
+    for batch in (make_batch(Part(prompt), scored=scored), make_batch(Part([*prompt, 9], start=17), logprobs=True)):
+        check_output(run(plain, batch), run(runner, batch))
+
+
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_16_bits_are_close_to_the_plain_runner(load: Load, dtype: torch.dtype) -> None:
     """In the plans that serve them: log-probabilities over a prompt, and of decodes of one row and of three."""
@@ -315,6 +342,18 @@ def test_padding_survives_what_a_larger_step_left(model: GPT2) -> None:
     assert [-1] * 4 == run(runner, after).token_ids.tolist()
     embedding[9] = kept
     check_output(expected, run(runner, small))
+
+
+def test_a_mask_does_not_hide_a_row_that_is_not_finite(model: GPT2) -> None:
+    """The only NaN is the logit of a token that the mask bans; with a number there, the row gets its token."""
+    allowed = np.arange(515)[None] != 9
+    batch = make_batch(Part([5, 6, 7]), masks=pack_mask(allowed))
+    plain, runner = make_plain(model), make_graphs(model)
+    kept = model.token_embedding[9].clone()
+    model.token_embedding[9] = torch.nan
+    assert [-1] == run(plain, batch).token_ids.tolist() == run(runner, batch).token_ids.tolist()
+    model.token_embedding[9] = kept
+    check_output(run(plain, batch), run(runner, batch))
 
 
 def test_progress_goes_from_nothing_to_all(model: GPT2) -> None:

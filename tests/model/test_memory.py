@@ -1,10 +1,15 @@
 """How much memory the KV cache gets."""
 
+import importlib.util
+import shutil
+import sysconfig
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+import torch
 
-from service.model.memory import KVMemoryError, block_bytes, count_blocks, make_runner
+from service.model.memory import KVMemoryError, block_bytes, count_blocks, make_runner, what_kernels_lack
 from service.model.runner import TorchRunner
 from tests.model.batches import BLOCK_SIZE
 from tests.model.conftest import Pair
@@ -39,3 +44,28 @@ def test_a_cpu_gets_the_runner_of_plain_operators(make_pair: Callable[..., Pair]
     )
     assert isinstance(runner, TorchRunner)
     assert 20 == runner.num_blocks
+
+
+@pytest.mark.parametrize(
+    ("without", "expected"),
+    [
+        ("nothing", None),
+        ("Ampere", "a GPU of the Ampere generation or later"),
+        ("triton", "the package triton"),
+        ("a compiler", "a C compiler (gcc or clang)"),
+        ("headers", "Python's C headers (Python.h; python3-dev in Debian)"),
+    ],
+)
+def test_what_the_kernels_lack_is_named(
+    without: str, expected: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A GPU of that kind, Triton, and what Triton compiles its launchers with."""
+    capability = (7, 5) if without == "Ampere" else (9, 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if without == "triton" else name)
+    monkeypatch.setattr(shutil, "which", lambda name: None if without == "a compiler" else f"/usr/bin/{name}")
+    monkeypatch.delenv("CC", raising=False)
+    if without != "headers":
+        (tmp_path / "Python.h").touch()
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    assert expected == what_kernels_lack(torch.device("cuda"))

@@ -11,7 +11,7 @@ _ONE = Plan(
     out=Vector(16, 1024, 8),
     up=Vector(16, 1024, 8),
     down=Vector(8, 4096, 16),
-    decode=Decode(32, 8, 2, merged=False),
+    decode=Decode(64, 4, 4, merged=False),
 )
 _UP_TO_16 = Plan(
     qkv=Tiled(16, 32, 128, 1, 4, 4, prefetch=False),
@@ -90,7 +90,7 @@ def head_for(num_rows: int, *, dtype: torch.dtype, shared_memory: int) -> Produc
     if dtype == torch.float32:
         return Library()
     if num_rows == 1:
-        return Vector(16, 1024, 8)
+        return Vector(16, 1024, 4)
     if 16 < num_rows <= 64:
         return _fit(Tiled(64, 64, 128, 1, 4, 3, prefetch=False), shared_memory)
     return Library()
