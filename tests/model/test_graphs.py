@@ -348,12 +348,12 @@ def test_a_mask_does_not_hide_a_row_that_is_not_finite(model: GPT2) -> None:
     """The only NaN is the logit of a token that the mask bans; with a number there, the row gets its token."""
     allowed = np.arange(515)[None] != 9
     batch = make_batch(Part([5, 6, 7]), masks=pack_mask(allowed))
-    plain, runner = make_plain(model), make_graphs(model)
     kept = model.token_embedding[9].clone()
     model.token_embedding[9] = torch.nan
-    assert [-1] == run(plain, batch).token_ids.tolist() == run(runner, batch).token_ids.tolist()
+    for make in (make_plain, make_graphs):  # after the change: a head that is padded is a copy
+        assert [-1] == run(make(model), batch).token_ids.tolist()
     model.token_embedding[9] = kept
-    check_output(run(plain, batch), run(runner, batch))
+    check_output(run(make_plain(model), batch), run(make_graphs(model), batch))
 
 
 def test_progress_goes_from_nothing_to_all(model: GPT2) -> None:
