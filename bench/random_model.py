@@ -1,10 +1,13 @@
 """A checkpoint of the 345M's shape with random weights: speed and parity are measured on it, without the real one."""
 
 import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import transformers
+from torch import Tensor
 
 from service.model.config import ModelConfig
 from service.model.gpt2 import GPT2
@@ -24,43 +27,50 @@ def write_random_model(folder: Path, *, dtype: torch.dtype = torch.float32, seed
     return folder
 
 
+CONFIG_345M = ModelConfig(
+    num_layers=24,
+    hidden_size=1024,
+    num_heads=16,
+    intermediate_size=4096,
+    context_length=1024,
+    vocab_size=50257,
+    layer_norm_epsilon=1e-5,
+    activation="gelu_tanh",
+    scale_attention=True,
+    scale_attention_by_layer=False,
+    upcast_attention=False,
+    tie_word_embeddings=True,
+    end_of_text_id=50256,
+    dtype="float32",
+)
+
+
+def gpt2_345m(make: Callable[[str, tuple[int, ...]], Tensor], *, num_layers: int) -> GPT2:
+    """The 345M's shape in `num_layers`, of tensors that `make` gives for a name and a shape."""
+    config = replace(CONFIG_345M, num_layers=num_layers)
+    hidden, inner = config.hidden_size, config.intermediate_size
+    shapes: dict[str, tuple[int, ...]] = {
+        "token_embedding.weight": (config.vocab_size, hidden),
+        "position_embedding.weight": (config.context_length, hidden),
+        "final_norm.weight": (hidden,),
+        "final_norm.bias": (hidden,),
+    }
+    products = {"qkv": (3 * hidden, hidden), "attention_output": (hidden, hidden)}
+    products |= {"up": (inner, hidden), "down": (hidden, inner)}
+    for number in range(num_layers):
+        for name in ("attention_norm", "mlp_norm"):
+            shapes |= {f"layers.{number}.{name}.{part}": (hidden,) for part in ("weight", "bias")}
+        for name, shape in products.items():
+            shapes |= {f"layers.{number}.{name}.weight": shape, f"layers.{number}.{name}.bias": shape[:1]}
+    return GPT2(config, {name: make(name, shape) for name, shape in shapes.items()})
+
+
 def random_gpt2(*, dtype: torch.dtype, device: str, num_layers: int = 24) -> GPT2:
     """The 345M's shape with random weights, straight on a device."""
     generator = torch.Generator(device).manual_seed(0)
-    config = ModelConfig(
-        num_layers=num_layers,
-        hidden_size=1024,
-        num_heads=16,
-        intermediate_size=4096,
-        context_length=1024,
-        vocab_size=50257,
-        layer_norm_epsilon=1e-5,
-        activation="gelu_tanh",
-        scale_attention=True,
-        scale_attention_by_layer=False,
-        upcast_attention=False,
-        tie_word_embeddings=True,
-        end_of_text_id=50256,
-        dtype="float32",
-    )
 
-    def normal(*shape: int, mean: float = 0.0) -> torch.Tensor:
+    def normal(name: str, shape: tuple[int, ...]) -> Tensor:
+        mean = 1.0 if name.endswith("norm.weight") else 0.0
         return torch.empty(shape, device=device).normal_(mean, 0.02, generator=generator).to(dtype)
 
-    hidden, inner = config.hidden_size, config.intermediate_size
-    shapes = {"qkv": (3 * hidden, hidden), "attention_output": (hidden, hidden), "up": (inner, hidden)}
-    shapes["down"] = (hidden, inner)
-    state = {
-        "token_embedding.weight": normal(config.vocab_size, hidden),
-        "position_embedding.weight": normal(config.context_length, hidden),
-        "final_norm.weight": normal(hidden, mean=1.0),
-        "final_norm.bias": normal(hidden),
-    }
-    for number in range(num_layers):
-        for name in ("attention_norm", "mlp_norm"):
-            state[f"layers.{number}.{name}.weight"] = normal(hidden, mean=1.0)
-            state[f"layers.{number}.{name}.bias"] = normal(hidden)
-        for name, shape in shapes.items():
-            state[f"layers.{number}.{name}.weight"] = normal(*shape)
-            state[f"layers.{number}.{name}.bias"] = normal(shape[0])
-    return GPT2(config, state)
+    return gpt2_345m(normal, num_layers=num_layers)

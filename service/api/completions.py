@@ -178,10 +178,10 @@ class Completion:
         """The answer as server-sent events, from the first chunk to [DONE]. Raises as `answer` does."""
         options = self._ask.stream_options
         chunks = Chunks(self._head, with_usage=options.include_usage)
-        usage_of = self._choice_usage if options.continuous_usage_stats else lambda _: None
+        choice_usage = self._choice_usage if options.continuous_usage_stats else lambda _: None
         async with aclosing(self._pieces()) as batches:
             async for batch in batches:
-                events = [chunks.of(piece, usage=usage_of(piece.choice)) for piece in batch]
+                events = [chunks.of(piece, usage=choice_usage(piece.choice)) for piece in batch]
                 if batch[-1].finish_reason is not None and not self._count_unfinished():
                     if options.include_usage:
                         timings = {f"{name}_ms": milliseconds for name, milliseconds in self._timings().items()}

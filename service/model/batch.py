@@ -32,6 +32,9 @@ SAMPLING = np.dtype(
         ("repetition_penalty", np.float32),
     ]
 )
+SAMPLING_WORDS = SAMPLING.itemsize // 4
+# Where each field of a record lies, in words of 32 bits.
+SAMPLING_WORD = {name: offset // 4 for name, (_, offset, *_) in SAMPLING.fields.items()}  # type: ignore[union-attr]
 NOT_FINITE = -1  # StepOutput's token id for a row whose logits held a NaN or an infinity
 
 

@@ -99,9 +99,7 @@ class FusedGPT2:
             self._add_and_norm(num_tokens, 0, None, model.layers[0].attention_norm, chain)
         for number in range(config.num_layers):
             layer = self._cache.layer(number)
-            scale = config.head_size**-0.5 if config.scale_attention else 1.0
-            if config.scale_attention_by_layer:
-                scale /= number + 1
+            scale = model.attention_scale(number)
             if plan.fused:
                 self._fused_layer(number, layer, scale, step, plan)
             else:

@@ -20,7 +20,13 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-HEAD_ROWS = 128  # a multiple of which the head has on a GPU
+_HEAD_ROWS = 128  # a multiple of which the head has on a GPU
+
+
+def whole_tiles(head: Tensor) -> Tensor:
+    """`head` [V, H] with rows of zeros at its end up to a multiple of _HEAD_ROWS; itself where it has that."""
+    missing = -len(head) % _HEAD_ROWS
+    return F.pad(head, (0, 0, 0, missing)) if missing else head
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +76,9 @@ class GPT2:
         self.position_embedding = state["position_embedding.weight"]  # [context, H]
         head = state.get("head.weight", self.token_embedding)
         # On a GPU with rows of zeros at its end: products are slow where a row of logits is not whole lines of memory.
-        self.padded_head = F.pad(head, (0, 0, 0, -len(head) % HEAD_ROWS)) if head.is_cuda else head
-        self._head = (
-            self.padded_head[: len(head)] if head.is_cuda else head.float()
-        )  # no CPU multiplies 16 bits into 32
+        self.padded_head = whole_tiles(head) if head.is_cuda else head
+        # No CPU multiplies 16 bits into 32.
+        self._head = self.padded_head[: len(head)] if head.is_cuda else head.float()
         if "head.weight" not in state:
             self.token_embedding = self.padded_head[: len(head)]
 
@@ -112,6 +117,11 @@ class GPT2:
             device=self.device,
         )
 
+    def attention_scale(self, number: int) -> float:
+        """What the scores of layer `number` are multiplied by."""
+        scale = self.config.head_size**-0.5 if self.config.scale_attention else 1.0
+        return scale / (number + 1) if self.config.scale_attention_by_layer else scale
+
     def hidden(
         self,
         token_ids: Tensor,
@@ -127,15 +137,12 @@ class GPT2:
         for number, layer in enumerate(self.layers):
             qkv = layer.qkv(layer.attention_norm(x))  # [T, 3 H]
             q, k, v = qkv.view(num_tokens, 3, config.num_heads, config.head_size).unbind(1)  # [T, heads, head]
-            scale = config.head_size**-0.5 if config.scale_attention else 1.0
-            if config.scale_attention_by_layer:
-                scale /= number + 1
             mixed = attention(
                 q,
                 k,
                 v,
                 cache.layer(number),
-                scale=scale,
+                scale=self.attention_scale(number),
                 upcast=config.upcast_attention,
             )
             x = x + layer.attention_output(mixed.reshape(num_tokens, config.hidden_size)).float()

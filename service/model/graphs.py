@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from triton.runtime import driver
 
 from service.model.batch import NUM_TOP, Batch, StepOutput
@@ -24,7 +23,7 @@ from service.model.inputs import NUM_TURNS, AskedInputs, Shape, StepInputs
 from service.model.kernels.plan import Plan, Product
 from service.model.kernels.plans import head_for, plan_for
 from service.model.logprobs import logprob_words, unpack_logprobs
-from service.model.runner import translate
+from service.model.runner import to_host, translate
 from service.model.tail import Tail
 
 log = logging.getLogger(__name__)
@@ -184,7 +183,7 @@ class GraphRunner:
             else:
                 self._tails[kind, rows]()
             if batch.logprobs:
-                words = _to_host(self._words[:num_rows])
+                words = to_host(self._words[:num_rows]).numpy()
         return _Launched(self._results[self._turn, :num_rows], words, scores, self._queued())
 
     def _queued(self) -> Callable[[], None]:
@@ -206,7 +205,7 @@ class GraphRunner:
             self._slice[:, :size] = self._scored[:, start : start + size]
             self._scorer()
             self._score_words[start : start + size] = self._words[:size]
-        return _to_host(self._score_words[:count])
+        return to_host(self._score_words[:count]).numpy()
 
     # What is captured
 
@@ -290,9 +289,3 @@ def _captured(work: Replay, pool: Any) -> Replay:
     with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         work()
     return graph.replay
-
-
-def _to_host(tensor: Tensor) -> np.ndarray:
-    """A copy that is filled once what is queued so far is done."""
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-    return host.copy_(tensor, non_blocking=True).numpy()

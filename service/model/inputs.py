@@ -10,12 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from service.model.batch import SAMPLING, Batch, Int32
+from service.model.batch import SAMPLING, SAMPLING_WORDS, Batch, Int32
 from service.model.fused import StepTensors
 from service.model.kernels import exchange
 from service.model.tail import AskedTensors, RowTensors
 
-_WORDS = SAMPLING.itemsize // 4
 _ALIGNMENT = 4  # words: kernels rely on 16 bytes
 _MOST_BIASES = 1024  # of a row; the API takes no more
 NUM_TURNS = 3  # slots for what goes to the GPU and comes back: one is filled while the two before are in use
@@ -64,7 +63,7 @@ class StepInputs:
         max_rows = -(-max_rows // _ALIGNMENT) * _ALIGNMENT
         self._table_width = table_width
         self._no_slot = no_slot
-        words = max_rows + max_rows + max_rows * _WORDS
+        words = max_rows + max_rows + max_rows * SAMPLING_WORDS
         first = -(-words // _ALIGNMENT) * _ALIGNMENT
         self._layouts = {shape: Layout(shape, first=first, table_width=table_width) for shape in shapes}
         size = max(layout.end for layout in self._layouts.values())
@@ -82,7 +81,7 @@ class StepInputs:
     def rows(self, num_rows: int) -> RowTensors:
         """The tensors that a tail of `num_rows` reads."""
         most = self._max_rows
-        records = self._device[2 * most : 2 * most + most * _WORDS].view(most, _WORDS)
+        records = self._device[2 * most : 2 * most + most * SAMPLING_WORDS].view(most, SAMPLING_WORDS)
         return RowTensors(self._device[:num_rows], self._device[most : most + num_rows], records[:num_rows])
 
     def step(self, shape: Shape) -> StepTensors:
@@ -142,7 +141,7 @@ class StepInputs:
 
     def _rows_of(self, words: Int32) -> tuple[Int32, Int32, np.ndarray]:
         most = self._max_rows
-        records = words[2 * most : 2 * most + most * _WORDS].view(SAMPLING)
+        records = words[2 * most : 2 * most + most * SAMPLING_WORDS].view(SAMPLING)
         return words[:most], words[most : 2 * most], records
 
     def _fields_of(self, layout: Layout, words: Int32) -> dict[str, Int32]:

@@ -9,7 +9,17 @@ import torch
 from torch import Tensor
 
 from service.model.attention import Decodes, PagedAttention, Prefill
-from service.model.batch import SAMPLING, Batch, Biases, DeviceLost, Int32, OutOfMemory, Scored, StepOutput
+from service.model.batch import (
+    SAMPLING,
+    SAMPLING_WORD,
+    Batch,
+    Biases,
+    DeviceLost,
+    Int32,
+    OutOfMemory,
+    Scored,
+    StepOutput,
+)
 from service.model.config import ModelConfig
 from service.model.gpt2 import GPT2
 from service.model.logprobs import logprob_words, unpack_logprobs
@@ -22,8 +32,6 @@ _MOST_PADDING = {"cpu": 2, "cuda": 1024}
 _SHORT = 64  # tokens of context, up to which padding costs less than another gather
 # Prompt tokens whose logits stand in memory at once (200 KB each): enough to keep the head's product busy.
 _MOST_SCORED = {"cpu": 128, "cuda": 512}
-# Where each field of SAMPLING lies in its record, in words of 32 bits.
-_WORD = {name: offset // 4 for name, (_, offset, *_) in SAMPLING.fields.items()}  # type: ignore[union-attr]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +42,8 @@ class _Results:
 
     def to_host(self) -> "_Results":
         """Copies that are filled once what is queued on the GPU so far is done."""
-        logprobs, scores = (None if words is None else _to_host(words) for words in (self.logprobs, self.scores))
-        return _Results(_to_host(self.tokens), logprobs, scores)
+        logprobs, scores = (None if words is None else to_host(words) for words in (self.logprobs, self.scores))
+        return _Results(to_host(self.tokens), logprobs, scores)
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,8 +210,10 @@ def _asked(batch: Batch) -> dict[str, Int32]:
     return arrays
 
 
-def _to_host(tensor: Tensor) -> Tensor:
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+def to_host(tensor: Tensor) -> Tensor:
+    """A copy, which from a GPU is filled once what is queued there so far is done."""
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    return host.copy_(tensor, non_blocking=True)
 
 
 def cut_decodes(lengths: Sequence[int], device_type: str) -> list[tuple[int, int]]:
@@ -220,16 +230,16 @@ def cut_decodes(lengths: Sequence[int], device_type: str) -> list[tuple[int, int
 
 def _unpack(words: Tensor, positions: Tensor) -> SamplingTensors:
     """SAMPLING's records, as rows of 32-bit words, in tensors."""
-    low, high = words[:, _WORD["seed"]].long(), words[:, _WORD["seed"] + 1].long()
+    low, high = words[:, SAMPLING_WORD["seed"]].long(), words[:, SAMPLING_WORD["seed"] + 1].long()
     return SamplingTensors(
-        temperature=words[:, _WORD["temperature"]].view(torch.float32),
-        top_k=words[:, _WORD["top_k"]].long(),
-        top_p=words[:, _WORD["top_p"]].view(torch.float32),
-        min_p=words[:, _WORD["min_p"]].view(torch.float32),
+        temperature=words[:, SAMPLING_WORD["temperature"]].view(torch.float32),
+        top_k=words[:, SAMPLING_WORD["top_k"]].long(),
+        top_p=words[:, SAMPLING_WORD["top_p"]].view(torch.float32),
+        min_p=words[:, SAMPLING_WORD["min_p"]].view(torch.float32),
         seed=high << 32 | low & 0xFFFFFFFF,
-        choice=words[:, _WORD["choice"]].long(),
+        choice=words[:, SAMPLING_WORD["choice"]].long(),
         position=positions,
-        may_end=positions >= words[:, _WORD["min_length"]],
+        may_end=positions >= words[:, SAMPLING_WORD["min_length"]],
     )
 
 
@@ -237,10 +247,10 @@ def _unpack_penalties(words: Tensor, histories: Tensor, last: Tensor) -> Penalti
     return Penalties(
         histories=histories.long(),
         last=last,
-        num_prompt=words[:, _WORD["num_prompt"]].long(),
-        repetition=words[:, _WORD["repetition_penalty"]].view(torch.float32),
-        frequency=words[:, _WORD["frequency_penalty"]].view(torch.float32),
-        presence=words[:, _WORD["presence_penalty"]].view(torch.float32),
+        num_prompt=words[:, SAMPLING_WORD["num_prompt"]].long(),
+        repetition=words[:, SAMPLING_WORD["repetition_penalty"]].view(torch.float32),
+        frequency=words[:, SAMPLING_WORD["frequency_penalty"]].view(torch.float32),
+        presence=words[:, SAMPLING_WORD["presence_penalty"]].view(torch.float32),
     )
 
 

@@ -3,16 +3,14 @@
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from service.model.batch import SAMPLING
-from service.model.gpt2 import GPT2, HEAD_ROWS
+from service.model.batch import SAMPLING_WORDS
+from service.model.gpt2 import GPT2, whole_tiles
 from service.model.kernels import adjusting, norms, products, sampling
 from service.model.kernels.plan import Product, Vector
 from service.model.matrix import Matrix, power_of_two
 
-_WORDS = SAMPLING.itemsize // 4
 _CHUNK = 2048  # logits of a row that one program scans
 _BLOCK = 8192  # that one program reads at once of a row that has filters
 _FEW_ROWS = 16  # up to which a row's programs get more warps
@@ -48,8 +46,7 @@ class Tail:
         self._model = model
         self._chain = {"PDL": pdl, "launch_pdl": pdl}
         config, device = model.config, model.device
-        head = model.padded_head  # [V', H], whole tiles of rows; on a CPU, where only tests come here, not yet
-        head = F.pad(head, (0, 0, 0, -len(head) % HEAD_ROWS))
+        head = whole_tiles(model.padded_head)  # [V', H]; only on a CPU, where only tests come here, not so already
         self._head = Matrix(
             head, torch.zeros(len(head), dtype=model.dtype, device=device), activation="relu", norm=model.final_norm
         )
@@ -89,7 +86,6 @@ class Tail:
                 K=hidden,
                 N=size,
                 V=config.vocab_size,
-                WORDS=_WORDS,
                 BLOCK_N=head.block_n,
                 WIDTH=power_of_two(hidden),
                 num_warps=head.warps,
@@ -123,7 +119,7 @@ class Tail:
             "STRIDE": logits.stride(0),
             "CHUNKS": num_chunks,
             "CHUNK": chunk,
-            "WORDS": _WORDS,
+            "WORDS": SAMPLING_WORDS,
             **self._chain,
         }
         if not isinstance(head, Vector):
@@ -175,7 +171,7 @@ class Tail:
             self._finite,
             V=config.vocab_size,
             STRIDE=logits.stride(0),
-            WORDS=_WORDS,
+            WORDS=SAMPLING_WORDS,
             BLOCK=_BLOCK // 4,
             HISTORY=power_of_two(config.context_length),
             COMPARED=16,

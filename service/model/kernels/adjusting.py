@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from service.model.kernels.chain import begin, wait
+from service.model.kernels.record import FREQUENCY_PENALTY, NUM_PROMPT, PRESENCE_PENALTY, REPETITION_PENALTY
 
 
 @triton.jit
@@ -54,10 +55,11 @@ def adjust_logits(
     position = tl.load(positions + r)
     if (count > 0) | (position == 1):
         last = tl.load(resolved + index)
-        num_prompt = tl.load(records + r * WORDS + 8)
-        presence = tl.load(records + r * WORDS + 9).to(tl.float32, bitcast=True)
-        frequency = tl.load(records + r * WORDS + 10).to(tl.float32, bitcast=True)
-        repetition = tl.load(records + r * WORDS + 11).to(tl.float32, bitcast=True)
+        record = records + r * WORDS
+        num_prompt = tl.load(record + NUM_PROMPT)
+        presence = tl.load(record + PRESENCE_PENALTY).to(tl.float32, bitcast=True)
+        frequency = tl.load(record + FREQUENCY_PENALTY).to(tl.float32, bitcast=True)
+        repetition = tl.load(record + REPETITION_PENALTY).to(tl.float32, bitcast=True)
         places = tl.arange(0, HISTORY)
         said = tl.load(history + start + places, mask=places < count, other=0)
         said = tl.where(places == count, last, said)

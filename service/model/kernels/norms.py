@@ -41,6 +41,15 @@ def embed(
 
 
 @triton.jit
+def _put_normed(at, value, inside, weight, added, epsilon, H: tl.constexpr):
+    """The layer norm of a row of the stream."""
+    mean = tl.sum(value) / H
+    centred = tl.where(inside, value - mean, 0.0)
+    scale = tl.rsqrt(tl.sum(centred * centred) / H + epsilon)
+    tl.store(at, (centred * scale * weight + added).to(at.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def add_and_norm(
     x,  # [T, H] fp32, changed
     partials,  # [SPLITS, T, H] fp32, added to x
@@ -71,10 +80,7 @@ def add_and_norm(
         for split in tl.static_range(SPLITS):
             value += tl.load(partials + (split * num_tokens + t) * H + h, mask=inside, other=0.0)
         tl.store(x + t * H + h, value, mask=inside)
-    mean = tl.sum(value) / H
-    centred = tl.where(inside, value - mean, 0.0)
-    scale = tl.rsqrt(tl.sum(centred * centred) / H + epsilon)
-    tl.store(normed + t * H + h, (centred * scale * weight + added).to(normed.dtype.element_ty), mask=inside)
+    _put_normed(normed + t * H + h, value, inside, weight, added, epsilon, H)
 
 
 @triton.jit
@@ -99,10 +105,7 @@ def gather_and_norm(
     index = tl.load(indices + r).to(tl.int64)
     wait(PDL)
     value = tl.load(x + index * H + h, mask=inside, other=0.0)
-    mean = tl.sum(value) / H
-    centred = tl.where(inside, value - mean, 0.0)
-    scale = tl.rsqrt(tl.sum(centred * centred) / H + epsilon)
-    tl.store(normed + r * H + h, (centred * scale * weight + added).to(normed.dtype.element_ty), mask=inside)
+    _put_normed(normed + r * H + h, value, inside, weight, added, epsilon, H)
 
 
 @triton.jit

@@ -24,7 +24,7 @@ class Tiled:
     splits: int  # of K; more than one only where the sum is added to the residual stream
     warps: int
     stages: int
-    prefetch: bool = True
+    prefetch: bool = False  # does nothing where K is split, nor in a plan without dependent launch
 
 
 @dataclass(frozen=True, slots=True)

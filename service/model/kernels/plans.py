@@ -14,39 +14,39 @@ _ONE = Plan(
     decode=Decode(64, 4, 4, merged=False),
 )
 _UP_TO_16 = Plan(
-    qkv=Tiled(16, 32, 128, 1, 4, 4, prefetch=False),
+    qkv=Tiled(16, 32, 128, 1, 4, 4),
     out=Tiled(16, 32, 128, 2, 4, 4),
     up=Tiled(16, 32, 128, 1, 4, 4),
-    down=Tiled(16, 32, 128, 4, 4, 4, prefetch=False),
+    down=Tiled(16, 32, 128, 4, 4, 4),
     decode=Decode(32, 4, 1),
     pdl=False,
 )
 _UP_TO_32 = Plan(
-    qkv=Tiled(32, 32, 128, 1, 4, 4),
+    qkv=Tiled(32, 32, 128, 1, 4, 4, prefetch=True),
     out=Tiled(32, 16, 256, 2, 4, 3),
-    up=Tiled(32, 16, 256, 1, 4, 3),
+    up=Tiled(32, 16, 256, 1, 4, 3, prefetch=True),
     down=Tiled(32, 32, 128, 4, 4, 4),
     decode=Decode(32, 1, 2),
 )
 _UP_TO_64 = Plan(
-    qkv=Tiled(64, 16, 128, 1, 4, 4, prefetch=False),
+    qkv=Tiled(64, 16, 128, 1, 4, 4),
     out=Tiled(64, 16, 256, 2, 4, 3),
-    up=Tiled(64, 16, 128, 1, 4, 4),
+    up=Tiled(64, 16, 128, 1, 4, 4, prefetch=True),
     down=Tiled(64, 16, 256, 2, 4, 3),
     decode=Decode(32, 1, 1),
 )
 _UP_TO_128 = Plan(
-    qkv=Tiled(64, 32, 128, 1, 4, 4, prefetch=False),
+    qkv=Tiled(64, 32, 128, 1, 4, 4),
     out=Tiled(64, 32, 128, 2, 4, 4),
-    up=Tiled(128, 32, 128, 1, 4, 4),
+    up=Tiled(128, 32, 128, 1, 4, 4, prefetch=True),
     down=Tiled(128, 32, 128, 4, 4, 4),
     decode=Decode(32, 1, 1),
 )
 _UP_TO_256 = Plan(
     qkv=Library(),
-    out=Tiled(128, 32, 128, 2, 4, 4, prefetch=False),
+    out=Tiled(128, 32, 128, 2, 4, 4),
     up=Library(),
-    down=Tiled(128, 64, 64, 4, 4, 4, prefetch=False),
+    down=Tiled(128, 64, 64, 4, 4, 4),
     decode=Decode(32, 1, 1),
 )
 _MORE = Plan(
@@ -92,5 +92,5 @@ def head_for(num_rows: int, *, dtype: torch.dtype, shared_memory: int) -> Produc
     if num_rows == 1:
         return Vector(16, 1024, 4)
     if 16 < num_rows <= 64:
-        return _fit(Tiled(64, 64, 128, 1, 4, 3, prefetch=False), shared_memory)
+        return _fit(Tiled(64, 64, 128, 1, 4, 3), shared_memory)
     return Library()

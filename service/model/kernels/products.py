@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 
 from service.model.kernels.chain import begin, prefetch, wait
-from service.model.kernels.sampling import heat_and_banned, scan
+from service.model.kernels.record import TEMPERATURE
+from service.model.kernels.sampling import banned_id, scan
 
 # What a kernel reads its activations from.
 PLAIN = tl.constexpr(0)  # x [T, K] in the served dtype
@@ -54,7 +55,8 @@ def _put(
 ):
     """The epilogue: fp32 acc, bias in it, of tokens t and columns n, which broadcast against each other.
 
-    `before` is what RESIDUAL adds to, `slot` where SCATTER puts; both were asked for early.
+    `before` is what RESIDUAL adds to, `slot` where SCATTER puts: loaded by the caller, so that they come
+    while the product is computed.
     """
     inside = rows & columns
     if OUT == RESIDUAL:
@@ -249,7 +251,6 @@ def vector_logits(
     K: tl.constexpr,
     N: tl.constexpr,  # a multiple of BLOCK_N
     V: tl.constexpr,
-    WORDS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     WIDTH: tl.constexpr,  # power of two, K or more
     PDL: tl.constexpr,
@@ -262,7 +263,8 @@ def vector_logits(
     offset = tl.load(bias + n)
     slope = tl.load(scaled + n)
     factor = tl.load(gain + k, mask=k < K, other=0.0)
-    heat, banned = heat_and_banned(records, positions, 0, end_of_text_id, WORDS)
+    heat = tl.load(records + TEMPERATURE).to(tl.float32, bitcast=True)
+    banned = banned_id(records, tl.load(positions), end_of_text_id)
     row = tl.load(index).to(tl.int64)
     wait(PDL)
     found = _after_norm(x + row * K, tile, factor, slope, epsilon, K, BLOCK_N, WIDTH) + offset

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from service.model.kernels.chain import begin, wait
+from service.model.kernels.record import CHOICE, MIN_LENGTH, MIN_P, SEED, TEMPERATURE, TOP_K, TOP_P
 
 _ONE = tl.constexpr(0x3F800000)  # the bits of 1.0
 
@@ -36,11 +37,9 @@ def scan(raw, ids, banned, heat, V: tl.constexpr, ADJUSTED: tl.constexpr):
 
 
 @triton.jit
-def heat_and_banned(records, positions, row, end_of_text_id, WORDS: tl.constexpr):
-    """A row's temperature, and the id that it may not take yet, or -1."""
-    heat = tl.load(records + row * WORDS).to(tl.float32, bitcast=True)
-    early = tl.load(positions + row) < tl.load(records + row * WORDS + 7)
-    return heat, tl.where(early, end_of_text_id, -1)
+def banned_id(record, position, end_of_text_id):
+    """The id that a row may not take at `position`, or -1."""
+    return tl.where(position < tl.load(record + MIN_LENGTH), end_of_text_id, -1)
 
 
 @triton.jit
@@ -64,7 +63,9 @@ def scan_logits(
     begin(PDL)
     chunk = tl.program_id(0)
     row = tl.program_id(1)
-    heat, banned = heat_and_banned(records, positions, row, end_of_text_id, WORDS)
+    record = records + row * WORDS
+    heat = tl.load(record + TEMPERATURE).to(tl.float32, bitcast=True)
+    banned = banned_id(record, tl.load(positions + row), end_of_text_id)
     ids = chunk * CHUNK + tl.arange(0, CHUNK)
     wait(PDL)
     raw = tl.load(logits + row.to(tl.int64) * STRIDE + ids, mask=ids < V, other=0.0)
@@ -198,13 +199,13 @@ def pick_tokens(
     begin(PDL)
     r = tl.program_id(0)
     record = records + r * WORDS
-    temperature = tl.load(record).to(tl.float32, bitcast=True)
-    top_k = tl.load(record + 1)
-    top_p = tl.load(record + 2).to(tl.float32, bitcast=True)
-    min_p = tl.load(record + 3).to(tl.float32, bitcast=True)
+    temperature = tl.load(record + TEMPERATURE).to(tl.float32, bitcast=True)
+    top_k = tl.load(record + TOP_K)
+    top_p = tl.load(record + TOP_P).to(tl.float32, bitcast=True)
+    min_p = tl.load(record + MIN_P).to(tl.float32, bitcast=True)
     position = tl.load(positions + r)
-    banned = tl.where(position >= tl.load(record + 7), -1, end_of_text_id)
-    chance = _uniform(tl.load(record + 4), tl.load(record + 5), tl.load(record + 6), position)
+    banned = banned_id(record, position, end_of_text_id)
+    chance = _uniform(tl.load(record + SEED), tl.load(record + SEED + 1), tl.load(record + CHOICE), position)
     chunks = tl.arange(0, CHUNKS_WIDTH)
     there = chunks < CHUNKS
     wait(PDL)

@@ -9,13 +9,11 @@ import sys
 from typing import Any
 
 import torch
-from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from service.model.config import ModelConfig
-from service.model.gpt2 import GPT2
+from bench.random_model import gpt2_345m
 from service.model.graphs import GraphRunner
 
 
@@ -35,37 +33,6 @@ class FakeDriver:
         return 0
 
 
-def megatron_345m(dtype: torch.dtype) -> GPT2:
-    """Its shapes in one layer, without numbers."""
-    config = ModelConfig(
-        num_layers=1,
-        hidden_size=1024,
-        num_heads=16,
-        intermediate_size=4096,
-        context_length=1024,
-        vocab_size=50257,
-        layer_norm_epsilon=1e-5,
-        activation="gelu_tanh",
-        scale_attention=True,
-        scale_attention_by_layer=False,
-        upcast_attention=False,
-        tie_word_embeddings=True,
-        end_of_text_id=50256,
-        dtype="float16",
-    )
-
-    def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    layer = {"attention_norm": (1024,), "mlp_norm": (1024,), "qkv": (3072, 1024), "attention_output": (1024, 1024)}
-    layer |= {"up": (4096, 1024), "down": (1024, 4096)}
-    shapes: dict[str, tuple[int, ...]] = {f"layers.0.{name}": shape for name, shape in layer.items()}
-    state = {"token_embedding.weight": empty(50257, 1024), "position_embedding.weight": empty(1024, 1024)}
-    for name, shape in (shapes | {"final_norm": (1024,)}).items():
-        state |= {f"{name}.weight": empty(*shape), f"{name}.bias": empty(shape[0])}
-    return GPT2(config, state)
-
-
 def main() -> None:
     capability, dtype = int(sys.argv[1]), getattr(torch, sys.argv[2])
     driver.set_active(FakeDriver(capability))
@@ -79,7 +46,8 @@ def main() -> None:
             print(kernel.name, kernel.metadata.shared, flush=True)
 
     JITFunction.run = compile_only
-    model = megatron_345m(dtype)
+    # Shapes without numbers, in one layer.
+    model = gpt2_345m(lambda _, shape: torch.empty(shape, dtype=dtype, device="meta"), num_layers=1)
     runner = GraphRunner(model, num_blocks=64, block_size=16, max_num_seqs=256, max_num_batched_tokens=2048)
     runner._shared_memory = int(sys.argv[3])
     if capability >= 90:
