@@ -168,20 +168,19 @@ class GraphRunner:
         whole = early and kind == _PLAIN and num_rows == num_tokens and batch.scored is None
         rows = shape.num_tokens if whole else rows
         self._inputs.stage(batch, shape, num_rows=rows, turn=self._turn)
-        if not whole:
+        turn = self._turn
+        if whole:
+            self._steps[shape]()
+        else:
             self._bodies[shape]()
-        scores = None
+        self._turn = (turn + 1) % NUM_TURNS  # as the device counts, also where what follows raises
+        scores = words = None
         if batch.scored is not None:
             scores = self._score(batch.scored.indices, batch.scored.targets)
-        if adjusted and num_rows:
-            self._asked.upload(batch, num_rows=rows, turn=self._turn)
-        self._turn = (self._turn + 1) % NUM_TURNS
-        words = None
-        if num_rows:
-            if whole:
-                self._steps[shape]()
-            else:
-                self._tails[kind, rows]()
+        if num_rows and not whole:
+            if adjusted:
+                self._asked.upload(batch, num_rows=rows, turn=turn)
+            self._tails[kind, rows]()
             if batch.logprobs:
                 words = to_host(self._words[:num_rows]).numpy()
         return _Launched(self._results[self._turn, :num_rows], words, scores, self._queued())

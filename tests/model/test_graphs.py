@@ -356,6 +356,29 @@ def test_a_mask_does_not_hide_a_row_that_is_not_finite(model: GPT2) -> None:
     check_output(run(make_plain(model), batch), run(make_graphs(model), batch))
 
 
+@pytest.mark.parametrize("what", ["_score", "upload"])
+def test_a_launch_that_raises_half_way_leaves_the_next_as_they_are(
+    model: GPT2, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its body has run; the steps after it read their own inputs and give their own tokens."""
+    plain, runner = make_plain(model), make_graphs(model)
+    allowed = np.arange(515)[None] != 9
+    asking = make_batch(
+        Part([5, 6, 7]), masks=pack_mask(allowed), scored=Scored(np.array([0], np.int32), np.array([6], np.int32))
+    )
+
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner if what == "_score" else runner._asked, what, broken)
+        with pytest.raises(RuntimeError, match="no room"):
+            runner.launch(asking)
+    for tokens in ([9, 8, 7, 6], [3], [1, 2], [40, 41, 42]):
+        batch = make_batch(Part(tokens), logprobs=True)
+        check_output(run(plain, batch), run(runner, batch))
+
+
 def test_progress_goes_from_nothing_to_all(model: GPT2) -> None:
     """One step a captured graph."""
     heard: list[float] = []
