@@ -89,14 +89,14 @@ def step_seconds(
 
 def runner_for(model: GPT2, steps: Steps) -> Runner:
     """A runner with room for the largest of the steps."""
-    num_blocks = max(num * -(-context // BLOCK_SIZE) for num, context in steps)
+    num_blocks = max(num * -(-context // BLOCK_SIZE) for num, context in steps) + 1  # that fills steps up
     most = max(num for num, _ in steps)
     return make_runner(
         model,
         block_size=BLOCK_SIZE,
         max_num_seqs=most,
         max_num_batched_tokens=max(most, 16),
-        kv_memory=max(num_blocks, -(-model.config.context_length // BLOCK_SIZE)) * block_bytes(model, BLOCK_SIZE),
+        kv_memory=max(num_blocks, -(-model.config.context_length // BLOCK_SIZE) + 1) * block_bytes(model, BLOCK_SIZE),
         utilization=1.0,
     )
 

@@ -45,9 +45,9 @@ CONFIG_345M = ModelConfig(
 )
 
 
-def gpt2_345m(make: Callable[[str, tuple[int, ...]], Tensor], *, num_layers: int) -> GPT2:
+def gpt2_345m(make: Callable[[str, tuple[int, ...]], Tensor], *, num_layers: int, num_heads: int = 16) -> GPT2:
     """The 345M's shape in `num_layers`, of tensors that `make` gives for a name and a shape."""
-    config = replace(CONFIG_345M, num_layers=num_layers)
+    config = replace(CONFIG_345M, num_layers=num_layers, num_heads=num_heads)
     hidden, inner = config.hidden_size, config.intermediate_size
     shapes: dict[str, tuple[int, ...]] = {
         "token_embedding.weight": (config.vocab_size, hidden),

@@ -77,7 +77,8 @@ class Step:
 
     def run(self, plan: Plan, head: Product) -> torch.Tensor:
         self.fused.body(self.step, self.tail.sampled, plan)
-        logits = self.tail.logits(self.fused.x, self.rows, head)
+        normed = None if plan.fused or self.step.query_starts is not None else self.fused.normed
+        logits = self.tail.logits(self.fused.x, self.rows, head, normed=normed)
         self.tail.sample(logits, self.rows, head=head)
         return logits
 

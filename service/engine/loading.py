@@ -28,7 +28,7 @@ from service.engine.request import ModelInfo
 from service.engine.scheduler import Scheduler
 from service.model.batch import OutOfMemory, Runner
 from service.model.gpt2 import GPT2
-from service.model.memory import KVMemoryError, make_runner
+from service.model.memory import KernelError, KVMemoryError, make_runner
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ class Loaded:
 
 
 def load(config: EngineConfig, report: Reporter) -> Loaded:
-    """Everything before the first request. Raises CheckpointError, DeviceError, KVMemoryError."""
+    """Everything before the first request. Raises one of Unusable."""
     try:
         return _load(config, report)
     except (OutOfMemory, torch.OutOfMemoryError) as error:
@@ -165,7 +165,7 @@ def _load(config: EngineConfig, report: Reporter) -> Loaded:
 
 
 def _keep_kernels(folder: Path) -> None:
-    """Let Triton keep compiled kernels there: a start without them takes ten seconds more."""
+    """Let Triton keep compiled kernels there: a start without them compiles for half a minute."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -207,4 +207,4 @@ def _read(folder: Path, config: EngineConfig, device: torch.device, report: Repo
     return GPT2(model_config, state)
 
 
-Unusable = (CheckpointError, DeviceError, KVMemoryError)  # what another try would not mend
+Unusable = (CheckpointError, DeviceError, KernelError, KVMemoryError)  # what another try would not mend

@@ -82,7 +82,7 @@ class Publisher:
     def due(self, scheduler: Scheduler, deltas: list[Delta], *, idle: bool) -> None:
         """Send a step's `deltas`, with held tokens and stats whose time has come; all before the engine goes idle."""
         now = self._clock()
-        num_streams = scheduler.num_running
+        num_streams = scheduler.num_streams
         interval = 0.0 if num_streams <= _PUBLISH_AT_ONCE else _PUBLISH_SECONDS_A_STREAM * num_streams
         if idle or now - self._published_at >= min(interval, self._max_interval):
             deltas = deltas + scheduler.take_held()

@@ -70,6 +70,7 @@ class Rows:
         self._follows: npt.NDArray[np.bool_] = np.zeros(num_rows, np.bool_)
         self._num_following = 0
         self._num_demanding = 0
+        self.num_streams = 0  # sequences that are not patient
         self._sample_rows: Int32 = np.zeros(num_rows, np.int32)  # in the last launch that samples for the sequence
         self._sampling = np.zeros(num_rows, SAMPLING)
         self._tables: Int32 = np.zeros((num_rows, -(-context_length // block_size)), np.int32)
@@ -94,6 +95,7 @@ class Rows:
         self._follows[row] = sequence.follows
         self._num_following += sequence.follows
         self._num_demanding += not sequence.plain
+        self.num_streams += not sequence.patient
         self._sampling[row] = sequence.sampling
         self._tables[row] = 0
         self._tables[row, : len(sequence.blocks)] = sequence.blocks
@@ -125,6 +127,7 @@ class Rows:
         self.num_known[row] = self.num_told[row] = 0
         self._num_following -= sequence.follows
         self._num_demanding -= not sequence.plain
+        self.num_streams -= not sequence.patient
         self._free.append(row)
         sequence.row = -1
 

@@ -81,6 +81,11 @@ class Scheduler:
         return len(self._running)
 
     @property
+    def num_streams(self) -> int:
+        """Of those that run, sequences whose tokens are told as they come."""
+        return self._rows.num_streams
+
+    @property
     def num_open(self) -> int:
         """Sequences that steps can bring on: those that wait for a constraint are not counted."""
         return len(self._waiting) + len(self._running)

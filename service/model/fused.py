@@ -9,9 +9,9 @@ from torch import Tensor
 from service.model.attention import KVCache, LayerCache
 from service.model.gpt2 import GPT2, LayerNorm, Linear
 from service.model.kernels import attention, norms
-from service.model.kernels.plan import Library, Plan
+from service.model.kernels.plan import Library, Plan, power_of_two, whole_tile
 from service.model.kernels.products import ACTIVATE, MERGE, NORM, PARTIAL, RESIDUAL, SCATTER
-from service.model.matrix import Matrix, power_of_two
+from service.model.matrix import Matrix
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,10 @@ class StepTensors:
 
 
 class FusedGPT2:
-    """The layers of `model` over buffers for `max_tokens` tokens. The residual stream stays in `x`."""
+    """The layers of `model` over buffers for `max_tokens` tokens.
+
+    The residual stream stays in `x`; unless the plan is fused, its final norm in `normed`.
+    """
 
     def __init__(self, model: GPT2, cache: KVCache, *, max_tokens: int, block_size: int, pdl: bool) -> None:
         """`pdl`: launch by programmatic dependent launch, which the device must know (sm_90)."""
@@ -44,7 +47,7 @@ class FusedGPT2:
         self._block_size = block_size
         self._pdl = pdl
         self._width = power_of_two(config.hidden_size)
-        self._dim = power_of_two(config.head_size)
+        self._dim = whole_tile(config.head_size)
 
         def matrix(linear: Linear, norm: LayerNorm | None = None) -> Matrix:
             return Matrix(linear.weight, linear.bias, activation=config.activation, norm=norm)
@@ -63,7 +66,7 @@ class FusedGPT2:
         single: dict[str, Any] = {"dtype": torch.float32, "device": model.device}
         self.x = torch.zeros(max_tokens, hidden, **single)
         self.resolved = torch.zeros(max_tokens, dtype=torch.int32, device=model.device)  # token ids of the step
-        self._normed = torch.zeros(max_tokens, hidden, **served)
+        self.normed = torch.zeros(max_tokens, hidden, **served)
         self._q = torch.zeros(max_tokens, hidden, **served)
         self._qkv = torch.zeros(max_tokens, 3 * hidden, **served)
         self._mixed = torch.zeros(max_tokens, hidden, **served)
@@ -130,23 +133,24 @@ class FusedGPT2:
         chain = self._chain(plan)
         layers = self._model.layers
         if isinstance(plan.qkv, Library):
-            qkv.product(plan.qkv, self._normed, self._qkv, **size)
-            norms.write_kv[(num_tokens,)](
-                self._qkv,
-                self._q,
-                cache.keys,
-                cache.values,
-                step.slots,
-                H=self._model.config.hidden_size,
-                WIDTH=self._width,
-                **chain,
-            )
+            qkv.product(plan.qkv, self.normed, self._qkv, **size)
+            if step.query_starts is not None:
+                norms.write_kv[(num_tokens,)](
+                    self._qkv,
+                    self._q,
+                    cache.keys,
+                    cache.values,
+                    step.slots,
+                    H=self._model.config.hidden_size,
+                    WIDTH=self._width,
+                    **chain,
+                )
         else:
-            qkv.product(plan.qkv, self._normed, self._q, put=SCATTER.value, cache=cache, slots=step.slots, **size)
+            qkv.product(plan.qkv, self.normed, self._q, put=SCATTER.value, cache=cache, slots=step.slots, **size)
         self._attend(cache, scale, step, plan)
         out.product(plan.out, self._mixed, self._parts, put=PARTIAL.value, **size)
         self._add_and_norm(num_tokens, plan.out.splits, out.bias, layers[number].mlp_norm, chain)
-        up.product(plan.up, self._normed, self._inner, put=ACTIVATE.value, **size)
+        up.product(plan.up, self.normed, self._inner, put=ACTIVATE.value, **size)
         down.product(plan.down, self._inner, self._parts, put=PARTIAL.value, **size)
         following = layers[number + 1].attention_norm if number + 1 < len(layers) else self._model.final_norm
         self._add_and_norm(num_tokens, plan.down.splits, down.bias, following, chain)
@@ -160,7 +164,7 @@ class FusedGPT2:
             norm.bias if bias is None else bias,
             norm.weight,
             norm.bias,
-            self._normed,
+            self.normed,
             num_tokens,
             norm.epsilon,
             H=self._model.config.hidden_size,
@@ -179,27 +183,6 @@ class FusedGPT2:
             "BLOCK_SIZE": self._block_size,
             **self._chain(plan),
         }
-        splits = plan.decode.splits
-        num_rows = min(len(step.token_ids), len(step.lengths))
-        attention.decode_attention[(config.num_heads, num_rows, splits)](
-            self._q,
-            cache.keys,
-            cache.values,
-            step.tables,
-            step.lengths,
-            step.num_decodes,
-            self._mixed,
-            self._parts,
-            self._stats,
-            self._arrived,
-            scale,
-            **shape,
-            BLOCK=plan.decode.block,
-            SPLITS=splits,
-            MERGED=plan.decode.merged,
-            EARLY=step.query_starts is None,
-            num_warps=plan.decode.warps,
-        )
         if step.query_starts is not None:
             assert plan.decode.merged, "prompts have no splits to merge"
             prefill = plan.prefill
@@ -221,6 +204,30 @@ class FusedGPT2:
                 num_warps=prefill.warps,
                 num_stages=prefill.stages,
             )
+        splits = plan.decode.splits
+        num_rows = min(len(step.token_ids), len(step.lengths))
+        whole = isinstance(plan.qkv, Library) and step.query_starts is None
+        attention.decode_attention[(config.num_heads, num_rows, splits)](
+            self._qkv if whole else self._q,
+            cache.keys,
+            cache.values,
+            step.tables,
+            step.lengths,
+            step.num_decodes,
+            self._mixed,
+            self._parts,
+            self._stats,
+            self._arrived,
+            scale,
+            **shape,
+            STRIDE=(3 if whole else 1) * config.hidden_size,
+            BLOCK=plan.decode.block,
+            SPLITS=splits,
+            MERGED=plan.decode.merged,
+            EARLY=step.query_starts is None,
+            BESIDE=step.query_starts is not None,
+            num_warps=plan.decode.warps,
+        )
 
 
 _MOST_PARTS = 2048  # rows of split sums: tokens times splits

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from triton.runtime import driver
 
 from service.model.batch import NUM_TOP, Batch, StepOutput
@@ -82,6 +83,7 @@ class GraphRunner:
         self.depth = 1
         self.model = model
         self._device = device
+        self._block_size = block_size
         self._shared_memory = 2**20
         if device.type == "cuda":
             self._shared_memory = driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"]
@@ -144,20 +146,14 @@ class GraphRunner:
         )
 
     def close(self) -> None:
-        self._launched.clear()
-        self._bodies.clear()
-        self._tails.clear()
-        self._steps.clear()
-        del self._fused, self._tail, self.model
+        vars(self).clear()  # graphs and buffers are all there is
 
     # A step
 
     def _launch(self, batch: Batch) -> _Launched:
         num_tokens, num_rows = len(batch.token_ids), len(batch.sampling)
-        # A token that the host knows may be in a block that another row of this step reads: kernels of steps of
-        # single tokens in flight ask for old keys early.
-        early = batch.num_decodes == num_tokens and bool((batch.token_sources >= 0).all())
-        shapes = self._decodes if early else self._mixed
+        single = self._single_tokens(batch)
+        shapes = self._decodes if single else self._mixed
         shape = shapes[bisect.bisect_left(shapes, num_tokens, key=lambda shape: shape.num_tokens)]
         adjusted = batch.masks is not None or batch.biases is not None or batch.histories is not None
         kind = _TailKind(adjusted, batch.logprobs)
@@ -165,7 +161,7 @@ class GraphRunner:
         if num_rows:
             sizes = self._rows[kind]
             rows = sizes[bisect.bisect_left(sizes, num_rows)]
-        whole = early and kind == _PLAIN and num_rows == num_tokens and batch.scored is None
+        whole = single and kind == _PLAIN and num_rows == num_tokens and batch.scored is None
         rows = shape.num_tokens if whole else rows
         self._inputs.stage(batch, shape, num_rows=rows, turn=self._turn)
         turn = self._turn
@@ -184,6 +180,15 @@ class GraphRunner:
             if batch.logprobs:
                 words = to_host(self._words[:num_rows]).numpy()
         return _Launched(self._results[self._turn, :num_rows], words, scores, self._queued())
+
+    def _single_tokens(self, batch: Batch) -> bool:
+        """Whether each sequence has one token, and none attends to another's: bodies of such steps read keys early."""
+        if batch.num_decodes < len(batch.token_ids):
+            return False
+        # What is shared is full blocks of tokens that the host knows.
+        size = self._block_size
+        shared = batch.slots[(batch.token_sources < 0) & (batch.positions % size == size - 1)] // size
+        return not len(shared) or np.isin(batch.block_tables, shared).sum() == len(shared)  # each in its own table
 
     def _queued(self) -> Callable[[], None]:
         """Returns once what is queued so far is done."""
@@ -210,7 +215,11 @@ class GraphRunner:
 
     def _plan(self, num_tokens: int, *, decodes_only: bool = False) -> Plan:
         return plan_for(
-            num_tokens, dtype=self.model.dtype, decodes_only=decodes_only, shared_memory=self._shared_memory
+            num_tokens,
+            dtype=self.model.dtype,
+            decodes_only=decodes_only,
+            head_size=self.model.config.head_size,
+            shared_memory=self._shared_memory,
         )
 
     def _head(self, num_rows: int) -> Product:
@@ -221,10 +230,10 @@ class GraphRunner:
         self._inputs.fetch(shape)
         self._fused.body(self._inputs.step(shape), self._tail.sampled, plan)
 
-    def _sample(self, kind: _TailKind, num_rows: int) -> None:
+    def _sample(self, kind: _TailKind, num_rows: int, *, normed: Tensor | None = None) -> None:
         rows = self._inputs.rows(num_rows)
         head = self._head(num_rows)
-        logits = self._tail.logits(self._fused.x, rows, head)
+        logits = self._tail.logits(self._fused.x, rows, head, normed=normed)
         if kind.adjusted:
             adjusted = self._tail.adjust(logits, rows, self._asked.tensors(), self._fused.resolved)
             self._tail.sample(adjusted, rows, head=None, adjusted=True)
@@ -235,8 +244,9 @@ class GraphRunner:
             self._words[:num_rows] = logprob_words(logits, self._tail.sampled[:num_rows].long())
 
     def _step(self, shape: Shape) -> None:
+        """Every token is sampled from, so that its row of the last norm is what the head wants."""
         self._body(shape)
-        self._sample(_PLAIN, shape.num_tokens)
+        self._sample(_PLAIN, shape.num_tokens, normed=self._fused.normed)
 
     def _score_slice(self) -> None:
         head = self._head(_MOST_SCORED)

@@ -6,13 +6,8 @@ from torch import Tensor
 from service.model.attention import LayerCache
 from service.model.gpt2 import ACTIVATIONS, LayerNorm
 from service.model.kernels import products
-from service.model.kernels.plan import Library, Product, Tiled, Vector
+from service.model.kernels.plan import Library, Product, Tiled, Vector, whole_tile
 from service.model.kernels.products import ACTIVATE, NORM, PARTIAL, PLAIN, SCATTER, STORE
-
-
-def power_of_two(number: int) -> int:
-    """The least power of two that is `number` or more."""
-    return 1 << (number - 1).bit_length()
 
 
 class Matrix:
@@ -53,7 +48,7 @@ class Matrix:
         size, depth = self.weight.shape
         shape = {"K": depth, "N": size, "OUT": put, "KIND": products.ACTIVATIONS[self._activation]}
         shape |= {"PDL": pdl, "launch_pdl": pdl}
-        whole = power_of_two(depth)
+        whole = whole_tile(depth)
         shape |= {"BLOCK_N": settings.block_n, "BLOCK_K": whole if read == NORM.value else min(settings.block_k, whole)}
         shape |= {"PREFETCH": settings.prefetch, "num_warps": settings.warps}
         if isinstance(settings, Tiled):

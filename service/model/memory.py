@@ -3,7 +3,6 @@
 import gc
 import importlib.util
 import logging
-import os
 import shutil
 import sysconfig
 from collections.abc import Callable
@@ -13,7 +12,7 @@ import torch
 
 from service.model.batch import Runner
 from service.model.gpt2 import GPT2
-from service.model.runner import TorchRunner, warm_up
+from service.model.runner import TorchRunner, translate, warm_up
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +24,10 @@ _MOST_NUMBERS = 2**31  # in a layer's keys: the kernels count them in 32 bits
 
 class KVMemoryError(ValueError):
     """The KV cache would not hold one full context, or the device has no room for the steps that were asked for."""
+
+
+class KernelError(Exception):
+    """The kernels do not compile for this GPU, or want more of it than it has."""
 
 
 def make_runner(
@@ -40,7 +43,7 @@ def make_runner(
     """The runner for the model's device, ready to step.
 
     `kv_memory` are the bytes of its cache; None takes what the GPU has left when `utilization` of it may be used in
-    all. `on_progress` hears numbers from 0 to 1. Raises KVMemoryError.
+    all. `on_progress` hears numbers from 0 to 1. Raises KVMemoryError, KernelError, OutOfMemory.
     """
     limits = {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens}
     if model.device.type == "cpu":
@@ -58,18 +61,26 @@ def make_runner(
         torch_runner = TorchRunner(model, num_blocks=count_blocks(model, block_size, kv_memory), block_size=block_size)
         warm_up(torch_runner, **limits)
         return torch_runner
-    from service.model.graphs import GraphRunner  # and with it Triton, which is only where CUDA is
+    from triton.errors import TritonError  # Triton is only where CUDA is
 
-    if kv_memory is None:
+    from service.model.graphs import GraphRunner
 
-        def run_largest() -> None:
-            probe = GraphRunner(model, num_blocks=1, block_size=block_size, **limits)
-            probe.run_largest()
-            probe.close()
+    def run_largest() -> None:
+        probe = GraphRunner(model, num_blocks=1, block_size=block_size, **limits)
+        probe.run_largest()
+        probe.close()
 
-        kv_memory = _memory_left(model.device, run_largest, utilization=utilization) - _GRAPH_MEMORY
-    graphs = GraphRunner(model, num_blocks=count_blocks(model, block_size, kv_memory), block_size=block_size, **limits)
-    graphs.capture(on_progress)
+    try:
+        if kv_memory is None:
+            kv_memory = _memory_left(model.device, run_largest, utilization=utilization, beside=_GRAPH_MEMORY)
+        num_blocks = count_blocks(model, block_size, kv_memory, spare=1)  # it takes what fills steps up
+        graphs = GraphRunner(model, num_blocks=num_blocks, block_size=block_size, **limits)
+        graphs.capture(on_progress)
+    except TritonError as error:
+        name = torch.cuda.get_device_name(model.device)
+        raise KernelError(f"device: the kernels cannot be built for {name}: {str(error).strip()}") from error
+    except RuntimeError as error:
+        raise translate(error) from error
     return graphs
 
 
@@ -80,7 +91,7 @@ def what_kernels_lack(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton"
     # With which Triton builds what launches a kernel.
-    if "CC" not in os.environ and not any(map(shutil.which, ("gcc", "clang"))):
+    if not any(map(shutil.which, ("gcc", "clang"))):
         return "a C compiler (gcc or clang)"
     if not Path(sysconfig.get_paths()["include"], "Python.h").exists():
         return "Python's C headers (Python.h; python3-dev in Debian)"
@@ -93,24 +104,24 @@ def block_bytes(model: GPT2, block_size: int) -> int:
     return 2 * config.num_layers * block_size * config.hidden_size * model.dtype.itemsize
 
 
-def count_blocks(model: GPT2, block_size: int, kv_memory: int) -> int:
-    """How many blocks fit in `kv_memory` bytes. Raises KVMemoryError if that is less than one full context.
+def count_blocks(model: GPT2, block_size: int, kv_memory: int, *, spare: int = 0) -> int:
+    """How many blocks fit in `kv_memory` bytes, beside `spare` that no sequence gets.
 
-    No more than the kernels can reach, with one for what fills steps up.
+    No more than the kernels can reach. Raises KVMemoryError if that is less than one full context.
     """
-    most = _MOST_NUMBERS // (block_size * model.config.hidden_size) - 1
+    most = _MOST_NUMBERS // (block_size * model.config.hidden_size)
     num_blocks = min(kv_memory // block_bytes(model, block_size), most)
-    needed = -(-model.config.context_length // block_size)
+    needed = -(-model.config.context_length // block_size) + spare
     if num_blocks < needed:
         raise KVMemoryError(
             f"kv_memory: {kv_memory} bytes hold {num_blocks} blocks; one context of "
             f"{model.config.context_length} tokens needs {needed} ({needed * block_bytes(model, block_size)} bytes)"
         )
-    return num_blocks
+    return num_blocks - spare
 
 
-def _memory_left(device: torch.device, run_largest: Callable[[], None], *, utilization: float) -> int:
-    """Bytes of the GPU beside what others hold and `run_largest` needs, when `utilization` of it may be used in all."""
+def _memory_left(device: torch.device, run_largest: Callable[[], None], *, utilization: float, beside: int = 0) -> int:
+    """Bytes left when `utilization` of the GPU may be used in all: others hold some, the run needs some, `beside` too."""
     free, total = torch.cuda.mem_get_info(device)
     others = total - free - torch.cuda.memory_reserved(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -118,4 +129,4 @@ def _memory_left(device: torch.device, run_largest: Callable[[], None], *, utili
     peak = torch.cuda.max_memory_reserved(device)
     gc.collect()
     torch.cuda.empty_cache()
-    return max(0, int(total * utilization) - others - peak)
+    return max(0, int(total * utilization) - others - peak - beside)

@@ -255,7 +255,7 @@ def _unpack_penalties(words: Tensor, histories: Tensor, last: Tensor) -> Penalti
 
 
 def translate(error: RuntimeError) -> Exception:
-    if isinstance(error, torch.OutOfMemoryError):
+    if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):  # the allocator's, or the driver's
         torch.cuda.empty_cache()
         return OutOfMemory(str(error))
     if isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error):

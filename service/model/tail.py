@@ -8,8 +8,8 @@ from torch import Tensor
 from service.model.batch import SAMPLING_WORDS
 from service.model.gpt2 import GPT2, whole_tiles
 from service.model.kernels import adjusting, norms, products, sampling
-from service.model.kernels.plan import Product, Vector
-from service.model.matrix import Matrix, power_of_two
+from service.model.kernels.plan import Product, Vector, power_of_two
+from service.model.matrix import Matrix
 
 _CHUNK = 2048  # logits of a row that one program scans
 _BLOCK = 8192  # that one program reads at once of a row that has filters
@@ -64,8 +64,11 @@ class Tail:
         self.results = torch.zeros(num_turns, max_rows, dtype=torch.int32, pin_memory=device.type == "cuda")
         self.sampled = torch.zeros(max_rows, dtype=torch.int32, device=device)
 
-    def logits(self, x: Tensor, rows: RowTensors, head: Product) -> Tensor:
-        """fp32 [R, V] of the rows' tokens in the residual stream x; a Vector has scanned them, too, for `sample`."""
+    def logits(self, x: Tensor, rows: RowTensors, head: Product, *, normed: Tensor | None = None) -> Tensor:
+        """fp32 [R, V] of the rows' tokens in the residual stream x; a Vector has scanned them, too, for `sample`.
+
+        `normed` [T, H] is the final norm of x, where it is there and the rows are the step's tokens in their order.
+        """
         config, num_rows = self._model.config, len(rows.indices)
         hidden, norm = config.hidden_size, self._model.final_norm
         if isinstance(head, Vector):
@@ -92,18 +95,20 @@ class Tail:
                 **self._chain,
             )
         else:
-            norms.gather_and_norm[(num_rows,)](
-                x,
-                rows.indices,
-                norm.weight,
-                norm.bias,
-                self._normed,
-                norm.epsilon,
-                H=hidden,
-                WIDTH=power_of_two(hidden),
-                **self._chain,
-            )
-            self._head.product(head, self._normed, self._logits, num_tokens=num_rows, pdl=self._chain["PDL"])
+            if normed is None:
+                normed = self._normed
+                norms.gather_and_norm[(num_rows,)](
+                    x,
+                    rows.indices,
+                    norm.weight,
+                    norm.bias,
+                    normed,
+                    norm.epsilon,
+                    H=hidden,
+                    WIDTH=power_of_two(hidden),
+                    **self._chain,
+                )
+            self._head.product(head, normed, self._logits, num_tokens=num_rows, pdl=self._chain["PDL"])
         return self._logits[:num_rows, : config.vocab_size]
 
     def sample(self, logits: Tensor, rows: RowTensors, *, head: Product | None, adjusted: bool = False) -> None:

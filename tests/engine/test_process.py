@@ -382,6 +382,15 @@ def test_a_patient_request_hears_of_its_first_token_and_its_end() -> None:
     assert [False, *[True] * expected[1][1:-1].count(expected[1][7])] == [delta.urgent for delta in of_1[:-1]]
 
 
+def test_patient_requests_make_no_stream_wait() -> None:
+    """The interval counts who hears of each token."""
+    asks, expected = streams(12)
+    with Published([*asks[:4], *(replace(ask, patient=True) for ask in asks[4:])]) as published:
+        published.due()
+        published.step()
+        assert [[Delta(number, 0, (expected[number][1],)) for number in range(4)]] == published.step()
+
+
 def test_no_token_is_held_where_none_may_be() -> None:
     """With an interval of 0, however many streams there are."""
     asks, expected = streams(8)

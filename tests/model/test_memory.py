@@ -5,11 +5,23 @@ import shutil
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from triton.runtime.errors import OutOfResources
 
-from service.model.memory import KVMemoryError, block_bytes, count_blocks, make_runner, what_kernels_lack
+from service.model import graphs, memory
+from service.model.batch import OutOfMemory
+from service.model.memory import (
+    KernelError,
+    KVMemoryError,
+    block_bytes,
+    count_blocks,
+    make_runner,
+    what_kernels_lack,
+)
 from service.model.runner import TorchRunner
 from tests.model.batches import BLOCK_SIZE
 from tests.model.conftest import Pair
@@ -25,10 +37,19 @@ def test_kv_memory_below_one_context_is_refused(make_pair: Callable[..., Pair]) 
 
 
 def test_a_cache_is_no_larger_than_the_kernels_can_reach(make_pair: Callable[..., Pair]) -> None:
-    """Slots times hidden size, of one block more than there are for sequences, stay below 2^31 on the largest GPU."""
+    """Slots times hidden size, with those of the spare block, stay below 2^31 on the largest GPU."""
     _, ours = make_pair()
-    num_blocks = count_blocks(ours, BLOCK_SIZE, 2**40)
+    num_blocks = count_blocks(ours, BLOCK_SIZE, 2**40, spare=1)
     assert 2**31 // (BLOCK_SIZE * 64) == num_blocks + 1
+
+
+def test_what_no_sequence_gets_is_within_the_bytes(make_pair: Callable[..., Pair]) -> None:
+    """Spare blocks are taken off, also from what one full context needs."""
+    _, ours = make_pair()
+    bytes_each = block_bytes(ours, BLOCK_SIZE)
+    assert 29 == count_blocks(ours, BLOCK_SIZE, 30 * bytes_each, spare=1)
+    with pytest.raises(KVMemoryError, match=rf"kv_memory: .*\({17 * bytes_each} bytes\)"):
+        count_blocks(ours, BLOCK_SIZE, 16 * bytes_each, spare=1)
 
 
 def test_a_cpu_gets_the_runner_of_plain_operators(make_pair: Callable[..., Pair]) -> None:
@@ -69,3 +90,36 @@ def test_what_the_kernels_lack_is_named(
         (tmp_path / "Python.h").touch()
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
     assert expected == what_kernels_lack(torch.device("cuda"))
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [
+        (
+            OutOfResources(300_000, 232_448, "shared memory"),
+            (KernelError, "device: .* cannot be built for H100: .*300"),
+        ),
+        (torch.OutOfMemoryError("CUDA out of memory"), (OutOfMemory, "CUDA out of memory")),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), (OutOfMemory, "out of memory")),
+    ],
+)
+def test_a_gpu_too_small_is_told_from_one_that_failed(
+    raised: Exception, expected: tuple[type[Exception], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever Triton or the driver calls it while the graphs are captured: another try would not mend it."""
+    model: Any = SimpleNamespace(device=torch.device("cuda"))
+
+    class Failing:
+        def __init__(self, *_: object, **__: object) -> None:
+            pass
+
+        def capture(self, _: object) -> None:
+            raise raised
+
+    monkeypatch.setattr(graphs, "GraphRunner", Failing)
+    monkeypatch.setattr(memory, "what_kernels_lack", lambda _: None)
+    monkeypatch.setattr(memory, "count_blocks", lambda *_, **__: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "H100")
+    error, message = expected
+    with pytest.raises(error, match=message):
+        make_runner(model, block_size=16, max_num_seqs=1, max_num_batched_tokens=16, kv_memory=2**30, utilization=0.9)

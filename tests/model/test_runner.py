@@ -214,6 +214,7 @@ def test_warm_up_asks_for_all_that_takes_memory(
 def test_device_errors_are_told_apart() -> None:
     """Out of memory may be met by a smaller step; a lost device ends the process; the rest ends the batch."""
     assert isinstance(translate(torch.OutOfMemoryError("x")), OutOfMemory)
+    assert isinstance(translate(RuntimeError("Triton Error [CUDA]: out of memory")), OutOfMemory)
     assert isinstance(translate(RuntimeError("CUDA error: an illegal memory access")), DeviceLost)
     other = RuntimeError("shapes")
     assert other is translate(other)

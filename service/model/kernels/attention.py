@@ -20,12 +20,14 @@ def _load(keys, values, table, positions, seen, columns, offset, H: tl.constexpr
     """Keys and values [BLOCK, DIM] of a head at `positions`; zeros where not `seen`."""
     at = _slots(table, positions, seen, BLOCK_SIZE)[:, None] * H + offset[None, :]
     mask = seen[:, None] & columns[None, :]
-    return tl.load(keys + at, mask=mask, other=0.0), tl.load(values + at, mask=mask, other=0.0)
+    k = tl.load(keys + at, mask=mask, other=0.0, cache_modifier=".cg")
+    v = tl.load(values + at, mask=mask, other=0.0, cache_modifier=".cg")
+    return k, v
 
 
 @triton.jit
 def decode_attention(
-    q,  # [T, H]
+    q,  # [T, STRIDE]
     keys,
     values,
     tables,  # [S, TABLE]
@@ -41,10 +43,12 @@ def decode_attention(
     DIM: tl.constexpr,  # power of two, HEAD or more
     TABLE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    STRIDE: tl.constexpr,  # 3 H: the new keys and values stand behind the queries, and are put into the cache here
     BLOCK: tl.constexpr,  # tokens of context at once
     SPLITS: tl.constexpr,
     MERGED: tl.constexpr,  # whether `out` is wanted of several splits: the last to arrive makes it
     EARLY: tl.constexpr,  # no kernel of this step writes keys or values but those of the rows' new tokens
+    BESIDE: tl.constexpr,  # prefill_attention comes before it, and both run at once
     PDL: tl.constexpr,
 ):
     """Token s attends to its sequence's context; program (head, s, split).
@@ -70,11 +74,24 @@ def decode_attention(
     if EARLY:
         k, v = _load(keys, values, table, positions, seen, columns, offset, H, BLOCK_SIZE)
     newest = tl.load(table + cached // BLOCK_SIZE, mask=row < num, other=0) * BLOCK_SIZE + cached % BLOCK_SIZE
-    wait(PDL)
+    if not BESIDE:
+        wait(PDL)
     if row < num:
-        query = tl.load(q + row * H + offset, mask=columns, other=0.0).to(tl.float32) * scale
-        own_k = tl.load(keys + newest * H + offset, mask=columns, other=0.0).to(tl.float32)
-        own_v = tl.load(values + newest * H + offset, mask=columns, other=0.0).to(tl.float32)
+        # Not from the L1 cache, which only a wait makes sure of.
+        query = tl.load(q + row * STRIDE + offset, mask=columns, other=0.0, cache_modifier=".cg")
+        query = query.to(tl.float32) * scale
+        new_k = keys + newest * H + offset
+        new_v = values + newest * H + offset
+        if STRIDE == H:
+            own_k = tl.load(new_k, mask=columns, other=0.0, cache_modifier=".cg")
+            own_v = tl.load(new_v, mask=columns, other=0.0, cache_modifier=".cg")
+        else:
+            own_k = tl.load(q + row * STRIDE + H + offset, mask=columns, other=0.0)
+            own_v = tl.load(q + row * STRIDE + 2 * H + offset, mask=columns, other=0.0)
+            tl.store(new_k, own_k, mask=columns & (split == 0))
+            tl.store(new_v, own_v, mask=columns & (split == 0))
+        own_k = own_k.to(tl.float32)
+        own_v = own_v.to(tl.float32)
         if not EARLY:
             k, v = _load(keys, values, table, positions, seen, columns, offset, H, BLOCK_SIZE)
         best = tl.full([BLOCK], -1e30, tl.float32)
@@ -123,6 +140,8 @@ def decode_attention(
                     whole = tl.sum(found * shares, 0) / tl.sum(masses * shares, 0)
                     tl.store(out + row * H + offset, whole.to(out.dtype.element_ty), mask=columns)
                     tl.store(counter, 0)
+    if BESIDE:
+        wait(PDL)
 
 
 @triton.jit
@@ -147,13 +166,16 @@ def prefill_attention(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Causal attention of the new tokens, whose keys and values are in the cache; programs share (tile, head)s out."""
-    begin(PDL)
+    """Causal attention of the new tokens, whose keys and values are in the cache; programs share (tile, head)s out.
+
+    What follows may begin when what both read is there, and is to wait for this at its end: decode_attention.
+    """
     HEADS: tl.constexpr = H // HEAD
     d = tl.arange(0, DIM)
     columns = d < HEAD
     work = tl.load(num_tiles) * HEADS
     wait(PDL)
+    begin(PDL)
     for item in range(tl.program_id(0), work, tl.num_programs(0)):
         tile = item // HEADS
         head = item % HEADS

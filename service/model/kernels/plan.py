@@ -3,6 +3,16 @@
 from dataclasses import dataclass
 
 
+def power_of_two(number: int) -> int:
+    """The least power of two that is `number` or more."""
+    return 1 << (number - 1).bit_length()
+
+
+def whole_tile(number: int) -> int:
+    """The same, and as much as `tl.dot` wants of each side: 16."""
+    return max(16, power_of_two(number))
+
+
 @dataclass(frozen=True, slots=True)
 class Vector:
     """One token: every program takes whole rows of the matrix."""

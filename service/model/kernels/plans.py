@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from service.model.kernels.plan import Decode, Library, Plan, Prefill, Product, Tiled, Vector
+from service.model.kernels.plan import Decode, Library, Plan, Prefill, Product, Tiled, Vector, whole_tile
 
 _ONE = Plan(
     qkv=Vector(32, 1024, 8),
@@ -49,6 +49,7 @@ _UP_TO_256 = Plan(
     down=Tiled(128, 64, 64, 4, 4, 4),
     decode=Decode(32, 1, 1),
 )
+_UP_TO_1024 = Plan(qkv=Library(), out=Library(), up=Library(), down=Library(), decode=Decode(32, 1, 1))
 _MORE = Plan(
     qkv=Library(),
     out=Library(),
@@ -58,22 +59,32 @@ _MORE = Plan(
     prefill=Prefill(64, 128, 4, 2),
 )
 _SINGLE = Plan(Library(), Library(), Library(), Library(), Decode(32, 1, 2), Prefill(16, 32, 4, 1))  # fp32
-_BY_SIZE = ((16, _UP_TO_16), (32, _UP_TO_32), (64, _UP_TO_64), (128, _UP_TO_128), (256, _UP_TO_256))
+_BY_SIZE = (
+    (16, _UP_TO_16),
+    (32, _UP_TO_32),
+    (64, _UP_TO_64),
+    (128, _UP_TO_128),
+    (256, _UP_TO_256),
+    (1024, _UP_TO_1024),
+)
 
 
-def plan_for(num_tokens: int, *, dtype: torch.dtype, decodes_only: bool, shared_memory: int) -> Plan:
+def plan_for(num_tokens: int, *, dtype: torch.dtype, decodes_only: bool, head_size: int, shared_memory: int) -> Plan:
     """The plan of a body of `num_tokens`, whose programs may take `shared_memory` bytes each."""
     if dtype == torch.float32:
-        return _SINGLE
-    if num_tokens == 1 and decodes_only:
-        return _ONE
-    plan = next((plan for most, plan in _BY_SIZE if num_tokens <= most), _MORE)
+        plan = _SINGLE
+    elif num_tokens == 1 and decodes_only:
+        plan = _ONE
+    else:
+        plan = next((plan for most, plan in _BY_SIZE if num_tokens <= most), _MORE)
     return replace(
         plan,
         qkv=_fit(plan.qkv, shared_memory),
         out=_fit(plan.out, shared_memory),
         up=_fit(plan.up, shared_memory),
         down=_fit(plan.down, shared_memory),
+        decode=_fit_decode(plan.decode, head_size),
+        prefill=_fit_prefill(plan.prefill, head_size, shared_memory, itemsize=dtype.itemsize),
     )
 
 
@@ -83,6 +94,21 @@ def _fit(product: Product, shared_memory: int) -> Product:
         return product
     stage = 2 * (product.block_t + product.block_n) * product.block_k
     return replace(product, stages=max(1, min(product.stages, shared_memory // stage)))
+
+
+def _fit_decode(decode: Decode, head_size: int) -> Decode:
+    """Measured with heads of 64: larger ones go to more warps, so that a thread has no more in its registers."""
+    return replace(decode, warps=min(16, decode.warps * max(1, whole_tile(head_size) // 64)))
+
+
+def _fit_prefill(prefill: Prefill, head_size: int, shared_memory: int, *, itemsize: int) -> Prefill:
+    """Smaller tiles for heads above 128, for the registers; then as many stages of keys and values as there is room."""
+    width = whole_tile(head_size)
+    rows, columns = (max(16, size * 128 // max(width, 128)) for size in (prefill.block_t, prefill.block))
+    while columns > 16 and (rows + 2 * columns) * width * itemsize > shared_memory:
+        columns //= 2
+    stages = (shared_memory // (width * itemsize) - rows) // (2 * columns)
+    return replace(prefill, block_t=rows, block=columns, stages=max(1, min(prefill.stages, stages)))
 
 
 def head_for(num_rows: int, *, dtype: torch.dtype, shared_memory: int) -> Product:

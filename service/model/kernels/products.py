@@ -89,7 +89,8 @@ def _after_norm(x, tile, factor, slope, epsilon, K: tl.constexpr, BLOCK_N: tl.co
     parts = (tile.to(tl.float32) * (value * factor)[None, :], spread, spread * spread)
     acc, total, squares = tl.reduce(parts, 1, _add_three)
     mean = total / K
-    return (acc - mean * slope) * tl.rsqrt(squares / K - mean * mean + epsilon)
+    variance = tl.maximum(squares / K - mean * mean, 0.0)  # rounding may leave less
+    return (acc - mean * slope) * tl.rsqrt(variance + epsilon)
 
 
 @triton.jit

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from service.model.kernels import attention
-from service.model.matrix import power_of_two
+from service.model.kernels.plan import whole_tile
 from tests.model.kernels import twins
 from tests.model.kernels.poisoned import DTYPES, Poisoned, check_close, random
 
@@ -16,7 +16,7 @@ TABLE = 16  # blocks that a table has room for
 BLOCK = 16  # tokens that a kernel reads at once
 # With the new token: none before it, one, exactly a block of the kernel's, one more, several of each, and the most.
 LENGTHS = [1, 2, 16, 17, 18, 33, 50, 128]
-SHAPES = [(48, 16), (48, 24), (80, 80)]  # hidden and head size
+SHAPES = [(48, 16), (48, 24), (80, 80), (24, 8)]  # hidden and head size
 
 Chain = dict[str, bool]
 
@@ -59,14 +59,15 @@ class Step:
         rows = self.num_tokens + spare
         self.q = random(rows, hidden, dtype=dtype, device=device, seed=3) * 2
         self.out = Poisoned(rows, hidden, dtype=dtype, device=device)
-        self.shape: dict[str, Any] = {"H": hidden, "HEAD": head, "DIM": power_of_two(head), "TABLE": TABLE}
+        self.stride = hidden
+        self.shape: dict[str, Any] = {"H": hidden, "HEAD": head, "DIM": whole_tile(head), "TABLE": TABLE}
         self.shape["BLOCK_SIZE"] = BLOCK_SIZE
 
     def expected(self) -> Tensor:
         """[T, H]."""
         keys, values = self.before.cpu().unflatten(-1, (self.heads, self.head))
         found = twins.attention(
-            self.q[: self.num_tokens].cpu().unflatten(-1, (self.heads, self.head)),
+            self.q[: self.num_tokens, : self.hidden].cpu().unflatten(-1, (self.heads, self.head)),
             keys,
             values,
             tables=self.tables.cpu(),
@@ -76,13 +77,25 @@ class Step:
         )
         return found.flatten(1)
 
+    def take_new_out(self) -> None:
+        """Put the keys and values of the new tokens, one a sequence, beside the queries, and poison in their places."""
+        new = torch.full((2, *self.q.shape), torch.nan, dtype=self.q.dtype, device=self.device)
+        for row, length in enumerate(self.lengths):
+            place = int(self.tables[row, (length - 1) // BLOCK_SIZE]), (length - 1) % BLOCK_SIZE
+            new[:, row] = self.cache[:, *place]
+            self.cache[:, *place] = torch.nan
+        self.q = torch.cat((self.q, *new), dim=1)
+        self.stride = 3 * self.hidden
+
     def check_read_only(self) -> None:
         """The cache is as it was."""
         as_bits = torch.int32 if self.cache.dtype == torch.float32 else torch.int16
         assert torch.equal(self.before.view(as_bits), self.cache.view(as_bits))
 
 
-def decode(step: Step, *, splits: int, merged: bool, early: bool, chain: Chain) -> tuple[Poisoned, Poisoned]:
+def decode(
+    step: Step, *, splits: int, merged: bool, early: bool, chain: Chain, beside: bool = False
+) -> tuple[Poisoned, Poisoned]:
     """Launch it for as many rows as the buffers have; the parts and stats."""
     rows, device = len(step.padded_lengths), step.device
     parts = Poisoned(rows, splits, step.hidden, dtype=torch.float32, device=device)
@@ -95,17 +108,19 @@ def decode(step: Step, *, splits: int, merged: bool, early: bool, chain: Chain) 
         step.cache[1],
         step.tables,
         step.padded_lengths,
-        torch.tensor([len(step.lengths)], dtype=torch.int32, device=device),
+        torch.tensor([step.counts.count(1)], dtype=torch.int32, device=device),
         step.out.inside,
         parts.inside,
         stats.inside,
         arrived.inside,
         step.scale,
         **step.shape,
+        STRIDE=step.stride,
         BLOCK=BLOCK,
         SPLITS=splits,
         MERGED=merged,
         EARLY=early,
+        BESIDE=beside,
         num_warps=2,
         **chain,
     )
@@ -145,18 +160,30 @@ def test_the_last_split_to_arrive_merges_all(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("splits", [2, 4, 8])
 def test_splits_give_the_parts_of_a_merge(splits: int, dtype: torch.dtype, device: torch.device, chain: Chain) -> None:
-    """In fp32; every column of a head has the head's maximum and sum, and a split without context weighs nothing."""
+    """In fp32; every column of a head has the head's maximum and sum, but for rounding; no context weighs nothing."""
     step = Step(48, 24, LENGTHS, [1] * len(LENGTHS), dtype=dtype, device=device)
     parts, stats = decode(step, splits=splits, merged=False, early=True, chain=chain)
     found = stats.inside[: step.num_tokens]
     merged = twins.merge(parts.inside[: step.num_tokens], found)
     check_close(step.expected(), merged, torch.float32)
     by_head = found.unflatten(-1, (step.heads, step.head))
-    assert torch.equal(by_head, by_head[..., :1].expand_as(by_head))
+    check_close(by_head[..., :1].expand_as(by_head), by_head, torch.float32)  # warps sum in orders of their own
     assert bool((found[0, 1:, 1] == 0).all())  # the first context is one token, which the first split has
     for buffer in (parts, stats):
         assert buffer.is_untouched(slice(step.num_tokens, None))
     assert step.out.is_untouched()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("splits", [1, 4])
+def test_new_keys_and_values_beside_the_queries_are_put_into_the_cache(
+    splits: int, dtype: torch.dtype, device: torch.device, chain: Chain
+) -> None:
+    """Once, into their slots, and attended to; nothing else of the cache changes."""
+    step = Step(48, 24, LENGTHS, [1] * len(LENGTHS), dtype=dtype, device=device)
+    step.take_new_out()
+    decode(step, splits=splits, merged=True, early=True, chain=chain)
+    check_close(step.expected(), step.out.inside[: step.num_tokens], dtype)
 
 
 def test_large_scores_do_not_overflow(device: torch.device, chain: Chain) -> None:
@@ -178,7 +205,7 @@ MIXED = [(1, 1), (37, 1), (2, 2), (16, 16), (17, 17), (40, 3), (50, 33), (128, 1
 def test_prompts_attend_in_tiles(
     hidden: int, head: int, block: int, programs: int, dtype: torch.dtype, device: torch.device, chain: Chain
 ) -> None:
-    """Causally, whole and in chunks; with fewer programs than tiles and with more; the decodes' rows are left alone."""
+    """Causally, whole and in chunks, with fewer programs than tiles and with more. Then single tokens get the rest."""
     lengths, counts = [length for length, _ in MIXED], [count for _, count in MIXED]
     step = Step(hidden, head, lengths, counts, dtype=dtype, device=device)
     tiles = [(row, start) for row, count in enumerate(counts) if count > 1 for start in range(0, count, 16)]
@@ -209,3 +236,6 @@ def test_prompts_attend_in_tiles(
     assert step.out.is_untouched(slice(step.num_tokens, None))
     step.check_read_only()
     step.out.check()
+    decode(step, splits=4, merged=True, early=False, beside=True, chain=chain)
+    check_close(step.expected(), step.out.inside[: step.num_tokens], dtype)
+    assert step.out.is_untouched(slice(step.num_tokens, None))

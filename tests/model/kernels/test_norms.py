@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from service.model.kernels import norms
-from service.model.matrix import power_of_two
+from service.model.kernels.plan import power_of_two
 from tests.model.kernels import twins
 from tests.model.kernels.poisoned import DTYPES, Poisoned, check_close, random
 

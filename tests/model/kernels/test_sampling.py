@@ -12,7 +12,7 @@ from torch import Tensor
 from service.model import sampler
 from service.model.batch import NOT_FINITE, SAMPLING
 from service.model.kernels import sampling
-from service.model.matrix import power_of_two
+from service.model.kernels.plan import power_of_two
 from service.model.sampler import SamplingTensors
 from tests.model.kernels.poisoned import Poisoned
 from tests.model.rows import pack_mask, tensors
