@@ -12,6 +12,7 @@ import platform
 import select
 import socket
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -63,7 +64,10 @@ class Cost:
 
 
 class Engine:
-    """Answers every request with the same text: a token at once, then some for every sequence at each interval."""
+    """Answers every request with the same text: a token at once, then some for every sequence at each interval.
+
+    A patient one, as the service's engine has it, is told of at its end alone after that.
+    """
 
     def __init__(self, sock: socket.socket, text: tuple[int, ...], *, interval: float, tokens_per_event: int) -> None:
         self._channel = Channel(sock, ToEngine)
@@ -72,7 +76,8 @@ class Engine:
         self._text = text
         self._interval = interval
         self._tokens_per_event = tokens_per_event
-        self._open: dict[int, tuple[int, int]] = {}  # request id -> tokens sent and wanted
+        self._open: dict[int, tuple[int, int]] = {}  # request id -> tokens made and wanted
+        self._untold: dict[int, int] = {}  # request id, of patient ones -> tokens that no Delta has told
 
     def run(self) -> None:
         """Until the API process closes the channel."""
@@ -86,21 +91,32 @@ class Engine:
                 for submit in begun:
                     ids = tuple(request.id for request in submit.requests)
                     self._open |= dict.fromkeys(ids, (0, submit.params.max_tokens))
-                    self._channel.send(Publish(started=ids, deltas=tuple(self._next(each, 1) for each in ids)))
+                    self._channel.send(Publish(started=ids, deltas=self._next(ids, 1)))
+                    if submit.patient:
+                        self._untold |= dict.fromkeys(ids, 0)
                 if (now := time.monotonic()) >= due_at and self._open:
                     due_at = max(due_at + self._interval, now)
-                    deltas = tuple(self._next(each, self._tokens_per_event) for each in [*self._open])
-                    self._channel.send(Publish(deltas=deltas))
+                    if deltas := self._next([*self._open], self._tokens_per_event):
+                        self._channel.send(Publish(deltas=deltas))
         except ChannelClosed:
             return
 
-    def _next(self, request_id: int, count: int) -> Delta:
-        sent, wanted = self._open[request_id]
-        end = min(sent + count, wanted)
-        self._open[request_id] = end, wanted
-        if end == wanted:
-            del self._open[request_id]
-        return Delta(request_id, 0, self._text[sent:end], Finish.LENGTH if end == wanted else None)
+    def _next(self, ids: Sequence[int], count: int) -> tuple[Delta, ...]:
+        """What there is to tell when each of `ids` has so many tokens more."""
+        deltas = []
+        for each in ids:
+            made, wanted = self._open[each]
+            end = min(made + count, wanted)
+            self._open[each] = end, wanted
+            start = made - self._untold.get(each, 0)
+            if end == wanted:
+                del self._open[each]
+                self._untold.pop(each, None)
+            elif each in self._untold:
+                self._untold[each] = end - start
+                continue
+            deltas.append(Delta(each, 0, self._text[start:end], Finish.LENGTH if end == wanted else None))
+        return tuple(deltas)
 
 
 def run_engine(sock: socket.socket, text: tuple[int, ...], interval: float, tokens_per_event: int) -> None:
