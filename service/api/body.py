@@ -90,12 +90,13 @@ async def work_on(body: bytes, work: Callable[[bytes], _Result], *, slow: bool =
 
 
 class DirectRoute(APIRoute):
-    """A route whose function takes a Request and gives a Response: nothing of FastAPI's own has to be found out."""
+    """A route whose function takes a Request and gives a Response, and needs nothing of FastAPI's own for it."""
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self.methods is None or scope["method"] not in self.methods:
             await super().handle(scope, receive, send)  # which says so
             return
+        scope["route"] = self
         response: Response = await self.endpoint(Request(scope, receive, send))
         await response(scope, receive, send)
 

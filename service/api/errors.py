@@ -178,12 +178,15 @@ def to_api_error(error: Exception) -> ApiError:
             return internal_error()
 
 
+def response_to(error: Exception, scope: Scope) -> Response:
+    """What the request of `scope` is answered when its route raises `error`."""
+    if isinstance(error, ClientDisconnect):
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+    return to_api_error(error).response(scope)
+
+
 async def _answer(request: Request, error: Exception) -> Response:
-    return to_api_error(error).response(request.scope)
-
-
-async def _answer_client_left(_request: Request, _error: Exception) -> Response:
-    return Response(status_code=CLIENT_CLOSED_REQUEST)
+    return response_to(error, request.scope)
 
 
 async def _answer_router(request: Request, error: Exception) -> Response:
@@ -209,5 +212,5 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(EngineUnavailable, _answer)
     app.add_exception_handler(QueueTimeout, _answer)
     app.add_exception_handler(DeadlineExceeded, _answer)
-    app.add_exception_handler(ClientDisconnect, _answer_client_left)
+    app.add_exception_handler(ClientDisconnect, _answer)
     app.add_exception_handler(HTTPException, _answer_router)

@@ -8,7 +8,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.api.errors import ApiError, to_api_error
+from service.api.errors import ApiError, response_to
 from service.api.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -49,10 +49,10 @@ class RequestMiddleware:
         try:
             await self._app(scope, self._bounded(receive, headers.get(b"content-length")), send_with_id)
         except Exception as error:
-            answer = to_api_error(error)
+            answer = response_to(error, scope)
             if status:  # too late for an answer; the server breaks the connection off
                 raise
-            await answer.response(scope)(scope, receive, send_with_id)
+            await answer(scope, receive, send_with_id)
         finally:
             route = getattr(scope.get("route"), "path", "other")
             self._metrics.http_response(method=scope["method"], route=route, status=status)
