@@ -12,6 +12,7 @@ from service.api.text import StopStrings
 from service.engine.request import ModelInfo, SamplingParams
 
 _MAX_LOGPROBS = 4_000_000  # log-probabilities in one answer: they are some 100 bytes each, in memory and in JSON
+_NO_STOPS = StopStrings(())
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,7 @@ def admit(ask: CompletionRequest, served: ServedModel, model: ModelInfo, *, max_
         num_truncated=num_truncated,
         echoes=echoes,
         params=params,
-        stops=StopStrings(stops),
+        stops=StopStrings(stops) if stops else _NO_STOPS,
         completing_ids=tokenizer.completing(stops),
     )
 

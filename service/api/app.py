@@ -88,7 +88,7 @@ class _Dispatch:
             (method, route.path): around(route.handle)
             for route in app.routes
             if isinstance(route, DirectRoute)
-            for method in route.methods
+            for method in route.methods or ()
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

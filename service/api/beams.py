@@ -144,7 +144,7 @@ async def search_beams(
     stream = client.submit(group, params)
     metrics.prompt_tokens.inc(len(prompt))
     try:
-        async with metrics.follow(stream, lambda: search.width - len(best)):
+        with metrics.follow(stream, lambda: search.width - len(best)):
             async for deltas in stream:
                 for delta in deltas:
                     errors.check_delta(delta)

@@ -9,6 +9,7 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, ValidationError, model_validator
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, from_json
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -49,6 +50,18 @@ def _allow_null(field: dict[str, Any]) -> None:
         forms.append(moved)
     if {"type": "null"} not in forms:
         forms.append({"type": "null"})
+
+
+async def read_body(request: Request) -> bytes:
+    """The whole body. Raises ClientDisconnect. Starlette's own way, by an async generator, takes longer."""
+    parts = []
+    while True:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        parts.append(message.get("body", b""))
+        if not message.get("more_body", False):
+            return b"".join(parts)
 
 
 def parse_body(body: bytes, schema: type[_Schema]) -> _Schema:

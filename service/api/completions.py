@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from service.api import answers, errors
 from service.api.admission import Admitted, admit
-from service.api.body import DirectRoute, documented_body, parse_body, work_on
+from service.api.body import DirectRoute, documented_body, parse_body, read_body, work_on
 from service.api.choice import Choice, Piece
 from service.api.chunks import Chunks
 from service.api.connection import DONE, EventStream, while_connected
@@ -44,7 +44,7 @@ def add_completions(
     async def complete(request: Request) -> Response:
         arrived_at = time.monotonic()
         model = client.check_ready()
-        body = await request.body()
+        body = await read_body(request)
         ask = await work_on(body, lambda body: parse_body(body, CompletionRequest))
         admitted = await work_on(
             body, lambda _: admit(ask, served, model, max_choices=max_choices), slow=ask.slow_to_admit
@@ -58,7 +58,7 @@ def add_completions(
                 completion.events(), keep_alive_seconds=keep_alive_seconds, close=completion.stream.close
             )
         try:
-            return await while_connected(request.receive, completion.answer())
+            return await while_connected(request.scope, completion.answer())
         finally:
             completion.stream.close()
 
@@ -143,7 +143,7 @@ class Completion:
             "model": served.name,
             "system_fingerprint": served.fingerprint(model),
         }
-        # Here and not in the task that follows it: of a crowd that comes at once, the engine has the first before the
+        # Here and not when the answer is begun: of a crowd that comes at once, the engine has the first before the
         # last is read, and does not end them all at once either.
         self.stream = client.submit(
             self._requests,
@@ -154,7 +154,8 @@ class Completion:
             deadline=deadline_of(arrived_at, ask.timeout_seconds),
             queue_deadline=deadline_of(arrived_at, ask.queue_timeout_seconds),
         )
-        metrics.prompt_tokens.inc(sum(len(request.prompt) for request in self._requests))
+        self._num_prompt_tokens = sum(map(len, admitted.prompts))
+        metrics.prompt_tokens.inc(self._num_prompt_tokens)
 
     # The two answers
 
@@ -199,7 +200,7 @@ class Completion:
         """
         stream = self.stream
         try:
-            async with self._metrics.follow(stream, self._count_unfinished):
+            with self._metrics.follow(stream, self._count_unfinished):
                 async for deltas in stream:
                     if self._waiting:
                         deltas = list(chain.from_iterable(map(self._ready, deltas)))
@@ -265,12 +266,14 @@ class Completion:
     def _count_unfinished(self) -> int:
         return sum(not choice.finished for choice in self._choices.values())
 
+    def _count_tokens(self) -> int:
+        return sum([choice.num_tokens for choice in self._choices.values()])
+
     def _record(self) -> None:
         """Leave the figures of the log line."""
-        usage = self._usage()
         self._summary.update(
-            prompt_tokens=usage["prompt_tokens"],
-            completion_tokens=usage["completion_tokens"],
+            prompt_tokens=self._num_prompt_tokens,
+            completion_tokens=self._count_tokens(),
             num_unfinished=self._count_unfinished(),
         )
 
@@ -285,8 +288,8 @@ class Completion:
 
     def _usage(self) -> dict[str, Any]:
         return usage_of(
-            sum(len(request.prompt) for request in self._requests),
-            sum(choice.num_tokens for choice in self._choices.values()),
+            self._num_prompt_tokens,
+            self._count_tokens(),
             cached_tokens=sum(self._cached_tokens.values()),
             truncated_tokens=sum(self._admitted.num_truncated),
         )

@@ -12,39 +12,38 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from service.api.errors import to_api_error
-from service.api.protocol import Write, write_of
+from service.api.protocol import Write, watch_of, write_of
 
 _Result = TypeVar("_Result")
 _KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
 
 
-async def while_connected(receive: Receive, work: Coroutine[Any, Any, _Result]) -> _Result:
-    """The result of `work`, which is cancelled when the client leaves. The request's body must have been read.
+async def while_connected(scope: Scope, work: Coroutine[Any, Any, _Result]) -> _Result:
+    """The result of `work`, which is cancelled when the client of the request of `scope` leaves.
 
-    Raises ClientDisconnect, and whatever `work` raises. Starlette does this only for its own streams.
+    Raises ClientDisconnect, and whatever `work` raises.
     """
-    # A task of its own: each time it wakes up, all coroutines that await one another in it are gone through, and below
-    # the route there are fifteen of other people's.
-    task = asyncio.ensure_future(work)
+    # Not in a task of its own, nor with one that waits for the client: each takes as long as parsing the body.
+    task = asyncio.current_task()
+    assert task is not None
     left = False
 
-    async def cancel_on_disconnect() -> None:
+    def leave() -> None:
         nonlocal left
-        while (await receive())["type"] != "http.disconnect":
-            pass
         left = True
         task.cancel()
 
-    watcher = asyncio.ensure_future(cancel_on_disconnect())
+    watch = watch_of(scope)
+    watch(leave)
     try:
-        return await task
+        return await work
     except asyncio.CancelledError:
-        if left and task.cancelled():
+        if left and not task.uncancel():
             raise ClientDisconnect from None
         raise
     finally:
-        watcher.cancel()
+        watch(None)
 
 
 class EventStream(Response):
@@ -74,7 +73,7 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await while_connected(receive, self._run(send, write_of(scope)))
+            await while_connected(scope, self._run(send, write_of(scope)))
         except ClientDisconnect:
             if not self._started:
                 raise

@@ -16,7 +16,7 @@ from starlette.responses import Response
 
 from service.api import errors
 from service.api.beams import MAX_BEAMS, BeamSearch, search_beams
-from service.api.body import Body, documented_body, parse_body, work_on
+from service.api.body import Body, documented_body, parse_body, read_body, work_on
 from service.api.connection import while_connected
 from service.api.errors import MessageEnvelope, check_ids, invalid
 from service.api.metrics import Metrics
@@ -179,7 +179,7 @@ def megatron_router(*, client: EngineClient, served: ServedModel, metrics: Metri
 
     async def generate(request: Request) -> Response:
         model = client.check_ready()
-        body = await request.body()
+        body = await read_body(request)
         ask = await work_on(body, lambda body: parse_body(body, MegatronRequest))
         prompts = await work_on(body, lambda _: _prompt_ids(ask, served, model, max_choices=max_choices))
         lines = _Lines(ask, served.tokenizer)
@@ -187,7 +187,7 @@ def megatron_router(*, client: EngineClient, served: ServedModel, metrics: Metri
         figures: dict[str, Any]
         if ask.beam_width is None:
             texts = await while_connected(
-                request.receive,
+                request.scope,
                 sample_texts(
                     client,
                     metrics,
@@ -208,7 +208,7 @@ def megatron_router(*, client: EngineClient, served: ServedModel, metrics: Metri
                 length_penalty=ask.length_penalty,
             )
             best = await while_connected(
-                request.receive,
+                request.scope,
                 search_beams(search, client, metrics, prompts[0], banned=lines.banned, summary=summary),
             )
             tokens = [[*prompts[0], *hypothesis.token_ids] for hypothesis in best]

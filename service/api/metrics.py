@@ -2,8 +2,9 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from functools import cache
 
 from prometheus_client import CollectorRegistry, Counter, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
@@ -70,19 +71,20 @@ class Metrics:
         self._prefix_hits = self._count("prefix_cache_hits", "Prompt tokens found in shared blocks.")
         self._step_seconds = self._histogram("step_seconds", "Time of a step.", buckets=_STEP_SECONDS)
         self._batch_size = self._histogram("batch_size", "Sequences in a step.", buckets=_SEQUENCES)
+        self._responses_of = cache(self._responses.labels)  # it checks and spells labels anew each time
         for reason in ("stop", "length", "abort", "error"):
             self.finished.labels(reason)
 
     def http_response(self, *, method: str, route: str, status: int) -> None:
         """`route` is a template such as /v1/models/{id}, never a raw path."""
-        self._responses.labels(method if method in _METHODS else "other", route, str(status)).inc()
+        self._responses_of(method if method in _METHODS else "other", route, status).inc()
 
-    @asynccontextmanager
-    async def follow(self, stream: Stream, count_unfinished: Callable[[], int]) -> AsyncIterator[None]:
+    @contextmanager
+    def follow(self, stream: Stream, count_unfinished: Callable[[], int]) -> Iterator[None]:
         """Within `stream`, from its submission to its end: how long it took, and the choices that did not finish."""
         unfinished = "error"
         try:
-            async with stream:
+            with closing(stream):
                 yield
             self.end_to_end.observe(time.monotonic() - stream.submitted_at)
         except (asyncio.CancelledError, GeneratorExit):  # the client has left
@@ -90,7 +92,8 @@ class Metrics:
             self.aborted.inc()
             raise
         finally:
-            self.finished.labels(unfinished).inc(count_unfinished())
+            if num_unfinished := count_unfinished():
+                self.finished.labels(unfinished).inc(num_unfinished)
             for started_at in stream.started_at.values():
                 self.queue.observe(started_at - stream.submitted_at)
 

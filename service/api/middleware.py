@@ -2,8 +2,8 @@
 
 import logging
 import re
+import secrets
 import time
-import uuid
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -34,7 +34,7 @@ class RequestMiddleware:
         headers = dict(scope["headers"])
         request_id = headers.get(b"x-request-id", b"").strip()
         if not _REQUEST_ID.fullmatch(request_id):
-            request_id = uuid.uuid4().hex.encode()
+            request_id = secrets.token_hex(16).encode()
         summary: dict[str, Any] = {}
         scope.setdefault("state", {})["summary"] = summary
         status = 0

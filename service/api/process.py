@@ -88,6 +88,7 @@ async def _serve(config: ApiConfig, listener: socket.socket, control: socket.soc
         uvicorn.Config(
             app,
             http=EnvelopeProtocol,
+            proxy_headers=False,  # nobody reads where a request comes from
             access_log=False,  # the app writes a line a request itself
             log_config=None,
             timeout_keep_alive=config.http_keep_alive_seconds,

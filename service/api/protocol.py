@@ -1,7 +1,7 @@
 """Below the app: uvicorn's HTTP, given to it by process.py. What is no HTTP request is answered in the envelope too.
 
 A body under way can be written without ASGI's layers: those of FastAPI, Starlette and uvicorn take longer for an
-event than all the rest.
+event than all the rest. And a route hears that its client has left by a call, not by a task that waits for it.
 """
 
 import asyncio
@@ -16,7 +16,10 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from service.api.errors import ApiError
 
 Write = Callable[[bytes], bool]
+Left = Callable[[], None]
+Watch = Callable[[Left | None], None]
 _WRITE = "megatron_gpt2.write"
+_WATCH = "megatron_gpt2.watch"
 
 
 def write_of(scope: Scope) -> Write:
@@ -30,6 +33,19 @@ def write_of(scope: Scope) -> Write:
 
 def _cannot_write(_body: bytes) -> bool:
     return False
+
+
+def watch_of(scope: Scope) -> Watch:
+    """Takes what is to be called once, soon, when the client has left; None takes it back.
+
+    Under another server nothing is ever called.
+    """
+    watch: Watch = scope.get("extensions", {}).get(_WATCH, _cannot_watch)
+    return watch
+
+
+def _cannot_watch(_left: Left | None) -> None:
+    pass
 
 
 class _GatheredWrites:
@@ -66,14 +82,32 @@ class _GatheredWrites:
 class EnvelopeProtocol(HttpToolsProtocol):
     """uvicorn's HTTP/1.1, but for the body of its own 400, which is plain text there."""
 
+    _left: Left | None = None  # of the one request that is being answered
+    _is_lost = False
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(cast(asyncio.Transport, _GatheredWrites(transport)))
 
     def on_headers_complete(self) -> None:
         super().on_headers_complete()
         if self.cycle is not None and self.cycle.scope is self.scope:  # no upgrade
-            extensions: dict[str, Any] = {_WRITE: _writer(self.cycle)}
+            extensions: dict[str, Any] = {_WRITE: _writer(self.cycle), _WATCH: self._watch}
             self.scope["extensions"] = extensions
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._is_lost = True
+        self._tell()
+
+    def _watch(self, left: Left | None) -> None:
+        self._left = left
+        if self._is_lost:
+            self.loop.call_soon(self._tell)
+
+    def _tell(self) -> None:
+        left, self._left = self._left, None
+        if left is not None:
+            left()
 
     def send_400_response(self, msg: str) -> None:
         """Answer with the envelope and close the connection, as what follows on it cannot be told apart."""

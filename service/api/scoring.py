@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field
 from starlette.responses import Response
 
 from service.api import answers, errors
-from service.api.body import Body, documented_body, parse_body, work_on
+from service.api.body import Body, documented_body, parse_body, read_body, work_on
 from service.api.completions import deadline_of, usage_of
 from service.api.connection import while_connected
 from service.api.errors import check_ids, invalid
@@ -104,11 +104,11 @@ def scoring_router(*, client: EngineClient, served: ServedModel, metrics: Metric
     async def score(request: Request) -> Response:
         arrived_at = time.monotonic()
         model = client.check_ready()
-        body = await request.body()
+        body = await read_body(request)
         ask, pairs = await work_on(body, lambda body: read(body, model))
         deadline = deadline_of(arrived_at, ask.timeout_seconds)
         work = _scored(client, metrics, pairs, deadline=deadline, summary=request.state.summary)
-        deltas = await while_connected(request.receive, work)
+        deltas = await while_connected(request.scope, work)
         head = {
             "id": f"score-{uuid.uuid4().hex}",
             "object": "score",
@@ -140,7 +140,7 @@ async def _scored(
     metrics.prompt_tokens.inc(prompt_tokens)
     deltas: dict[int, Delta] = {}
     try:
-        async with metrics.follow(stream, lambda: len(requests) - len(deltas)):
+        with metrics.follow(stream, lambda: len(requests) - len(deltas)):
             async for arrived in stream:
                 for delta in arrived:
                     errors.check_delta(delta)

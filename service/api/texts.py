@@ -73,7 +73,7 @@ async def sample_texts(
     stream = client.submit(list(requests.values()), params, completing_ids=completing_ids, patient=True)
     metrics.prompt_tokens.inc(num_prompt_tokens)
     try:
-        async with metrics.follow(stream, count_unfinished):
+        with metrics.follow(stream, count_unfinished):
             async for deltas in stream:
                 for delta in deltas:
                     errors.check_delta(delta)

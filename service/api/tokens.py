@@ -4,7 +4,7 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
 
 from service.api import errors
-from service.api.body import Body, documented_body, parse_body, work_on
+from service.api.body import Body, documented_body, parse_body, read_body, work_on
 from service.api.errors import check_ids, invalid
 from service.api.schemas import Id
 from service.api.served import ServedModel
@@ -93,7 +93,7 @@ def tokens_router(*, client: EngineClient, served: ServedModel) -> APIRouter:
     )
     async def post_tokenize(request: Request) -> Tokenized:
         model = client.check_ready()
-        return await work_on(await request.body(), lambda body: tokenize(body, model))
+        return await work_on(await read_body(request), lambda body: tokenize(body, model))
 
     @router.post(
         "/detokenize",
@@ -104,7 +104,7 @@ def tokens_router(*, client: EngineClient, served: ServedModel) -> APIRouter:
     )
     async def post_detokenize(request: Request) -> Detokenized:
         model = client.check_ready()
-        return await work_on(await request.body(), lambda body: detokenize(body, model))
+        return await work_on(await read_body(request), lambda body: detokenize(body, model))
 
     @router.get("/tokenizer_info", summary="What a remote tokenizer must know", responses=errors.documented(500, 503))
     async def get_tokenizer_info() -> TokenizerInfo:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import Collection, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -69,15 +69,18 @@ class Stream:
     ) -> None:
         self.close()
 
-    async def __aiter__(self) -> AsyncIterator[list[Delta]]:
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> list[Delta]:  # an async generator is kept account of by the event loop
         while self._open or self._mailbox:
             seconds_left = self._check_deadlines()
-            if not self._mailbox:
-                await self._wait(seconds_left)
-                continue
-            deltas = list(self._mailbox.values())
-            self._mailbox.clear()
-            yield deltas
+            if self._mailbox:
+                deltas = list(self._mailbox.values())
+                self._mailbox.clear()
+                return deltas
+            await self._wait(seconds_left)
+        raise StopAsyncIteration
 
     async def _wait(self, seconds: float | None) -> None:
         """Until something has arrived, or the seconds are over. asyncio's Event and timeout take four times as long."""

@@ -5,9 +5,13 @@ import json
 from collections.abc import AsyncGenerator
 
 import pytest
+import uvicorn
+from starlette.requests import ClientDisconnect
 from starlette.types import Message
+from uvicorn.server import ServerState
 
-from service.api.connection import EventStream
+from service.api.connection import EventStream, while_connected
+from service.api.protocol import EnvelopeProtocol
 from tests.api.conftest import Service, Start
 
 
@@ -61,12 +65,13 @@ async def test_a_finished_request_is_not_aborted(api: Service) -> None:
     assert [] == api.engine.aborted
 
 
-async def test_a_stream_that_is_never_begun_is_closed() -> None:
-    """Its request is with the engine already, so who is cancelled before the first step says so too."""
+async def test_a_stream_cancelled_before_its_first_event_is_closed() -> None:
+    """Its request is with the engine already. Nothing is sent, and it is not the client who left."""
     closed = []
 
     async def events() -> AsyncGenerator[bytes, None]:
-        raise AssertionError("begun")
+        await asyncio.Event().wait()
+        raise AssertionError("nobody sets it")
         yield b""
 
     async def receive() -> Message:
@@ -78,11 +83,49 @@ async def test_a_stream_that_is_never_begun_is_closed() -> None:
 
     response = EventStream(events(), keep_alive_seconds=15, close=lambda: closed.append(True))
     answering = asyncio.ensure_future(response({"type": "http"}, receive, send))
-    await asyncio.sleep(0)  # it has come to where it waits for its own task, which has not begun
+    await asyncio.sleep(0)  # it waits for the first event
     answering.cancel()
     with pytest.raises(asyncio.CancelledError):
         await answering
     assert [True] == closed
+
+
+async def test_a_client_that_leaves_with_requests_in_its_pipeline(api: Service) -> None:
+    """The one that is being answered ends in the engine, though the one that waits behind it was read after it."""
+    api.engine.gate.clear()
+    host, port = api.url.removeprefix("http://").split(":")
+    _, writer = await asyncio.open_connection(host, int(port))
+    body = b'{"prompt": "a", "max_tokens": 500}'
+    writer.write(
+        (f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body) * 2
+    )
+    await api.engine.wait_for(lambda: 1 == len(api.engine.submitted))
+    writer.close()
+    await api.engine.wait_for(lambda: 1 == len(api.engine.aborted))
+    await api.wait_metric("megatron_gpt2_requests_aborted_total", 1)
+
+
+@pytest.mark.parametrize("lost", ["before", "within", "after"])
+async def test_work_is_cancelled_whenever_the_client_leaves(lost: str) -> None:
+    """Also when it had left before the work began; after the work nothing is cancelled."""
+    protocol = EnvelopeProtocol(uvicorn.Config(None), ServerState(), {})  # type: ignore[arg-type]
+    gate, scope = asyncio.Event(), {"type": "http", "extensions": {"megatron_gpt2.watch": protocol._watch}}
+    protocol.transport = asyncio.Transport()
+    if lost == "before":
+        protocol.connection_lost(OSError())
+    answering = asyncio.ensure_future(while_connected(scope, gate.wait()))
+    await asyncio.sleep(0)
+    if lost == "after":
+        gate.set()
+        assert await answering
+    elif lost == "within":
+        protocol.connection_lost(OSError())
+    if lost != "after":
+        with pytest.raises(ClientDisconnect):
+            await answering
+    else:
+        protocol.connection_lost(OSError())
+    assert asyncio.current_task().cancelling() == 0  # type: ignore[union-attr]
 
 
 async def test_a_silent_stream_sends_comments(start: Start) -> None:
