@@ -3,8 +3,8 @@
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
@@ -160,11 +160,11 @@ class Completion:
     # The two answers
 
     async def answer(self) -> Response:
-        """The whole answer. Raises what `_pieces` does."""
+        """The whole answer. Raises ApiError, DeadlineExceeded and QueueTimeout."""
         wholes = {choice.index: _Whole() for choice in self._choices.values()}
-        async with aclosing(self._pieces()) as batches:
-            async for batch in batches:
-                for piece in batch:
+        with self._followed() as stream:
+            async for deltas in stream:
+                for piece in await self._pieces(deltas):
                     wholes[piece.choice.index].add(piece)
         chosen = [wholes[index] for index in self._best()]
         if self._ask.logprobs is None:
@@ -180,8 +180,11 @@ class Completion:
         options = self._ask.stream_options
         chunks = Chunks(self._head, with_usage=options.include_usage)
         choice_usage = self._choice_usage if options.continuous_usage_stats else lambda _: None
-        async with aclosing(self._pieces()) as batches:
-            async for batch in batches:
+        with self._followed() as stream:
+            async for deltas in stream:
+                batch = await self._pieces(deltas)
+                if not batch:
+                    continue
                 events = [chunks.of(piece, usage=choice_usage(piece.choice)) for piece in batch]
                 if batch[-1].finish_reason is not None and not self._count_unfinished():
                     if options.include_usage:
@@ -193,28 +196,27 @@ class Completion:
 
     # What both follow
 
-    async def _pieces(self) -> AsyncGenerator[list[Piece], None]:
-        """The pieces of all choices as they come, several at a time; a choice's last has its finish reason.
-
-        Raises ApiError, DeadlineExceeded and QueueTimeout.
-        """
-        stream = self.stream
+    @contextmanager
+    def _followed(self) -> Iterator[Stream]:
+        """The stream, which is closed in the end, and its figures."""
         try:
-            with self._metrics.follow(stream, self._count_unfinished):
-                async for deltas in stream:
-                    if self._waiting:
-                        deltas = list(chain.from_iterable(map(self._ready, deltas)))
-                    pieces = []
-                    for delta in deltas:
-                        piece = self._take(delta, stream)
-                        if piece.says_something:
-                            pieces.append(piece)
-                        if piece.logprobs is not None:  # a prompt's entries take their time: let others go on
-                            await asyncio.sleep(0)
-                    if pieces:
-                        yield pieces
+            with self._metrics.follow(self.stream, self._count_unfinished):
+                yield self.stream
         finally:
             self._record()
+
+    async def _pieces(self, deltas: list[Delta]) -> list[Piece]:
+        """What is new in the answer; a choice's last piece has its finish reason. Raises ApiError."""
+        if self._waiting:
+            deltas = list(chain.from_iterable(map(self._ready, deltas)))
+        pieces = []
+        for delta in deltas:
+            piece = self._take(delta)
+            if piece.says_something:
+                pieces.append(piece)
+            if piece.logprobs is not None:  # a prompt's entries take their time: let others go on
+                await asyncio.sleep(0)
+        return pieces
 
     def _ready(self, delta: Delta) -> list[Delta]:
         """What can be taken now: the choices of a scored prompt all begin with the scores that choice 0 brings."""
@@ -227,27 +229,27 @@ class Completion:
         self._scores[delta.request_id] = delta.prompt_logprobs
         return [delta, *self._waiting.pop(delta.request_id)]
 
-    def _take(self, delta: Delta, stream: Stream) -> Piece:
+    def _take(self, delta: Delta) -> Piece:
         """Turn new tokens into text; end the sequence in the engine when its text ends before it."""
         choice = self._choices[delta.request_id, delta.choice]
         if delta.finish is not None:
             errors.check_delta(delta)
         before = choice.num_tokens
         piece = choice.take(delta, prompt_logprobs=self._scores.get(delta.request_id))
-        self._observe(delta, choice, choice.num_tokens - before, stream)
+        self._observe(delta, choice, choice.num_tokens - before)
         if piece.finish_reason is not None:
             if delta.finish is None:
-                stream.abort(delta.request_id, delta.choice)
+                self.stream.abort(delta.request_id, delta.choice)
             self._metrics.finished.labels(piece.finish_reason).inc()
         return piece
 
-    def _observe(self, delta: Delta, choice: Choice, num_tokens: int, stream: Stream) -> None:
+    def _observe(self, delta: Delta, choice: Choice, num_tokens: int) -> None:
         if delta.choice == 0:  # the choices after it find its prompt in shared blocks
             self._cached_tokens[delta.request_id] += delta.cached_tokens
         choice.delivered_at = self._metrics.take_tokens(
             num_tokens,
             num_dropped=len(delta.token_ids) - num_tokens,
-            stream=stream,
+            stream=self.stream,
             delivered_at=choice.delivered_at,
         )
         self._first_token_at = self._first_token_at or choice.delivered_at
