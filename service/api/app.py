@@ -80,7 +80,7 @@ def create_app(
 
 
 class _Dispatch:
-    """Direct routes at once, everything else through FastAPI, whose ten layers take as long as all else together."""
+    """Direct routes at once, all else through FastAPI, whose layers are a sixth of what a plain request costs."""
 
     def __init__(self, app: FastAPI, around: Callable[[ASGIApp], ASGIApp]) -> None:
         self._app = app

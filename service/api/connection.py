@@ -24,7 +24,7 @@ async def while_connected(scope: Scope, work: Coroutine[Any, Any, _Result]) -> _
 
     Raises ClientDisconnect, and whatever `work` raises.
     """
-    # Not in a task of its own, nor with one that waits for the client: each takes as long as parsing the body.
+    # Not in a task of its own, nor with one that waits for the client: the event loop keeps account of every task.
     task = asyncio.current_task()
     assert task is not None
     left = False
