@@ -185,15 +185,8 @@ def costs(process: BaseProcess, server: Server, arguments: argparse.Namespace) -
     plan = Plan(
         server=server,
         fields={"model": "demo", "ignore_eos": True, "stream": True, "stream_options": {"include_usage": True}},
-        texts=(),
-        prompt_tokens=128,
-        vocab_size=50256,
-        warmup_seconds=0,
-        seconds=None,
         requests=1,
-        timeout_seconds=60,
         processes=arguments.processes,
-        seed=0,
     )
     streams, requests = arguments.streams, arguments.requests
     long, of_long = measure(process, plan, streams=streams, requests=requests // 2, max_tokens=LONG)

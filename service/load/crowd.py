@@ -1,9 +1,12 @@
 """The client processes, as command.py sees them: spawned once, given one level after another."""
 
+import contextlib
 import multiprocessing
 import time
+from collections.abc import Iterator
+from multiprocessing.connection import Connection, wait
 from types import TracebackType
-from typing import Self
+from typing import Self, cast
 
 from service.load import worker
 from service.load.plan import Level, Plan
@@ -22,7 +25,7 @@ class Crowd:
     def __init__(self, plan: Plan) -> None:
         spawn = multiprocessing.get_context("spawn")
         self._count = 0
-        self._pipes = []
+        self._pipes: list[Connection] = []
         self._processes = []
         for number in range(plan.processes):
             ours, theirs = spawn.Pipe()
@@ -33,9 +36,11 @@ class Crowd:
             self._processes.append(process)
 
     def __enter__(self) -> Self:
+        """Returns when every process is ready. Raises CrowdError."""
         try:
-            for pipe in self._pipes:
-                pipe.recv()  # READY
+            with _told():
+                for pipe in self._pipes:
+                    pipe.recv()  # READY
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -54,18 +59,29 @@ class Crowd:
         """What each process measured, and whether Ctrl-C cut it short. Raises CrowdError."""
         self._count += 1
         task = Task(level, self._count, time.monotonic() + _START_SECONDS)
-        try:
+        with _told():
             for pipe in self._pipes:
                 pipe.send(task)
             tallies: list[Tally] = []
-            try:
-                while len(tallies) < len(self._pipes):
-                    tallies.append(self._pipes[len(tallies)].recv())
-            except KeyboardInterrupt:
-                for pipe in self._pipes[len(tallies) :]:
-                    pipe.send(worker.STOP)
-                tallies += [pipe.recv() for pipe in self._pipes[len(tallies) :]]
-                return tallies, True
-            return tallies, False
-        except (EOFError, OSError) as error:
-            raise CrowdError("a client process has ended by itself") from error
+            awaited, interrupted = list(self._pipes), False
+            while awaited:
+                try:  # all are heard, so one that ends is heard of before the others have measured
+                    for pipe in cast(
+                        list[Connection], wait(awaited)
+                    ):
+                        tallies.append(pipe.recv())
+                        awaited.remove(pipe)
+                except KeyboardInterrupt:
+                    interrupted = True
+                    for pipe in awaited:
+                        pipe.send(worker.STOP)
+            return tallies, interrupted
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """A pipe whose other end is gone is a client process that is."""
+    try:
+        yield
+    except (EOFError, OSError) as error:
+        raise CrowdError("a client process has ended by itself") from error

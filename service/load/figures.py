@@ -36,7 +36,7 @@ class Spread:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figures:
-    """One level. Latencies are of requests that began while it was measured and had an answer.
+    """One level. Latencies and tokens an event are of requests that began while it was measured and had an answer.
 
     Rates count of each request the share of its time that was measured, so those on the edges tilt nothing.
     """
@@ -83,8 +83,8 @@ def figures_of(level: Level, plan: Plan, tallies: Sequence[Tally], *, interrupte
         return round(float((counts * shares).sum()) / seconds, 3) if seconds else 0.0
 
     within = (begun >= start) & (begun <= end)
-    several = within & (tokens > 1) & (events > 0)
-    num_events = float(events.sum())
+    several = within & (tokens > 1) & (events > 1)
+    num_events = float(events[within].sum())
     processor_seconds = sum(tally.processor_seconds for tally in tallies)
     events_per_second = rate(events)
     return Figures(
@@ -95,7 +95,7 @@ def figures_of(level: Level, plan: Plan, tallies: Sequence[Tally], *, interrupte
         requests_per_second=rate(np.ones_like(begun)),
         tokens_per_second=rate(tokens),
         prompt_tokens_per_second=rate(merged("prompt_tokens")),
-        tokens_per_event=round(float(tokens.sum()) / num_events, 3) if num_events else None,
+        tokens_per_event=round(float(tokens[within].sum()) / num_events, 3) if num_events else None,
         events_per_second=events_per_second,
         ttft=Spread.of((first - begun)[within]) if plan.stream else None,
         tpot=Spread.of((last - first)[several] / (tokens[several] - 1)),

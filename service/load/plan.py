@@ -58,15 +58,18 @@ class Plan:
 
     server: Server
     fields: Mapping[str, Any]  # of the body, but for the prompt
-    texts: tuple[str, ...]  # the prompts in turn; empty: random ids
-    prompt_tokens: int  # of a random prompt
-    vocab_size: int  # random ids are below it
-    warmup_seconds: float
-    seconds: float | None  # measured, after the warm-up
-    requests: int | None  # begun after the warm-up, in all
-    timeout_seconds: float  # of a request
-    processes: int
-    seed: int
+    texts: tuple[str, ...] = ()  # the prompts in turn; empty: random ids
+    prompt_tokens: int = 128  # of a random prompt
+    vocab_size: int = 50256  # random ids are below it
+    warmup_seconds: float = 0
+    seconds: float | None = None  # measured, after the warm-up
+    requests: int | None = None  # begun after the warm-up, in all
+    timeout_seconds: float = 60  # of a request
+    processes: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        assert (self.seconds is None) != (self.requests is None)
 
     @property
     def stream(self) -> bool:

@@ -46,7 +46,7 @@ class Tally:
     prompt_tokens: array[int] = field(default_factory=lambda: array("q"))
     completion_tokens: array[int] = field(default_factory=lambda: array("q"))
     num_events: array[int] = field(default_factory=lambda: array("q"))
-    gaps: array[float] = field(default_factory=lambda: array("d"))  # seconds between events, of all requests
+    gaps: array[float] = field(default_factory=lambda: array("d"))  # seconds between events, as latencies are counted
     errors: Counter[str] = field(default_factory=Counter)
     processor_seconds: float = 0.0
 
@@ -62,7 +62,8 @@ class Tally:
         self.prompt_tokens.append(answer.prompt_tokens)
         self.completion_tokens.append(answer.completion_tokens)
         self.num_events.append(len(answer.event_times))
-        self.gaps.extend(later - earlier for earlier, later in itertools.pairwise(times))
+        if answer.begun_at >= self.measured_from:
+            self.gaps.extend(later - earlier for earlier, later in itertools.pairwise(times))
 
 
 class _Run:
@@ -202,8 +203,8 @@ def main(plan: Plan, number: int, pipe: Pipe) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C, and says STOP
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(_work(plan, number, pipe))
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner, contextlib.suppress(ConnectionError):
+        runner.run(_work(plan, number, pipe))  # its pipe is broken: the parent has gone, or given up
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
@@ -222,7 +223,7 @@ async def _work(plan: Plan, number: int, pipe: Pipe) -> None:
     def hear() -> None:
         try:
             word = pipe.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):  # a reset, where the parent has closed it without reading
             asyncio.get_running_loop().remove_reader(pipe.fileno())
             word = None
         if isinstance(word, Task):

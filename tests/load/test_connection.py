@@ -10,19 +10,7 @@ FIELDS = {"model": "fake", "max_tokens": 20, "stream": True}
 
 
 def plan(server: FakeServer) -> Plan:
-    return Plan(
-        server=Server.at(server.url),
-        fields=FIELDS,
-        texts=(),
-        prompt_tokens=5,
-        vocab_size=100,
-        warmup_seconds=0,
-        seconds=None,
-        requests=1,
-        timeout_seconds=10,
-        processes=1,
-        seed=0,
-    )
+    return Plan(server=Server.at(server.url), fields=FIELDS, prompt_tokens=5, requests=1)
 
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])

@@ -1,30 +1,19 @@
 """From measured moments to figures: percentiles by their definition, rates by the share of time that was measured."""
 
+import itertools
 import math
-from array import array
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from service.load.connection import Answer
 from service.load.figures import Spread, figures_of
 from service.load.plan import Level, Plan, Server, share
 from service.load.worker import Tally
 
-PLAN = Plan(
-    server=Server.at("http://h"),
-    fields={"stream": True},
-    texts=(),
-    prompt_tokens=1,
-    vocab_size=10,
-    warmup_seconds=0,
-    seconds=10,
-    requests=None,
-    timeout_seconds=1,
-    processes=2,
-    seed=0,
-)
+PLAN = Plan(server=Server.at("http://h"), fields={"stream": True}, seconds=10)
 
 
 @given(st.lists(st.floats(0, 1000), min_size=1))
@@ -43,36 +32,62 @@ def test_no_values_have_no_percentiles() -> None:
     assert Spread.of(np.array([])) is None
 
 
-def tally(begun: float, ended: float, tokens: int, **more: float) -> Tally:
-    """Of one request in [100, 110], with an event at its begin and one at its end."""
-    return Tally(
-        measured_from=100,
-        measured_to=110,
-        begun_at=array("d", [begun]),
-        ended_at=array("d", [ended]),
-        first_at=array("d", [begun + 0.5]),
-        last_at=array("d", [ended]),
-        prompt_tokens=array("q", [10]),
-        completion_tokens=array("q", [tokens]),
-        num_events=array("q", [2]),
-        gaps=array("d", [ended - begun - 0.5]),
-        **more,
-    )
+def tally(*answers: Answer, processor_seconds: float = 0) -> Tally:
+    """Of what was measured in [100, 110]."""
+    tally = Tally(measured_from=100, measured_to=110, processor_seconds=processor_seconds)
+    for answer in answers:
+        tally.add(answer)
+    return tally
+
+
+def answer(begun: float, ended: float, tokens: int) -> Answer:
+    """With an event half a second after its begin and one at its end."""
+    return Answer(begun, ended, [begun + 0.5, ended], prompt_tokens=10, completion_tokens=tokens)
 
 
 def test_a_request_on_the_edge_counts_by_its_share() -> None:
     """Half of one before the time, a quarter of one after it; latencies are of those that began within it."""
-    tallies = [tally(98, 102, 40), tally(109, 113, 80, processor_seconds=5)]
+    tallies = [tally(answer(98, 102, 40)), tally(answer(109, 113, 80), processor_seconds=5)]
     tallies[0].errors["429"] += 2
     tallies[1].errors["429"] += 1
     figures = figures_of(Level("closed", 2), PLAN, tallies, interrupted=False)
     assert (40 * 0.5 + 80 * 0.25) / 10 == pytest.approx(figures.tokens_per_second)
     assert (0.5 + 0.25) / 10 == pytest.approx(figures.requests_per_second)
-    assert (1, {"429": 3}, 30.0) == (figures.requests, figures.errors, figures.tokens_per_event)
+    assert (1, {"429": 3}, 40.0) == (figures.requests, figures.errors, figures.tokens_per_event)
     assert figures.ttft is not None
     assert figures.tpot is not None
     assert (500, round(3500 / 79, 3)) == (figures.ttft.p99, figures.tpot.p50)
     assert (0.5, False) == (figures.client_load, figures.saturated)
+
+
+@given(st.lists(st.tuples(st.floats(80, 99.9), st.lists(st.floats(0, 5), max_size=9), st.integers(1, 99))))
+def test_what_began_in_the_warm_up_is_in_no_latency(warming: list[tuple[float, list[float], int]]) -> None:
+    """However it was answered, and however long after: it counts by its share in rates alone."""
+    measured = [answer(101, 103, 5), answer(102, 109, 30)]
+    early = []
+    for begun, gaps, tokens in warming:
+        times = [begun + after for after in itertools.accumulate(gaps)]
+        early.append(Answer(begun, max(times, default=begun), times, prompt_tokens=3, completion_tokens=tokens))
+
+    def latencies(*tallies: Tally) -> list[object]:
+        figures = figures_of(Level("closed", 2), PLAN, tallies, interrupted=False)
+        names = ("requests", "ttft", "tpot", "gap", "end_to_end", "tokens_per_event")
+        return [getattr(figures, name) for name in names]
+
+    expected = latencies(tally(*measured))
+    assert expected == latencies(tally(*early, *measured))
+    assert expected == latencies(tally(*early), tally(*measured))
+    assert None not in expected
+
+
+def test_an_answer_in_one_event_has_no_time_a_token() -> None:
+    """All its tokens came at once: that is no latency of 0, and no gap."""
+    alone = tally(Answer(101, 102, [102], completion_tokens=8))
+    figures = figures_of(Level("closed", 1), PLAN, [alone], interrupted=False)
+    assert (None, None, 8.0) == (figures.tpot, figures.gap, figures.tokens_per_event)
+    figures = figures_of(Level("closed", 1), PLAN, [alone, tally(answer(101, 103.5, 5))], interrupted=False)
+    assert figures.tpot is not None
+    assert 500 == figures.tpot.mean
 
 
 def test_nothing_measured_has_no_figures() -> None:
