@@ -165,7 +165,7 @@ def _load(config: EngineConfig, report: Reporter) -> Loaded:
 
 
 def _keep_kernels(folder: Path) -> None:
-    """Let Triton keep compiled kernels there: a start without them compiles for half a minute."""
+    """Let Triton keep compiled kernels there: a start without them takes about 30 s more."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -66,9 +66,7 @@ class Crowd:
             awaited, interrupted = list(self._pipes), False
             while awaited:
                 try:  # all are heard, so one that ends is heard of before the others have measured
-                    for pipe in cast(
-                        list[Connection], wait(awaited)
-                    ):
+                    for pipe in cast(list[Connection], wait(awaited)):
                         tallies.append(pipe.recv())
                         awaited.remove(pipe)
                 except KeyboardInterrupt:
