@@ -7,12 +7,9 @@ import argparse
 import asyncio
 import json
 import os
-import re
 import signal
-import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -21,53 +18,11 @@ import httpx
 import torch
 
 from bench.random_model import write_random_model
+from bench.served import Service
 from service.serve import DEMO_MODEL
 from service.version import VERSION
 
 PROMPT = "Plants create energy through a process known as photosynthesis."
-
-
-class Service:
-    """A served model, as a process tree of its own."""
-
-    def __init__(self, model: Path, flags: list[str]) -> None:
-        self.began = time.perf_counter()
-        command = [
-            sys.executable,
-            "-m",
-            "service.cli",
-            "serve",
-            str(model),
-            "--port",
-            "0",
-            "--log-format",
-            "json",
-            *flags,
-        ]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)  # noqa: S603 - our own command
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            if found := re.search(r"listening on (http://\S+)", line):
-                self.url = found[1]
-                break
-        else:
-            raise RuntimeError("the service ended before it listened")
-        self.log: list[str] = []
-        threading.Thread(target=self.log.extend, args=(self.process.stderr,), daemon=True).start()
-
-    async def ready(self, client: httpx.AsyncClient) -> float:
-        """Seconds until /readyz is 200."""
-        began = time.perf_counter()
-        while (await client.get("/readyz")).status_code != 200:
-            if self.process.poll() is not None:
-                raise RuntimeError("the service ended:\n" + "".join(self.log))
-            await asyncio.sleep(0.05)
-        return time.perf_counter() - began
-
-    def engine_pid(self) -> int:
-        """The engine is the child with torch in it, which has by far the most memory."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        return max(map(int, children), key=lambda pid: int(Path(f"/proc/{pid}/statm").read_text().split()[1]))
 
 
 class Progress(dict[str, Any]):
@@ -135,7 +90,7 @@ async def run(service: Service, stream_counts: list[int]) -> dict[str, Any]:
             client.post("/v1/completions", json=greedy | {"max_tokens": 900, "ignore_eos": True})
         )
         await asyncio.sleep(0.3)
-        os.kill(service.engine_pid(), signal.SIGKILL)
+        os.kill(service.processes()["engine"].pid, signal.SIGKILL)
         answer = await victim
         result["open_request_when_engine_killed"] = [answer.status_code, answer.json()["error"]["message"]]
         result["readiness_after_kill"] = (await client.get("/readyz")).status_code

@@ -8,7 +8,7 @@ import asyncio
 import ssl
 import time
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import httptools
 import msgspec
@@ -49,7 +49,7 @@ class Connection(asyncio.Protocol):
         self._lost = "connection lost"
 
     @classmethod
-    async def open(cls, server: Server) -> "Connection":
+    async def open(cls, server: Server) -> Self:
         """Raises OSError."""
         tls = ssl.create_default_context() if server.tls else None
         loop = asyncio.get_running_loop()
@@ -121,10 +121,14 @@ class Connection(asyncio.Protocol):
         *events, self._body = body.split(b"\n\n")
         for event in events:
             if event.startswith(b"data:") and event != _DONE:
-                self._event_times.append(self._now)
-                self._last_event = event
+                self.on_event(event, self._now)
             elif event == _DONE:
                 self._done = True
+
+    def on_event(self, event: bytes, read_at: float) -> None:
+        """An event but [DONE], with its `data:`."""
+        self._event_times.append(read_at)
+        self._last_event = event
 
     def on_message_complete(self) -> None:
         if not self._parser.should_keep_alive():
