@@ -2,7 +2,7 @@
 PYTHON ?= python3
 MODEL ?=
 ARGS ?=
-.PHONY: run test lint format types check clients bench load image
+.PHONY: run test lint format types check clients bench inside load soak image
 
 run: .venv/ready  ## serve MODEL, a folder or a hub id; without one, the embedded demo model
 	.venv/bin/megatron-gpt2 serve $(MODEL) $(ARGS)
@@ -27,8 +27,14 @@ clients: .venv/ready .venv-clients/ready  ## packages that people use as clients
 bench: .venv/ready  ## milliseconds a step of the bare runner beside transformers, on this machine
 	.venv/bin/python -m bench.decode $(ARGS)
 
+inside: .venv/ready  ## the same step inside the service beside the bare runner
+	.venv/bin/python -m bench.inside $(ARGS)
+
 load: .venv/ready  ## load over HTTP on a running service: throughput and latencies
 	.venv/bin/python -m bench.load $(ARGS)
+
+soak: .venv/ready  ## minutes of mixed load on the service: every answer is checked, and its memory watched
+	.venv/bin/python -m bench.soak $(ARGS)
 
 image:  ## the container image, megatron-gpt2
 	docker build -t megatron-gpt2 .

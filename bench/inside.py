@@ -13,7 +13,6 @@ import random
 import shlex
 import statistics
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ import torch
 import uvloop
 
 from bench.decode import machine, runner_for, step_seconds
-from bench.random_model import write_random_model
+from bench.random_model import given_or_random
 from bench.served import Service
 from service.checkpoint.hub import read_config, read_state
 from service.load.connection import Connection
@@ -189,9 +188,7 @@ def main() -> None:
     parser.add_argument("flags", nargs="*")
     arguments = parser.parse_args()
     arguments.streams = [int(count) for count in arguments.streams.split(",")]
-    with tempfile.TemporaryDirectory() as scratch:
-        dtype = torch.bfloat16 if on_gpu else torch.float32
-        folder = arguments.model or write_random_model(Path(scratch), dtype=dtype)
+    with given_or_random(arguments.model) as folder:
         about, rows = measure(arguments, folder)
     about |= {"model": "random 345M" if arguments.model is None else arguments.model.name, "version": VERSION}
     about["command"] = shlex.join(["python", "-m", "bench.inside", *sys.argv[1:]])

@@ -1,7 +1,9 @@
 """A checkpoint of the 345M's shape with random weights: speed and parity are measured on it, without the real one."""
 
+import contextlib
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +27,16 @@ def write_random_model(folder: Path, *, dtype: torch.dtype = torch.float32, seed
         for name in ("vocab.json", "merges.txt"):
             shutil.copy(DEMO_MODEL / name, folder / name)
     return folder
+
+
+@contextlib.contextmanager
+def given_or_random(folder: Path | None) -> Iterator[Path]:
+    """The folder; without one, a random model in bfloat16 on a GPU and float32 on a CPU, which goes in the end."""
+    if folder is not None:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        yield write_random_model(Path(scratch), dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32)
 
 
 CONFIG_345M = ModelConfig(
