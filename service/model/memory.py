@@ -121,7 +121,7 @@ def count_blocks(model: GPT2, block_size: int, kv_memory: int, *, spare: int = 0
 
 
 def _memory_left(device: torch.device, run_largest: Callable[[], None], *, utilization: float, beside: int = 0) -> int:
-    """Bytes left when `utilization` of the GPU may be used in all: others hold some, the run needs some, `beside` too."""
+    """Bytes left when `utilization` of the GPU may be used in all: others hold some, the run and `beside` need some."""
     free, total = torch.cuda.mem_get_info(device)
     others = total - free - torch.cuda.memory_reserved(device)
     torch.cuda.reset_peak_memory_stats(device)
