@@ -76,11 +76,15 @@ def step_seconds(
     *,
     ask: Callable[[Batch], Batch] = lambda batch: batch,
 ) -> float:
-    """Median over steps launched as the engine does: one ahead on a GPU. `ask` may ask for more in each batch."""
-    batches = [ask(decode_batch(num_sequences, context, step)) for step in (0, 1)]
+    """Median over steps of single tokens. `ask` may ask for more in each batch."""
+    return median_seconds(runner, *(ask(decode_batch(num_sequences, context, step)) for step in (0, 1)), num_steps)
+
+
+def median_seconds(runner: Runner, first: Batch, following: Batch, num_steps: int) -> float:
+    """Median over steps launched as the engine does: one ahead on a GPU."""
     times = []
     for step in range(num_steps + 3):
-        runner.launch(batches[min(step, 1)])
+        runner.launch(following if step else first)
         if step >= runner.depth:
             runner.collect()
         times.append(time.perf_counter())

@@ -10,4 +10,4 @@ timeout 120 python3 -m pytest -m gpu -W default -q -s --durations=5 tests/model 
 timeout 100 python3 -m bench.end_to_end --out "$out/end-to-end-demo.json" 2>&1 | grep -v '^[ {}]'
 timeout 60 python3 -m bench.end_to_end --streams 1 --out "$out/end-to-end-demo-fp32.json" -- --dtype float32 2>&1 | grep -v '^[ {}]'
 timeout 100 python3 -m bench.end_to_end --random-345m --out "$out/end-to-end-345m.json" 2>&1 | grep -v '^[ {}]'
-timeout 60 python3 -m bench.decode --batches 1,8,64,256 --out "$out/decode.json" 2>&1 | tail -6
+timeout 60 python3 -m bench.decode --steps 1@256,8@512,64@192,256@192 --out "$out/decode.json" 2>&1 | tail -6

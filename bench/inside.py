@@ -2,8 +2,8 @@
 
 python -m bench.inside [--model FOLDER] [--streams 1,64,256] [--context 192] [--out FOLDER/NAME] [-- flags of serve]
 
-All streams begin at once, and each step gives each a token. Measured is from when the last of them has come to 64
-tokens before the context until the first is 64 past it, by when a client reads events and how many tokens they bring.
+All streams begin at once, and each step gives each a token. Measured is while all of them decode, and their mean
+context is within 64 tokens of the one asked for, by when a client reads events and how many tokens they bring.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from typing import Any
 
 import httpx
 import msgspec
+import numpy as np
 import torch
 import uvloop
 
@@ -32,8 +33,7 @@ from service.load.plan import Server
 from service.model.gpt2 import GPT2
 from service.version import VERSION
 
-HALF_WINDOW = 64  # tokens on each side of the context
-SLACK = 16  # tokens past it, so that none ends within it
+HALF_WINDOW = 64  # tokens on each side of the context, of the streams' mean
 Marks = Sequence[tuple[float, int]]  # of one stream: when an event was read, and the context of its last token's step
 
 
@@ -76,25 +76,27 @@ class Reader(Connection):
 
 
 def window(streams: Sequence[Marks], low: int, high: int) -> tuple[float, int]:
-    """Seconds a step while the contexts of all streams are in [low, high], and how many steps each stream had at least.
+    """Seconds a step while all streams decode, and their mean context, which says what a step costs, is in [low, high].
 
-    Raises ValueError where two events of a stream are not in that time.
+    And how many steps each stream had at least. Raises ValueError where two events of a stream are not in that time.
     """
-    began = max(min((at for at, context in marks if context >= low), default=float("inf")) for marks in streams)
-    ended = min(max((at for at, context in marks if context <= high), default=0.0) for marks in streams)
-    within = [[mark for mark in marks if began <= mark[0] <= ended] for marks in streams]
+    times = np.unique([at for marks in streams for at, _ in marks])
+    times = times[(times >= max(marks[0][0] for marks in streams)) & (times <= min(marks[-1][0] for marks in streams))]
+    contexts = np.mean([np.interp(times, *zip(*marks, strict=True)) for marks in streams], axis=0)
+    times = times[(contexts >= low) & (contexts <= high)]
+    within = [[mark for mark in marks if len(times) and times[0] <= mark[0] <= times[-1]] for marks in streams]
     if any(len(marks) < 2 for marks in within):
-        raise ValueError(f"{len(streams)} streams were never all between {low} and {high} tokens for two events")
+        raise ValueError(f"{len(streams)} streams never decoded together at {low} to {high} tokens for two events")
     steps = [marks[-1][1] - marks[0][1] for marks in within]
     return sum(marks[-1][0] - marks[0][0] for marks in within) / sum(steps), min(steps)
 
 
-async def together(server: Server, num_streams: int, context: int, seed: int) -> list[Marks]:
-    """Streams of random prompts, greedy as the bare step is, all asked for at once."""
+async def together(server: Server, num_streams: int, context: int, *, most: int, seed: int) -> list[Marks]:
+    """Streams of random prompts, greedy as the bare step is, all asked for at once, each to `most` tokens."""
     rng = random.Random(seed)  # noqa: S311
-    num_prompt = max(1, context - 2 * HALF_WINDOW)
+    num_prompt = max(1, context // 4)
     fields = {
-        "max_tokens": context + HALF_WINDOW + SLACK - num_prompt,
+        "max_tokens": most - num_prompt,
         "temperature": 0,
         "ignore_eos": True,
         "stream": True,
@@ -123,14 +125,15 @@ async def inside(
     async with httpx.AsyncClient(base_url=service.url, timeout=60) as client:
         await service.ready(client)
         _, model = await service.metrics(client)
-    if context + HALF_WINDOW + SLACK > int(model["context_length"]):
-        raise ValueError(f"--context: must leave {HALF_WINDOW + SLACK} of {model['context_length']} tokens")
+    most = min(int(model["context_length"]), 2 * (context + HALF_WINDOW))  # the first stream may be far ahead
+    if context + HALF_WINDOW > most:
+        raise ValueError(f"--context: must leave {HALF_WINDOW} of {model['context_length']} tokens")
     windows = {}
     server = Server.at(service.url)
     for count in stream_counts:
         rounds = []
         for number in range(repeats + 1):
-            marks = await together(server, count, context, seed=1000 * count + number)
+            marks = await together(server, count, context, most=most, seed=1000 * count + number)
             rounds.append(window(marks, max(1, context - HALF_WINDOW), context + HALF_WINDOW))
         windows[count] = rounds[1:]  # without the one that warms up
         print(f"{count} streams: {[round(1000 * each, 3) for each, _ in windows[count]]} ms", file=sys.stderr)

@@ -1,5 +1,6 @@
 """KV blocks: take, give back, share by prefix. Counts and ids only; used by the scheduler."""
 
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
 TOKEN_BYTES = 4  # of an id in what is looked up: int32
@@ -21,7 +22,8 @@ class BlockPool:
         self.block_size = block_size
         self._holders = [0] * num_blocks
         self._blank = list(range(num_blocks - 1, -1, -1))  # free, nothing registered
-        self._cached: dict[int, None] = {}  # free but registered; oldest first
+        # Free but registered, oldest first. A plain dict looks for its first entry past all that were taken before it.
+        self._cached: OrderedDict[int, None] = OrderedDict()
         self._nodes: dict[tuple[Node, bytes], tuple[int, int]] = {}  # -> (node, block)
         self._keys: dict[int, tuple[Node, bytes]] = {}  # block -> its key in _nodes
         self._next_node = 1  # after ROOT
@@ -73,8 +75,7 @@ class BlockPool:
             if self._blank:
                 block = self._blank.pop()
             else:
-                block = next(iter(self._cached))
-                del self._cached[block]
+                block, _ = self._cached.popitem(last=False)
                 del self._nodes[self._keys.pop(block)]
             self._holders[block] = 1
             blocks.append(block)

@@ -25,7 +25,7 @@ def at(step: int) -> float:
 def test_the_step_is_found_between_the_last_to_begin_and_the_first_to_end(
     num_streams: int, tokens_an_event: int
 ) -> None:
-    """What the first did while others were in prefill is in no figure, and no context is outside the bounds."""
+    """What the first did while others were in prefill is in no figure, and the mean context is within the bounds."""
     rng = random.Random(num_streams)
     begins = [rng.randrange(40) for _ in range(num_streams - 1)] + [40]
     seconds, num_steps = window([stream(begin, tokens_an_event) for begin in begins], 128, 256)
@@ -34,5 +34,5 @@ def test_the_step_is_found_between_the_last_to_begin_and_the_first_to_end(
 
 
 def test_streams_that_are_never_together_are_told() -> None:
-    with pytest.raises(ValueError, match="2 streams were never all between 128 and 256"):
-        window([stream(0, 1), stream(200, 1)], 128, 256)
+    with pytest.raises(ValueError, match="2 streams never decoded together at 128 to 256"):
+        window([stream(0, 1, num_steps=100), stream(200, 1)], 128, 256)
