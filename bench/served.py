@@ -41,7 +41,8 @@ class Service:
         else:
             raise RuntimeError("the service ended before it listened")
         self.log: list[str] = []
-        threading.Thread(target=self.log.extend, args=(self.process.stderr,), daemon=True).start()
+        self._reader = threading.Thread(target=self.log.extend, args=(self.process.stderr,), daemon=True)
+        self._reader.start()
 
     async def ready(self, client: httpx.AsyncClient) -> float:
         """Seconds until /readyz is 200."""
@@ -71,7 +72,8 @@ class Service:
         """Drain it; the exit code. Whatever has not ended then is killed, and the code is not 0."""
         self.process.terminate()
         try:
-            return self.process.wait(timeout=90)
+            self.process.wait(timeout=90)
         except subprocess.TimeoutExpired:
             self.process.kill()
-            return self.process.wait()
+        self._reader.join(10)
+        return self.process.wait()

@@ -101,6 +101,8 @@ class EnvelopeProtocol(HttpToolsProtocol):
 
     def _watch(self, left: Left | None) -> None:
         self._left = left
+        if left is not None:
+            self.flow.resume_reading()  # a large body has it paused, and what is not read is not heard to end
         if self._is_lost:
             self.loop.call_soon(self._tell)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Collection, Sequence
-from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 import msgspec
@@ -25,9 +24,9 @@ class DeadlineExceeded(Exception):
 
 
 class Stream:
-    """The deltas of a group of requests: an async context manager, and an async iterator over lists of Deltas.
+    """The deltas of a group of requests: an async iterator over lists of Deltas, to be closed.
 
-    Leaving the context aborts whatever has not finished. Deltas that arrive before the reader takes them are merged,
+    Deltas that arrive before the reader takes them are merged,
     so the mailbox holds at most one Delta a sequence. Iteration ends when every sequence has had its last Delta. It
     raises QueueTimeout and DeadlineExceeded; what is whole when the reader comes for it is never late.
     """
@@ -52,22 +51,11 @@ class Stream:
         self._has_gone_on = False
 
     def close(self) -> None:
-        """Abort whatever has not finished, and read no more; leaving the context does it."""
+        """Abort whatever has not finished, and read no more."""
         for request_id in {request_id for request_id, _ in self._open}:
             self._client._abort(request_id, None)
         self._open.clear()
         self._client._forget(self)
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __aiter__(self) -> Self:
         return self

@@ -62,18 +62,17 @@ class Crowd:
         with _told():
             for pipe in self._pipes:
                 pipe.send(task)
-            tallies: list[Tally] = []
-            awaited, interrupted = list(self._pipes), False
-            while awaited:
+            tallies: dict[Connection, Tally] = {}
+            interrupted = False
+            while awaited := [pipe for pipe in self._pipes if pipe not in tallies]:
                 try:  # all are heard, so one that ends is heard of before the others have measured
                     for pipe in cast(list[Connection], wait(awaited)):
-                        tallies.append(pipe.recv())
-                        awaited.remove(pipe)
+                        tallies[pipe] = pipe.recv()
                 except KeyboardInterrupt:
                     interrupted = True
                     for pipe in awaited:
                         pipe.send(worker.STOP)
-            return tallies, interrupted
+            return list(tallies.values()), interrupted
 
 
 @contextlib.contextmanager

@@ -185,7 +185,7 @@ class GraphRunner:
         """Whether each sequence has one token, and none attends to another's: bodies of such steps read keys early."""
         if batch.num_decodes < len(batch.token_ids):
             return False
-        # What is shared is full blocks of tokens that the host knows.
+        # Shared are full blocks of tokens that the host knows. Tables are filled up by 0: that errs to the safe side.
         size = self._block_size
         shared = batch.slots[(batch.token_sources < 0) & (batch.positions % size == size - 1)] // size
         return not len(shared) or np.isin(batch.block_tables, shared).sum() == len(shared)  # each in its own table

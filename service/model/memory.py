@@ -90,7 +90,7 @@ def what_kernels_lack(device: torch.device) -> str | None:
         return "a GPU of the Ampere generation or later"
     if importlib.util.find_spec("triton") is None:
         return "the package triton"
-    # With which Triton builds what launches a kernel.
+    # With which Triton builds what launches a kernel. It also takes one that CC names, which is no setting of ours.
     if not any(map(shutil.which, ("gcc", "clang"))):
         return "a C compiler (gcc or clang)"
     if not Path(sysconfig.get_paths()["include"], "Python.h").exists():
@@ -114,8 +114,8 @@ def count_blocks(model: GPT2, block_size: int, kv_memory: int, *, spare: int = 0
     needed = -(-model.config.context_length // block_size) + spare
     if num_blocks < needed:
         raise KVMemoryError(
-            f"kv_memory: {kv_memory} bytes hold {num_blocks} blocks; one context of "
-            f"{model.config.context_length} tokens needs {needed} ({needed * block_bytes(model, block_size)} bytes)"
+            f"kv_memory: {kv_memory} bytes hold {num_blocks} blocks; with a context of {model.config.context_length} "
+            f"tokens {needed} are needed ({needed * block_bytes(model, block_size)} bytes)"
         )
     return num_blocks - spare
 

@@ -8,6 +8,7 @@ import pytest
 import uvicorn
 from starlette.requests import ClientDisconnect
 from starlette.types import Message
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.server import ServerState
 
 from service.api.connection import EventStream, while_connected
@@ -105,27 +106,66 @@ async def test_a_client_that_leaves_with_requests_in_its_pipeline(api: Service) 
     await api.wait_metric("megatron_gpt2_requests_aborted_total", 1)
 
 
-@pytest.mark.parametrize("lost", ["before", "within", "after"])
+@pytest.mark.parametrize("num_rest", [30_000, 120_000, 1_000_000])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_client_that_leaves_after_a_large_body(api: Service, stream: bool, num_rest: int) -> None:
+    """However much of it came at once: the server stops reading a connection from which it has read a lot."""
+    api.engine.gate.clear()
+    host, port = api.url.removeprefix("http://").split(":")
+    _, writer = await asyncio.open_connection(host, int(port))
+    body = json.dumps({"prompt": "a", "max_tokens": 500, "stream": stream, "user": "x" * num_rest}).encode()
+    writer.write(f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n{{".encode())
+    await asyncio.sleep(0.05)
+    writer.write(body[1:])
+    await api.engine.wait_for(lambda: 1 == len(api.engine.submitted))
+    writer.close()
+    await api.engine.wait_for(lambda: 1 == len(api.engine.aborted))
+
+
+@pytest.mark.parametrize("lost", ["before", "within", "as it is done", "after"])
 async def test_work_is_cancelled_whenever_the_client_leaves(lost: str) -> None:
-    """Also when it had left before the work began; after the work nothing is cancelled."""
+    """Also when it had left before the work began; after the work nothing is cancelled, and never anything else."""
     protocol = EnvelopeProtocol(uvicorn.Config(None), ServerState(), {})  # type: ignore[arg-type]
     gate, scope = asyncio.Event(), {"type": "http", "extensions": {"megatron_gpt2.watch": protocol._watch}}
     protocol.transport = asyncio.Transport()
+    protocol.flow = FlowControl(protocol.transport)
+    outcomes: list[object] = []
+
+    async def answer() -> None:
+        try:
+            outcomes.append(await while_connected(scope, gate.wait()))
+        except ClientDisconnect:
+            outcomes.append("left")
+        task = asyncio.current_task()
+        assert task is not None
+        outcomes.append(task.cancelling())
+
     if lost == "before":
         protocol.connection_lost(OSError())
-    answering = asyncio.ensure_future(while_connected(scope, gate.wait()))
+    answering = asyncio.ensure_future(answer())
     await asyncio.sleep(0)
-    if lost == "after":
+    if lost in ("as it is done", "after"):
         gate.set()
-        assert await answering
-    elif lost == "within":
+    if lost == "after":
+        await answering
+    if lost != "before":
         protocol.connection_lost(OSError())
-    if lost != "after":
-        with pytest.raises(ClientDisconnect):
-            await answering
-    else:
-        protocol.connection_lost(OSError())
-    assert asyncio.current_task().cancelling() == 0  # type: ignore[union-attr]
+    await answering
+    assert [lost == "after" or "left", 0] == outcomes
+
+
+async def test_a_cancellation_of_someone_else_stays_one() -> None:
+    """Also where the client leaves at the same time."""
+    protocol = EnvelopeProtocol(uvicorn.Config(None), ServerState(), {})  # type: ignore[arg-type]
+    scope = {"type": "http", "extensions": {"megatron_gpt2.watch": protocol._watch}}
+    protocol.transport = asyncio.Transport()
+    protocol.flow = FlowControl(protocol.transport)
+    answering = asyncio.ensure_future(while_connected(scope, asyncio.Event().wait()))
+    await asyncio.sleep(0)
+    answering.cancel()
+    protocol.connection_lost(OSError())
+    with pytest.raises(asyncio.CancelledError):
+        await answering
 
 
 async def test_a_silent_stream_sends_comments(start: Start) -> None:

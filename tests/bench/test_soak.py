@@ -7,18 +7,18 @@ from typing import Any
 import pytest
 
 from bench.mixture import Answer, Ask, Choice, Mixture
-from bench.soak import Growth
+from bench.soak import Growth, is_fault
 
 TIMES = [float(5 * number) for number in range(97)]  # eight minutes
 WARM_UP = 120
 ASK = Ask("ids", {"prompt": [[1], [2]], "n": 2, "max_tokens": 3, "ignore_eos": True})
 
 
-def growth(mib_a_minute: float, noise: float) -> Growth:
+def growth(mib_a_minute: float, noise: float, base: float = 1000) -> Growth:
     """Of a process that takes 300 MiB in the warm-up, and from then on more and more; beside that it is uneven."""
     rng = random.Random(0)
     values = [
-        1000 + 300 * min(at, WARM_UP) / WARM_UP + mib_a_minute * max(0, at - WARM_UP) / 60 + rng.uniform(-noise, noise)
+        base + 300 * min(at, WARM_UP) / WARM_UP + mib_a_minute * max(0, at - WARM_UP) / 60 + rng.uniform(-noise, noise)
         for at in TIMES
     ]
     return Growth.of("engine", TIMES, values)
@@ -32,11 +32,28 @@ def test_growth_is_what_comes_after_the_warm_up(mib_a_minute: float) -> None:
     assert 4 * mib_a_minute == pytest.approx(found.last_half, abs=1e-6)
 
 
-def test_a_leak_is_beyond_the_bound_and_unevenness_is_not() -> None:
-    even, leak = growth(0, 40), growth(30, 40)
+@pytest.mark.parametrize(("base", "bound"), [(100, 32), (700, None), (5_000, 64), (70_000, 64)])
+def test_a_leak_is_beyond_the_bound_and_unevenness_is_not(base: float, bound: float | None) -> None:
+    """However much a process, or a GPU, has: 5 % of it within 32 and 64 MiB."""
+    even, leak = growth(0, 40, base), growth(30, 40, base)
     assert even.last_half < even.bound
     assert leak.last_half > leak.bound
-    assert 0.05 * leak.last == pytest.approx(leak.bound)
+    assert bound or 0.05 * leak.last == pytest.approx(leak.bound)
+
+
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        ('{"level": "INFO"}', False),
+        ('{"level": "WARNING"}', False),
+        ('{"level": "ERROR"}', True),
+        ("Traceback (most recent call last):", True),
+        ("[1]", True),
+        ("\n", False),
+    ],
+)
+def test_what_is_no_line_of_the_log_is_a_fault(line: str, fault: bool) -> None:
+    assert fault == is_fault(line)
 
 
 def test_a_mixture_has_every_kind_streamed_and_not_and_is_the_same_again() -> None:

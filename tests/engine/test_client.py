@@ -4,6 +4,7 @@ import asyncio
 import functools
 import socket
 import threading
+from contextlib import closing
 
 import msgspec
 import pytest
@@ -20,7 +21,7 @@ async def test_a_group_of_requests_gets_all_its_tokens(client: EngineClient, att
     """Every choice of every request, each with one finish; and the engine is told nothing when all is over."""
     engine = await attach()
     group = [request(client, n=2), request(client, prompt=(9,) * 30)]
-    async with client.submit(group, PARAMS) as stream:
+    with closing(client.submit(group, PARAMS)) as stream:
         deltas = await collect(stream)
     for each in group:
         assert alone(Ask(each, PARAMS)) == [tokens(deltas[each.id, choice]) for choice in range(each.n)]
@@ -35,7 +36,7 @@ async def test_leaving_aborts_what_has_not_finished(client: EngineClient, attach
     """The engine hears of it, and the blocks come back long before the requests' natural end."""
     gate = threading.Semaphore(10)
     await attach(before_step=gate.acquire)
-    async with client.submit([request(client, n=3)], LONG) as stream:
+    with closing(client.submit([request(client, n=3)], LONG)) as stream:
         async for _ in stream:
             break
     gate.release(5)
@@ -49,7 +50,7 @@ async def test_an_aborted_choice_is_silent_and_the_others_go_on(client: EngineCl
     await attach()
     each = request(client, n=3)
     seen: dict[int, list[int]] = {0: [], 1: [], 2: []}
-    async with client.submit([each], LONG) as stream:
+    with closing(client.submit([each], LONG)) as stream:
         async for batch in stream:
             for delta in batch:
                 seen[delta.choice] += delta.token_ids
@@ -65,7 +66,7 @@ async def test_a_slow_reader_finds_its_deltas_merged(client: EngineClient, attac
     """At most one Delta a sequence waits, however many tokens it has become."""
     await attach()
     each = request(client, n=2)
-    async with client.submit([each], LONG) as stream:
+    with closing(client.submit([each], LONG)) as stream:
         await until(lambda: len(stream._mailbox) == 2 and all(d.finish for d in stream._mailbox.values()))
         deltas = await collect(stream)
     assert [1, 1] == [len(found) for found in deltas.values()]
@@ -80,7 +81,10 @@ async def test_when_the_engine_dies_the_begun_end_and_the_queued_are_served_by_t
     first = await attach(max_num_seqs=1, before_step=gate.acquire)
     begun, queued = request(client), request(client, prompt=(4, 5))
     other, everything = SamplingParams(9, temperature=0, num_logprobs=1, ignore_eos=True), b"\xff" * 13
-    async with client.submit([begun], PARAMS) as one, client.submit([queued], other, completing_ids=everything) as two:
+    with (
+        closing(client.submit([begun], PARAMS)) as one,
+        closing(client.submit([queued], other, completing_ids=everything)) as two,
+    ):
         await until(lambda: begun.id in one.started_at)
         first.die(gate)
         deltas = await collect(one)
@@ -104,7 +108,7 @@ async def test_of_a_group_only_what_had_not_begun_is_submitted_again(client: Eng
     gate = threading.Semaphore(3)
     first = await attach(max_num_seqs=1, before_step=gate.acquire)
     begun, queued = request(client), request(client, prompt=(4, 5))
-    async with client.submit([begun, queued], PARAMS) as stream:
+    with closing(client.submit([begun, queued], PARAMS)) as stream:
         await until(lambda: begun.id in stream.started_at)
         first.die(gate)
         await until(lambda: not client.ready)
@@ -120,7 +124,7 @@ async def test_a_queued_request_is_submitted_again_once(client: EngineClient, at
     blocker, queued = request(client), request(client)
     gate = threading.Semaphore(0)
     engine = await attach(max_num_seqs=1, before_step=gate.acquire)
-    async with client.submit([blocker], PARAMS), client.submit([queued], PARAMS) as stream:
+    with closing(client.submit([blocker], PARAMS)), closing(client.submit([queued], PARAMS)) as stream:
         for _ in range(2):
             await until(lambda: client.ready)
             engine.die(gate)
@@ -142,7 +146,7 @@ async def test_a_silent_engine_with_open_work_is_a_stall(
     await asyncio.sleep(0.3)
     assert [] == stalls
     began = asyncio.get_running_loop().time()
-    async with client.submit([request(client)], PARAMS):
+    with closing(client.submit([request(client)], PARAMS)):
         await until(lambda: bool(stalls))
         assert stalls[0] - began >= 0.19
         assert client.last_message_age_seconds >= 0.19
@@ -155,7 +159,7 @@ async def test_a_reader_that_takes_its_time_is_no_stall(
 ) -> None:
     """The engine has done its part and is silent; whoever has not read the answer yet is not its fault."""
     await attach()
-    async with client.submit([request(client)], PARAMS) as stream:
+    with closing(client.submit([request(client)], PARAMS)) as stream:
         await until(lambda: not stream._open)
         await asyncio.sleep(0.3)
         assert [] == stalls
@@ -187,7 +191,7 @@ async def test_draining_lets_open_work_finish_and_abandoning_ends_it(client: Eng
     """wait_idle returns when the last request is answered; abandon answers all with an error and frees the engine."""
     gate = threading.Semaphore(0)
     await attach(before_step=gate.acquire)
-    async with client.submit([request(client)], PARAMS) as stream:
+    with closing(client.submit([request(client)], PARAMS)) as stream:
         client.drain()
         idle = asyncio.ensure_future(client.wait_idle())
         gate.release(1000)
@@ -201,7 +205,7 @@ async def test_abandon_ends_everything_with_an_error(client: EngineClient, attac
     """Begun or queued; and the engine's blocks come back."""
     gate = threading.Semaphore(5)
     await attach(max_num_seqs=1, before_step=gate.acquire)
-    async with client.submit([request(client), request(client)], PARAMS) as stream:
+    with closing(client.submit([request(client), request(client)], PARAMS)) as stream:
         await until(lambda: bool(stream.started_at))
         client.abandon("the service is shutting down")
         deltas = await collect(stream)

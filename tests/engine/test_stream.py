@@ -3,6 +3,7 @@
 import asyncio
 import threading
 import time
+from contextlib import closing
 
 import msgspec
 import pytest
@@ -31,9 +32,11 @@ async def test_a_deadline_ends_a_wait_and_aborts_what_is_open(client: EngineClie
     gate = threading.Semaphore(2)
     await attach(before_step=gate.acquire)
     deadline = time.monotonic() + 0.1
-    with pytest.raises(DeadlineExceeded):
-        async with client.submit([request(client, n=2)], LONG, deadline=deadline) as stream:
-            await collect(stream)
+    with (
+        pytest.raises(DeadlineExceeded),
+        closing(client.submit([request(client, n=2)], LONG, deadline=deadline)) as stream,
+    ):
+        await collect(stream)
     assert time.monotonic() >= deadline
     gate.release(1000)
     await idle(client)
@@ -54,9 +57,8 @@ async def test_a_deadline_ends_a_stream_whose_tokens_keep_coming(client: EngineC
             gate.release()
             await until(lambda: bool(stream._mailbox))
 
-    async with client.submit([request(client)], LONG, deadline=deadline) as stream:
-        with pytest.raises(DeadlineExceeded):
-            await read(stream)
+    with closing(client.submit([request(client)], LONG, deadline=deadline)) as stream, pytest.raises(DeadlineExceeded):
+        await read(stream)
     assert 0 < len(batches) < 100
     assert time.monotonic() >= deadline
     gate.release(1000)
@@ -67,7 +69,7 @@ async def test_a_whole_answer_is_not_late(client: EngineClient, attach: Attach) 
     """A reader that comes for it after the deadline gets all of it."""
     await attach()
     each = request(client)
-    async with client.submit([each], PARAMS, deadline=time.monotonic() + 0.05) as stream:
+    with closing(client.submit([each], PARAMS, deadline=time.monotonic() + 0.05)) as stream:
         await until(lambda: not stream._open)
         await asyncio.sleep(0.06)
         deltas = await collect(stream)
@@ -80,12 +82,11 @@ async def test_a_request_that_has_not_started_in_time_is_a_queue_timeout(client:
     await attach(max_num_seqs=1, before_step=gate.acquire)
     queue_deadline = time.monotonic() + 0.1
     group = [request(client), request(client)]
-    async with client.submit([request(client)], LONG, queue_deadline=queue_deadline) as running:
+    with closing(client.submit([request(client)], LONG, queue_deadline=queue_deadline)) as running:
         gate.release()
         await until(lambda: bool(running.started_at))
-        with pytest.raises(QueueTimeout):
-            async with client.submit(group, LONG, queue_deadline=queue_deadline) as stream:
-                await collect(stream)
+        with pytest.raises(QueueTimeout), closing(client.submit(group, LONG, queue_deadline=queue_deadline)) as stream:
+            await collect(stream)
         assert time.monotonic() >= queue_deadline
         gate.release(1000)
         await collect(running)
@@ -97,9 +98,11 @@ async def test_a_start_ends_the_queue_deadline(client: EngineClient, attach: Att
     gate = threading.Semaphore(1)
     await attach(before_step=gate.acquire)
     now = time.monotonic()
-    with pytest.raises(DeadlineExceeded):
-        async with client.submit([request(client)], LONG, queue_deadline=now + 0.4, deadline=now + 0.6) as stream:
-            await collect(stream)
+    with (
+        pytest.raises(DeadlineExceeded),
+        closing(client.submit([request(client)], LONG, queue_deadline=now + 0.4, deadline=now + 0.6)) as stream,
+    ):
+        await collect(stream)
     assert time.monotonic() >= now + 0.6
     gate.release(1000)
 
@@ -109,7 +112,7 @@ async def test_a_choice_aborted_before_its_start_is_not_waited_for(client: Engin
     gate = threading.Semaphore(1)
     engine = await attach(max_num_seqs=1, before_step=gate.acquire)
     first, second = request(client), request(client)
-    async with client.submit([first, second], PARAMS, queue_deadline=time.monotonic() + 0.2) as stream:
+    with closing(client.submit([first, second], PARAMS, queue_deadline=time.monotonic() + 0.2)) as stream:
         await until(lambda: first.id in stream.started_at)
         stream.abort(second.id, 0)
         await asyncio.sleep(0.21)
@@ -126,7 +129,7 @@ async def test_a_reader_finds_what_came_meanwhile_as_one_delta(client: EngineCli
     await attach()
     each = Request(client.new_request_id(), tuple(range(9)), 2, score_from=1)
     params = msgspec.structs.replace(PARAMS, num_logprobs=3)
-    async with client.submit([each], params, completing_ids=b"\xff" * 13) as stream:
+    with closing(client.submit([each], params, completing_ids=b"\xff" * 13)) as stream:
         await until(lambda: not stream._open)
         deltas = await collect(stream)
     for choice, expected in enumerate(answers(Ask(each, params))):
@@ -149,7 +152,7 @@ async def test_a_group_goes_on_with_more_requests(client: EngineClient, attach: 
     await attach()
     found: dict[int, list[int]] = {}
     asked: list[Request] = []
-    async with client.submit([request(client)], PARAMS) as stream:
+    with closing(client.submit([request(client)], PARAMS)) as stream:
         asked += stream._submit.requests
         async for deltas in stream:
             for delta in deltas:
@@ -171,7 +174,7 @@ async def test_a_group_goes_on_with_more_requests(client: EngineClient, attach: 
 async def test_a_group_goes_on_during_a_drain(client: EngineClient, attach: Attach) -> None:
     """It was taken before, and the drain waits for it; new ones are refused."""
     await attach()
-    async with client.submit([request(client)], PARAMS) as stream:
+    with closing(client.submit([request(client)], PARAMS)) as stream:
         await collect(stream)
         client.drain()
         waiting = asyncio.ensure_future(client.wait_idle())
@@ -190,7 +193,7 @@ async def test_a_group_that_was_ended_does_not_go_on(
 ) -> None:
     """Also when the end came between two of its parts: its reader is told, and does not wait."""
     await attach()
-    async with client.submit([request(client)], PARAMS) as stream:
+    with closing(client.submit([request(client)], PARAMS)) as stream:
         await collect(stream)
         getattr(client, end)("over")
         stream.go_on([each := request(client)])
@@ -203,7 +206,7 @@ async def test_a_group_does_not_go_on_with_another_engine(client: EngineClient, 
     """What it has begun ends with an error when its engine is lost, also between two of its parts."""
     gate = threading.Semaphore(1000)
     engine = await attach(before_step=gate.acquire)
-    async with client.submit([request(client)], PARAMS) as stream:
+    with closing(client.submit([request(client)], PARAMS)) as stream:
         await collect(stream)
         engine.die(gate)
         await until(lambda: not client.ready)

@@ -37,7 +37,7 @@ def test_kv_memory_below_one_context_is_refused(make_pair: Callable[..., Pair]) 
 
 
 def test_a_cache_is_no_larger_than_the_kernels_can_reach(make_pair: Callable[..., Pair]) -> None:
-    """Slots times hidden size, with those of the spare block, stay below 2^31 on the largest GPU."""
+    """Slots times hidden size, with those of the spare block, are at most 2^31 on the largest GPU."""
     _, ours = make_pair()
     num_blocks = count_blocks(ours, BLOCK_SIZE, 2**40, spare=1)
     assert 2**31 // (BLOCK_SIZE * 64) == num_blocks + 1

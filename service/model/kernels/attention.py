@@ -1,6 +1,6 @@
 """Attention over the paged KV cache: one new token a sequence, or tiles of several. Called by model/fused.py.
 
-A layer's keys and values are [slots, heads * head], less than 2^31 numbers; slot = block * BLOCK_SIZE + offset.
+A layer's keys and values are [slots, heads * head], at most 2^31 numbers; slot = block * BLOCK_SIZE + offset.
 """
 
 import triton
@@ -168,7 +168,8 @@ def prefill_attention(
 ):
     """Causal attention of the new tokens, whose keys and values are in the cache; programs share (tile, head)s out.
 
-    What follows may begin when what both read is there, and is to wait for this at its end: decode_attention.
+    What follows may begin when what both read is there, and is to wait for this at its end: decode_attention. That
+    it, too, sees what was complete before this, past the L1 cache, is what GPUs do; PTX does not say it.
     """
     HEADS: tl.constexpr = H // HEAD
     d = tl.arange(0, DIM)
