@@ -24,10 +24,9 @@ import numpy as np
 import torch
 import uvloop
 
-from bench.decode import machine, runner_for, step_seconds
+from bench.decode import load, machine, runner_for, step_seconds
 from bench.random_model import given_or_random
 from bench.served import Service
-from service.checkpoint.hub import read_config, read_state
 from service.load.connection import Connection
 from service.load.plan import Server
 from service.model.gpt2 import GPT2
@@ -141,10 +140,9 @@ async def inside(
 
 
 @torch.inference_mode()
-def bare(folder: Path, steps: Sequence[tuple[int, int]], dtype: torch.dtype, device: str, repeats: int) -> list[float]:
-    """Seconds of each step in the bare runner, over the same weights."""
-    config = read_config(folder)
-    runner = runner_for(GPT2(config, read_state(folder, config, dtype=dtype, device=device)), steps)
+def bare(model: GPT2, steps: Sequence[tuple[int, int]], repeats: int) -> list[float]:
+    """Seconds of each step in the bare runner."""
+    runner = runner_for(model, steps)
     try:
         return [step_seconds(runner, *step, repeats) for step in steps]
     finally:
@@ -159,7 +157,8 @@ def measure(arguments: argparse.Namespace, folder: Path) -> tuple[dict[str, Any]
         service.end()
     dtype = getattr(torch, model["dtype"])
     steps = [(count, arguments.context) for count in arguments.streams]
-    alone = bare(folder, steps, dtype, model["device"], arguments.bare_steps)
+    loaded = argparse.Namespace(model=folder, device=model["device"])
+    alone = bare(load(loaded, dtype), steps, arguments.bare_steps)
     rows = []
     for (count, context), seconds in zip(steps, alone, strict=True):
         times = [1000 * each for each, _ in windows[count]]
@@ -176,7 +175,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> tuple[dict[str, Any]
                 ratio=middle / (1000 * seconds),
             )
         )
-    return machine(argparse.Namespace(device=model["device"]), dtype), rows
+    return machine(loaded, dtype), rows
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ event than all the rest. And a route hears that its client has left by a call, n
 
 import asyncio
 import http
-import uuid
+import secrets
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -114,7 +114,7 @@ class EnvelopeProtocol(HttpToolsProtocol):
     def send_400_response(self, msg: str) -> None:
         """Answer with the envelope and close the connection, as what follows on it cannot be told apart."""
         response = ApiError(400, msg, code="invalid_http").response({})
-        response.headers["X-Request-Id"] = uuid.uuid4().hex
+        response.headers["X-Request-Id"] = secrets.token_hex(16)
         response.headers["Connection"] = "close"
         head = b"".join(b"%s: %s\r\n" % header for header in response.raw_headers)
         status = f"HTTP/1.1 400 {http.HTTPStatus.BAD_REQUEST.phrase}\r\n".encode()

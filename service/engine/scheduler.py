@@ -77,10 +77,6 @@ class Scheduler:
         self._num_prefix_hits = 0
 
     @property
-    def num_running(self) -> int:
-        return len(self._running)
-
-    @property
     def num_streams(self) -> int:
         """Of those that run, sequences whose tokens are told as they come."""
         return self._rows.num_streams

@@ -224,7 +224,6 @@ class FusedGPT2:
             BLOCK=plan.decode.block,
             SPLITS=splits,
             MERGED=plan.decode.merged,
-            EARLY=step.query_starts is None,
             BESIDE=step.query_starts is not None,
             num_warps=plan.decode.warps,
         )

@@ -187,7 +187,8 @@ class GraphRunner:
             return False
         # Shared are full blocks of tokens that the host knows. Tables are filled up by 0: that errs to the safe side.
         size = self._block_size
-        shared = batch.slots[(batch.token_sources < 0) & (batch.positions % size == size - 1)] // size
+        known = batch.slots[batch.token_sources < 0]
+        shared = known[known % size == size - 1] // size
         return not len(shared) or np.isin(batch.block_tables, shared).sum() == len(shared)  # each in its own table
 
     def _queued(self) -> Callable[[], None]:

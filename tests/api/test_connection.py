@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncGenerator
+from typing import Any
 
 import pytest
 import uvicorn
@@ -122,13 +123,19 @@ async def test_a_client_that_leaves_after_a_large_body(api: Service, stream: boo
     await api.engine.wait_for(lambda: 1 == len(api.engine.aborted))
 
 
+def connection() -> tuple[EnvelopeProtocol, dict[str, Any]]:
+    """One that is open, and the scope of a request on it."""
+    protocol = EnvelopeProtocol(uvicorn.Config(None), ServerState(), {})  # type: ignore[arg-type]
+    protocol.transport = asyncio.Transport()
+    protocol.flow = FlowControl(protocol.transport)
+    return protocol, {"type": "http", "extensions": {"megatron_gpt2.watch": protocol._watch}}
+
+
 @pytest.mark.parametrize("lost", ["before", "within", "as it is done", "after"])
 async def test_work_is_cancelled_whenever_the_client_leaves(lost: str) -> None:
     """Also when it had left before the work began; after the work nothing is cancelled, and never anything else."""
-    protocol = EnvelopeProtocol(uvicorn.Config(None), ServerState(), {})  # type: ignore[arg-type]
-    gate, scope = asyncio.Event(), {"type": "http", "extensions": {"megatron_gpt2.watch": protocol._watch}}
-    protocol.transport = asyncio.Transport()
-    protocol.flow = FlowControl(protocol.transport)
+    protocol, scope = connection()
+    gate = asyncio.Event()
     outcomes: list[object] = []
 
     async def answer() -> None:
@@ -156,10 +163,7 @@ async def test_work_is_cancelled_whenever_the_client_leaves(lost: str) -> None:
 
 async def test_a_cancellation_of_someone_else_stays_one() -> None:
     """Also where the client leaves at the same time."""
-    protocol = EnvelopeProtocol(uvicorn.Config(None), ServerState(), {})  # type: ignore[arg-type]
-    scope = {"type": "http", "extensions": {"megatron_gpt2.watch": protocol._watch}}
-    protocol.transport = asyncio.Transport()
-    protocol.flow = FlowControl(protocol.transport)
+    protocol, scope = connection()
     answering = asyncio.ensure_future(while_connected(scope, asyncio.Event().wait()))
     await asyncio.sleep(0)
     answering.cancel()

@@ -47,8 +47,7 @@ def decode_attention(
     BLOCK: tl.constexpr,  # tokens of context at once
     SPLITS: tl.constexpr,
     MERGED: tl.constexpr,  # whether `out` is wanted of several splits: the last to arrive makes it
-    EARLY: tl.constexpr,  # no kernel of this step writes keys or values but those of the rows' new tokens
-    BESIDE: tl.constexpr,  # prefill_attention comes before it, and both run at once
+    BESIDE: tl.constexpr,  # prefill_attention comes before it, both run at once, and a row may read what others write
     PDL: tl.constexpr,
 ):
     """Token s attends to its sequence's context; program (head, s, split).
@@ -71,7 +70,7 @@ def decode_attention(
     table = tables + row * TABLE
     positions = start + tl.arange(0, BLOCK)
     seen = positions < end
-    if EARLY:
+    if not BESIDE:
         k, v = _load(keys, values, table, positions, seen, columns, offset, H, BLOCK_SIZE)
     newest = tl.load(table + cached // BLOCK_SIZE, mask=row < num, other=0) * BLOCK_SIZE + cached % BLOCK_SIZE
     if not BESIDE:
@@ -92,7 +91,7 @@ def decode_attention(
             tl.store(new_v, own_v, mask=columns & (split == 0))
         own_k = own_k.to(tl.float32)
         own_v = own_v.to(tl.float32)
-        if not EARLY:
+        if BESIDE:
             k, v = _load(keys, values, table, positions, seen, columns, offset, H, BLOCK_SIZE)
         best = tl.full([BLOCK], -1e30, tl.float32)
         mass = tl.zeros([BLOCK], tl.float32)

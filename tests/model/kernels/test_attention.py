@@ -93,9 +93,7 @@ class Step:
         assert torch.equal(self.before.view(as_bits), self.cache.view(as_bits))
 
 
-def decode(
-    step: Step, *, splits: int, merged: bool, early: bool, chain: Chain, beside: bool = False
-) -> tuple[Poisoned, Poisoned]:
+def decode(step: Step, *, splits: int, merged: bool, beside: bool, chain: Chain) -> tuple[Poisoned, Poisoned]:
     """Launch it for as many rows as the buffers have; the parts and stats."""
     rows, device = len(step.padded_lengths), step.device
     parts = Poisoned(rows, splits, step.hidden, dtype=torch.float32, device=device)
@@ -119,7 +117,6 @@ def decode(
         BLOCK=BLOCK,
         SPLITS=splits,
         MERGED=merged,
-        EARLY=early,
         BESIDE=beside,
         num_warps=2,
         **chain,
@@ -138,7 +135,7 @@ def test_single_tokens_attend_to_their_contexts(
 ) -> None:
     """Whatever stands in the cache beside them; rows that do not decode are left alone."""
     step = Step(hidden, head, LENGTHS, [1] * len(LENGTHS), dtype=dtype, device=device)
-    parts, stats = decode(step, splits=1, merged=True, early=False, chain=chain)
+    parts, stats = decode(step, splits=1, merged=True, beside=True, chain=chain)
     check_close(step.expected(), step.out.inside[: step.num_tokens], dtype)
     assert step.out.is_untouched(slice(step.num_tokens, None))
     assert parts.is_untouched()
@@ -146,13 +143,13 @@ def test_single_tokens_attend_to_their_contexts(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("splits", "early"), [(2, True), (4, False), (8, True)])
+@pytest.mark.parametrize(("splits", "beside"), [(2, False), (4, True), (8, False)])
 def test_the_last_split_to_arrive_merges_all(
-    splits: int, early: bool, dtype: torch.dtype, device: torch.device, chain: Chain
+    splits: int, beside: bool, dtype: torch.dtype, device: torch.device, chain: Chain
 ) -> None:
     """Also where the context has fewer blocks than there are splits, and the counters are 0 again for the next step."""
     step = Step(48, 24, LENGTHS, [1] * len(LENGTHS), dtype=dtype, device=device)
-    decode(step, splits=splits, merged=True, early=early, chain=chain)
+    decode(step, splits=splits, merged=True, beside=beside, chain=chain)
     check_close(step.expected(), step.out.inside[: step.num_tokens], dtype)
     assert step.out.is_untouched(slice(step.num_tokens, None))
 
@@ -162,7 +159,7 @@ def test_the_last_split_to_arrive_merges_all(
 def test_splits_give_the_parts_of_a_merge(splits: int, dtype: torch.dtype, device: torch.device, chain: Chain) -> None:
     """In fp32; every column of a head has the head's maximum and sum, but for rounding; no context weighs nothing."""
     step = Step(48, 24, LENGTHS, [1] * len(LENGTHS), dtype=dtype, device=device)
-    parts, stats = decode(step, splits=splits, merged=False, early=True, chain=chain)
+    parts, stats = decode(step, splits=splits, merged=False, beside=False, chain=chain)
     found = stats.inside[: step.num_tokens]
     merged = twins.merge(parts.inside[: step.num_tokens], found)
     check_close(step.expected(), merged, torch.float32)
@@ -182,7 +179,7 @@ def test_new_keys_and_values_beside_the_queries_are_put_into_the_cache(
     """Once, into their slots, and attended to; nothing else of the cache changes."""
     step = Step(48, 24, LENGTHS, [1] * len(LENGTHS), dtype=dtype, device=device)
     step.take_new_out()
-    decode(step, splits=splits, merged=True, early=True, chain=chain)
+    decode(step, splits=splits, merged=True, beside=False, chain=chain)
     check_close(step.expected(), step.out.inside[: step.num_tokens], dtype)
 
 
@@ -190,7 +187,7 @@ def test_large_scores_do_not_overflow(device: torch.device, chain: Chain) -> Non
     """Of some thousands either way, where their exponentials would be infinite, or all 0."""
     step = Step(48, 16, LENGTHS, [1] * len(LENGTHS), dtype=torch.float32, device=device)
     step.q *= 1000
-    decode(step, splits=4, merged=True, early=True, chain=chain)
+    decode(step, splits=4, merged=True, beside=False, chain=chain)
     check_close(step.expected(), step.out.inside[: step.num_tokens], torch.float32)
 
 
@@ -236,6 +233,6 @@ def test_prompts_attend_in_tiles(
     assert step.out.is_untouched(slice(step.num_tokens, None))
     step.check_read_only()
     step.out.check()
-    decode(step, splits=4, merged=True, early=False, beside=True, chain=chain)
+    decode(step, splits=4, merged=True, beside=True, chain=chain)
     check_close(step.expected(), step.out.inside[: step.num_tokens], dtype)
     assert step.out.is_untouched(slice(step.num_tokens, None))
