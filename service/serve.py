@@ -21,6 +21,9 @@ from pathlib import Path
 
 import service.api.process as api
 import service.engine.process as engine
+from service.api.access import AccessConfig
+from service.api.protocol import HttpLimits
+from service.engine.backlog import QueueLimits
 from service.engine.config import EngineConfig
 from service.logs import configure_logging
 from service.settings import Settings
@@ -75,9 +78,30 @@ class Supervisor:
             model_names=settings.served_model_name or (settings.model or DEMO_NAME,),
             max_body_bytes=settings.max_body_bytes,
             max_choices=settings.max_choices,
+            queue=QueueLimits(
+                max_requests=settings.max_queued_requests,
+                max_tokens=settings.max_queued_tokens,
+                timeout_seconds=settings.queue_timeout_seconds,
+            ),
+            request_timeout_seconds=settings.request_timeout_seconds,
+            http=HttpLimits(
+                max_url_bytes=settings.max_url_bytes,
+                max_header_bytes=settings.max_header_bytes,
+                max_connections=settings.max_connections,
+                header_seconds=settings.header_seconds,
+                body_seconds=settings.body_seconds,
+            ),
+            access=AccessConfig(
+                keys=tuple(key.get_secret_value() for key in settings.api_key),
+                key_file=settings.api_key_file,
+                open_routes=frozenset(settings.open_routes),
+                share_prefixes=settings.share_prefixes,
+            ),
+            cors_origins=settings.cors_origins,
             stream_keep_alive_seconds=settings.stream_keep_alive_seconds,
             http_keep_alive_seconds=settings.http_keep_alive_seconds,
             drain_seconds=settings.drain_seconds,
+            unready_seconds=settings.unready_seconds,
             stall_seconds=settings.stall_seconds,
             version=VERSION,
             log_level=settings.log_level,

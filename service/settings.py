@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
@@ -22,6 +22,7 @@ from pydantic_settings import (
 )
 
 ENV_PREFIX = "MGPT_"
+_SECRET = frozenset({"api_key", "ssl_keyfile_password"})  # whose values no message repeats
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -48,7 +49,9 @@ def split_names(value: object) -> object:
 
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
+Seconds = Annotated[float, Field(gt=0)]
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(split_names)]
+Secrets = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(split_names)]
 
 
 class Settings(BaseSettings):
@@ -77,6 +80,22 @@ class Settings(BaseSettings):
     )
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    ssl_certfile: Path | None = Field(None, description="Certificate chain (PEM); with it the port speaks TLS.")
+    ssl_keyfile: Path | None = Field(None, description="The certificate's key, if it is in a file of its own.")
+    ssl_keyfile_password: SecretStr | None = Field(None, description="Of an encrypted key.")
+    api_key: Secrets = Field((), description="Keys that clients must have one of, by commas; better in api_key_file.")
+    api_key_file: Path | None = Field(
+        None, description="File of keys, as `megatron-gpt2 key new` writes it; read again when it changes."
+    )
+    open_routes: Names = Field(
+        (), description="With keys, routes that need none: /metrics, /version, /docs, /openapi.json, by commas."
+    )
+    share_prefixes: bool = Field(False, description="With keys, share computed prefixes between them too.")
+    cors_origins: Names = Field((), description="Origins whose pages may ask, by commas, or *; by default none.")
+    admin_port: int | None = Field(
+        None, ge=0, le=65535, description="Port on 127.0.0.1 that `megatron-gpt2 drain` asks; by default none."
+    )
+    admin_socket: Path | None = Field(None, description="The same as a unix socket, for its owner alone.")
     device: str = Field(
         "auto",
         pattern=r"^(auto|cpu|cuda(:\d+)?)$",
@@ -103,6 +122,20 @@ class Settings(BaseSettings):
     cpu_threads: int | None = Field(None, ge=1, description="Threads of a model on a CPU; by default one a core.")
     max_body_bytes: Bytes = Field(8 * 2**20, description="Largest request body.")
     max_choices: int = Field(1024, ge=1, description="Sequences of one request: prompts x max(n, best_of), or items.")
+    max_queued_requests: int = Field(2048, ge=1, description="Sequences that may wait; beyond, requests get a 429.")
+    max_queued_tokens: int = Field(
+        1_000_000, ge=1, description="Tokens that may wait: of prompts, and max_tokens of each sequence."
+    )
+    queue_timeout_seconds: Seconds = Field(60, description="A request that has waited so long gets a 429.")
+    request_timeout_seconds: Seconds | None = Field(
+        None, description="A request that is not done by then gets a 504; by default there is no such limit."
+    )
+    max_url_bytes: Bytes = Field(8192, description="Longest URL.")
+    max_header_bytes: Bytes = Field(32768, description="Largest head of a request, all of its headers together.")
+    max_connections: int = Field(4096, ge=1, description="Connections at a time; more are answered with a 503.")
+    header_seconds: Seconds = Field(20, description="For a request's head to arrive.")
+    body_seconds: Seconds = Field(120, description="For a request's body to arrive.")
+    send_seconds: Seconds = Field(60, description="A client that takes nothing of its answer for so long is cut off.")
     stream_keep_alive_seconds: float = Field(15, gt=0, description="A silent stream gets a comment line this often.")
     max_event_interval_ms: float = Field(
         16,
@@ -112,6 +145,9 @@ class Settings(BaseSettings):
     )
     http_keep_alive_seconds: int = Field(75, ge=1, description="How long an idle HTTP connection is kept.")
     drain_seconds: float = Field(60, ge=0, description="After SIGTERM, how long running requests may go on.")
+    unready_seconds: float = Field(
+        0, ge=0, description="How long the port stays open at least after a drain began, for balancers to notice."
+    )
     stall_seconds: float = Field(
         30,
         gt=0,
@@ -189,7 +225,8 @@ def _read_file(path: Path) -> dict[str, Any]:
 
 
 def _nearest(name: str) -> str:
-    return difflib.get_close_matches(name.lower(), Settings.model_fields, n=1, cutoff=0)[0]
+    name = name.lower().removeprefix(ENV_PREFIX.lower())
+    return difflib.get_close_matches(name, Settings.model_fields, n=1, cutoff=0)[0]
 
 
 def load(given: Mapping[str, Any]) -> Settings:
@@ -203,11 +240,11 @@ def load(given: Mapping[str, Any]) -> Settings:
 
 def _explain(item: Mapping[str, Any], given: Mapping[str, Any]) -> str:
     """What is wrong with one value, under the name it was given by: a flag, a variable, or a setting of the file."""
-    name = str(item["loc"][0])
+    name = setting = str(item["loc"][0])
     variable = ENV_PREFIX + name.upper()
     if name in given:
         name = "--" + name.replace("_", "-")
     elif any(variable == other.upper() for other in os.environ):
         name = variable
     message = str(item["msg"]).removeprefix("Value error, ")
-    return f"{name}: {message} (got {item['input']!r})"
+    return f"{name}: {message}" if setting in _SECRET else f"{name}: {message} (got {item['input']!r})"

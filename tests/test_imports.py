@@ -107,7 +107,7 @@ def test_engine_and_api_work_without_tensors(file: Path) -> None:
 def test_api_knows_the_engine_by_its_client_and_records() -> None:
     """And its process by how it starts children; nothing of scheduling."""
     names = {name for file in (SERVICE / "api").glob("*.py") for name in own(imports(file)) if part(name) == "engine"}
-    allowed = {"client", "request", "process", "grammar"}  # grammars are compiled on both sides
+    allowed = {"client", "backlog", "request", "process", "grammar"}  # grammars are compiled on both sides
     assert names <= {"service.engine", *(f"service.engine.{name}" for name in allowed)}
 
 

@@ -15,9 +15,11 @@ from pathlib import Path
 
 import uvicorn
 
+from service.api.access import AccessConfig
 from service.api.app import create_app
-from service.api.protocol import EnvelopeProtocol
+from service.api.protocol import EnvelopeProtocol, HttpLimits
 from service.api.text import load_tokenizer
+from service.engine.backlog import QueueLimits
 from service.engine.client import EngineClient
 from service.engine.process import start_child
 from service.engine.request import ModelInfo
@@ -41,9 +43,15 @@ class ApiConfig:
     model_names: tuple[str, ...]
     max_body_bytes: int
     max_choices: int
+    queue: QueueLimits
+    request_timeout_seconds: float | None
+    http: HttpLimits
+    access: AccessConfig
+    cors_origins: tuple[str, ...]
     stream_keep_alive_seconds: float
     http_keep_alive_seconds: int
     drain_seconds: float
+    unready_seconds: float
     stall_seconds: float
     version: str
     log_level: str

@@ -8,6 +8,7 @@ import asyncio
 import http
 import secrets
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, cast
 
 from starlette.types import Scope
@@ -20,6 +21,17 @@ Left = Callable[[], None]
 Watch = Callable[[Left | None], None]
 _WRITE = "megatron_gpt2.write"
 _WATCH = "megatron_gpt2.watch"
+
+
+@dataclass(frozen=True, slots=True)
+class HttpLimits:
+    """Bounds of one connection's requests, and of how many connections there are."""
+
+    max_url_bytes: int = 8192
+    max_header_bytes: int = 32768
+    max_connections: int = 4096
+    header_seconds: float = 20.0
+    body_seconds: float = 120.0
 
 
 def write_of(scope: Scope) -> Write:
