@@ -27,7 +27,7 @@ MAX_BEAMS = 32
 # Of its likeliest tokens, a beam brings what all that stay open may be, a stop token, and one that may be banned.
 NUM_MORE_CANDIDATES = 2
 # Of the steps after the first: what has begun goes on, before others take the blocks that it shares.
-_BEFORE_THE_QUEUE = -(2**31) - 1  # below what a request may ask for
+_BEFORE_THE_QUEUE = -1_000_000  # so far below what a request may ask for that waiting does not make up for it
 Candidates = Iterable[tuple[int, float]]  # token ids with their log-probabilities, likeliest first
 
 
@@ -141,7 +141,7 @@ async def search_beams(
     best: list[Hypothesis] = []
     group = requests()
     found: dict[int, Logprobs] = {}
-    stream = client.submit(group, params)
+    stream = client.submit(group, params, patient=True)
     metrics.prompt_tokens.inc(len(prompt))
     try:
         with metrics.follow(stream, lambda: search.width - len(best)):

@@ -151,8 +151,9 @@ class Completion:
             completing_ids=admitted.completing_ids,
             # Whoever waits for the whole needs no piece of it, but where pieces decide where it ends.
             patient=not ask.stream and ask.repetition_stop is None,
-            deadline=deadline_of(arrived_at, ask.timeout_seconds),
-            queue_deadline=deadline_of(arrived_at, ask.queue_timeout_seconds),
+            timeout_seconds=ask.timeout_seconds,
+            queue_timeout_seconds=ask.queue_timeout_seconds,
+            arrived_at=arrived_at,
         )
         self._num_prompt_tokens = sum(map(len, admitted.prompts))
         metrics.prompt_tokens.inc(self._num_prompt_tokens)
@@ -336,11 +337,6 @@ class _Whole:
 
 def _encoded(wholes: Sequence[_Whole]) -> bytes:
     return b",".join([whole.encoded(index) for index, whole in enumerate(wholes)])
-
-
-def deadline_of(arrived_at: float, timeout_seconds: float | None) -> float | None:
-    """The moment by which a request that has so long must be done, in monotonic seconds; None is never."""
-    return None if timeout_seconds is None else arrived_at + timeout_seconds
 
 
 def usage_of(

@@ -2,7 +2,7 @@
 
     ApiError               carries its status, type, code and parameter
     EngineUnavailable      503 + Retry-After, by the table below
-    QueueTimeout           429 + Retry-After
+    Overloaded             429 + Retry-After, which it has from the backlog
     DeadlineExceeded       504
     HTTPException          404 and 405 of the router
     ClientDisconnect       499: nobody reads it, the log and the metrics do
@@ -10,6 +10,7 @@ Anything else is a bug: it is logged with its trace and answered with a 500.
 """
 
 import logging
+import math
 from collections.abc import Collection, Mapping
 from http import HTTPStatus
 from typing import Any
@@ -28,7 +29,8 @@ from service.engine.client import (
     EngineFailed,
     EngineNotReady,
     EngineUnavailable,
-    QueueTimeout,
+    Overloaded,
+    QueueFull,
 )
 from service.engine.request import Delta, Finish
 
@@ -36,7 +38,6 @@ log = logging.getLogger(__name__)
 
 # Seconds. Another replica can take a request of a draining one at once; a failed one needs a new process.
 _RETRY_AFTER: Mapping[type[EngineUnavailable], int] = {EngineNotReady: 5, EngineDraining: 1, EngineFailed: 60}
-_RETRY_AFTER_QUEUE = 5
 CLIENT_CLOSED_REQUEST = 499
 # Routes of other servers that clients try, without their /v1, and what to use here.
 _COMPLETE = "It completes text: use POST /v1/completions."
@@ -121,7 +122,7 @@ _DESCRIPTIONS: Mapping[int, str] = {
     400: "A field, or the body, that cannot be used; `param` names it.",
     404: "A model or a route that is not here.",
     413: "The body is over the limit.",
-    429: "Not begun within queue_timeout_seconds; Retry-After says when to try again.",
+    429: "The queue is full, or the request was not begun in time; Retry-After says when to try again.",
     500: "A fault of the server; the request has ended.",
     503: "Loading, restarting or shutting down; Retry-After says when to try again.",
     504: "Not finished within timeout_seconds.",
@@ -168,9 +169,10 @@ def to_api_error(error: Exception) -> ApiError:
             return error
         case EngineUnavailable():
             return unavailable(error)
-        case QueueTimeout():
-            headers = {"Retry-After": str(_RETRY_AFTER_QUEUE)}
-            return ApiError(429, str(error), type="overloaded_error", code="queue_timeout", headers=headers)
+        case Overloaded():
+            code = "queue_full" if isinstance(error, QueueFull) else "queue_timeout"
+            headers = {"Retry-After": str(math.ceil(error.retry_after_seconds))}
+            return ApiError(429, str(error), type="overloaded_error", code=code, headers=headers)
         case DeadlineExceeded():
             return ApiError(504, str(error), type="timeout_error", code="deadline_exceeded")
         case _:
@@ -210,7 +212,7 @@ def install(app: FastAPI) -> None:
     """Make every exception that a route raises an answer in the envelope."""
     app.add_exception_handler(ApiError, _answer)
     app.add_exception_handler(EngineUnavailable, _answer)
-    app.add_exception_handler(QueueTimeout, _answer)
+    app.add_exception_handler(Overloaded, _answer)
     app.add_exception_handler(DeadlineExceeded, _answer)
     app.add_exception_handler(ClientDisconnect, _answer)
     app.add_exception_handler(HTTPException, _answer_router)

@@ -223,7 +223,7 @@ def megatron_router(*, client: EngineClient, served: ServedModel, metrics: Metri
         "response_class": JSONResponse,
         "responses": {
             200: {"model": MegatronTexts | MegatronBeams},
-            **errors.documented(400, 413, 500, 503, model=MessageEnvelope),
+            **errors.documented(400, 413, 429, 500, 503, 504, model=MessageEnvelope),
         },
         "openapi_extra": documented_body(MegatronRequest, prompts=["The people of the United"], tokens_to_generate=8),
     }

@@ -154,6 +154,7 @@ class _ClientCollector(Collector):
         gauges = {
             "requests_running": ("Sequences that the engine works on.", stats.num_running),
             "requests_waiting": ("Sequences in the engine's queue.", stats.num_waiting),
+            "queued_tokens": ("Tokens of requests that the engine has not begun.", client.backlog.num_tokens),
             "kv_cache_usage_ratio": ("Share of the KV blocks in use.", stats.num_blocks_used / (stats.num_blocks or 1)),
             "last_step_age_seconds": ("Silence of the engine while work is open.", client.last_message_age_seconds),
             "ready": ("1 when requests are taken.", client.ready),

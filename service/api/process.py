@@ -80,6 +80,8 @@ async def _serve(config: ApiConfig, listener: socket.socket, control: socket.soc
     client = EngineClient(
         api_number=0,
         stall_seconds=config.stall_seconds,
+        queue=config.queue,
+        request_timeout_seconds=config.request_timeout_seconds,
         on_stall=lambda: _say(control, STALLED),
         on_up=lambda model: _up(control, model),
     )

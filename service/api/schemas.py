@@ -259,7 +259,9 @@ class CompletionRequest(Body):
     stream_options: StreamOptions = Field(StreamOptions(), description="Ignored without stream.")
 
     # How it is served
-    priority: int = Field(0, ge=-_INT32, lt=_INT32, description="Lower leaves the queue first.")
+    priority: int = Field(
+        0, ge=-100, le=100, description="Lower leaves the queue first; ten seconds of waiting count as one less."
+    )
     timeout_seconds: float | None = Field(
         None, gt=0, le=_MAX_TIMEOUT_SECONDS, description="Give up, with a 504, when the answer takes longer."
     )

@@ -16,7 +16,7 @@ from starlette.responses import Response
 
 from service.api import answers, errors
 from service.api.body import Body, documented_body, parse_body, read_body, work_on
-from service.api.completions import deadline_of, usage_of
+from service.api.completions import usage_of
 from service.api.connection import while_connected
 from service.api.errors import check_ids, invalid
 from service.api.metrics import Metrics
@@ -98,7 +98,7 @@ def scoring_router(*, client: EngineClient, served: ServedModel, metrics: Metric
         description="How likely each continuation is after its context, by the model's own distribution. Text is "
         "split into tokens as lm-evaluation-harness does it: a context's last spaces belong to the continuation.",
         response_class=JSONResponse,
-        responses={200: {"model": Scores}, **errors.documented(400, 404, 413, 500, 503, 504)},
+        responses={200: {"model": Scores}, **errors.documented(400, 404, 413, 429, 500, 503, 504)},
         openapi_extra=documented_body(ScoreRequest),
     )
     async def score(request: Request) -> Response:
@@ -106,8 +106,14 @@ def scoring_router(*, client: EngineClient, served: ServedModel, metrics: Metric
         model = client.check_ready()
         body = await read_body(request)
         ask, pairs = await work_on(body, lambda body: read(body, model))
-        deadline = deadline_of(arrived_at, ask.timeout_seconds)
-        work = _scored(client, metrics, pairs, deadline=deadline, summary=request.state.summary)
+        work = _scored(
+            client,
+            metrics,
+            pairs,
+            timeout_seconds=ask.timeout_seconds,
+            arrived_at=arrived_at,
+            summary=request.state.summary,
+        )
         deltas = await while_connected(request.scope, work)
         head = {
             "id": f"score-{uuid.uuid4().hex}",
@@ -127,7 +133,8 @@ async def _scored(
     metrics: Metrics,
     pairs: Sequence[_Pair],
     *,
-    deadline: float | None,
+    timeout_seconds: float | None,
+    arrived_at: float,
     summary: dict[str, Any],
 ) -> list[Delta]:
     """The engine's one Delta of each pair. Raises ApiError, EngineUnavailable and DeadlineExceeded."""
@@ -136,7 +143,7 @@ async def _scored(
         for pair in pairs
     ]
     prompt_tokens = sum(len(request.prompt) for request in requests)
-    stream = client.submit(requests, _SCORING, deadline=deadline)
+    stream = client.submit(requests, _SCORING, patient=True, timeout_seconds=timeout_seconds, arrived_at=arrived_at)
     metrics.prompt_tokens.inc(prompt_tokens)
     deltas: dict[int, Delta] = {}
     try:

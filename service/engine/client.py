@@ -5,7 +5,9 @@ Errors:
     ├── EngineNotReady         loading, or being restarted
     ├── EngineDraining         the service is shutting down
     └── EngineFailed           the supervisor has given up on the engine
-    QueueTimeout               a request of the group did not start in time
+    Overloaded                 the service has no time for it; `retry_after_seconds` says when to try again
+    ├── QueueFull              there is no room in the queue, or it was given to others
+    └── QueueTimeout           a request of the group did not start in time
     DeadlineExceeded           the group did not finish in time
 A sequence that fails after it was taken ends with a Delta whose finish is ERROR.
 """
@@ -18,6 +20,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 
 import msgspec
 
+from service.engine.backlog import Backlog, Overloaded, QueueFull, QueueLimits, QueueTimeout
 from service.engine.channel import HEADER_BYTES, MAX_MESSAGE_BYTES, frame
 from service.engine.request import (
     Abort,
@@ -32,7 +35,7 @@ from service.engine.request import (
     Submit,
     ToApi,
 )
-from service.engine.stream import DeadlineExceeded, QueueTimeout, Stream
+from service.engine.stream import DeadlineExceeded, Stream
 
 __all__ = [
     "DeadlineExceeded",
@@ -41,6 +44,8 @@ __all__ = [
     "EngineFailed",
     "EngineNotReady",
     "EngineUnavailable",
+    "Overloaded",
+    "QueueFull",
     "QueueTimeout",
     "Stream",
 ]
@@ -72,10 +77,18 @@ class EngineClient:
         *,
         api_number: int,
         stall_seconds: float,
+        queue: QueueLimits = QueueLimits(),  # noqa: B008 - frozen
+        request_timeout_seconds: float | None = None,
         on_stall: Callable[[], None],
         on_up: Callable[[ModelInfo], None] = lambda _: None,
     ) -> None:
-        """`on_stall` hears of an engine that has stalled, `on_up` of each that requests are taken for from now on."""
+        """`on_stall` hears of an engine that has stalled, `on_up` of each that requests are taken for from now on.
+
+        No group has longer than `request_timeout_seconds`.
+        """
+        self._queue = queue
+        self._request_timeout_seconds = request_timeout_seconds
+        self.backlog = Backlog(queue)
         self._next_id = api_number << 48
         self._stall_seconds = stall_seconds
         self._on_stall = on_stall
@@ -135,6 +148,10 @@ class EngineClient:
             raise EngineNotReady(f"the model is not ready yet (phase: {self.status.phase})")
         return self.model
 
+    def check_room(self, client: str) -> None:
+        """Raises QueueFull if whatever the client asks for now would be refused."""
+        self.backlog.check(client)
+
     def submit(
         self,
         requests: Sequence[Request],
@@ -142,17 +159,27 @@ class EngineClient:
         *,
         completing_ids: bytes = b"",
         patient: bool = False,
-        deadline: float | None = None,
-        queue_deadline: float | None = None,
+        client: str = "",
+        timeout_seconds: float | None = None,
+        queue_timeout_seconds: float | None = None,
+        arrived_at: float | None = None,
     ) -> Stream:
-        """Hand `requests` to the engine as one group, drawn by `params`. Raises EngineUnavailable.
+        """Hand `requests` to the engine as one group, drawn by `params`. Raises EngineUnavailable and QueueFull.
 
-        `completing_ids` and `patient` are Submit's. Deadlines are in monotonic seconds: all must have finished by the
-        one, and have started by the other.
+        `completing_ids`, `patient` and `client` are Submit's. All must have finished after `timeout_seconds`, and have
+        started after `queue_timeout_seconds`, where the service's own limits are not less. Both are counted from
+        `arrived_at`, in monotonic seconds; None is now.
         """
         self.check_ready()
-        submit = Submit(tuple(requests), params, completing_ids, patient)
-        stream = Stream(self, submit, deadline=deadline, queue_deadline=queue_deadline)
+        submit = Submit(tuple(requests), params, completing_ids, patient, client)
+        arrived_at = time.monotonic() if arrived_at is None else arrived_at
+        stream = Stream(
+            self,
+            submit,
+            deadline=_deadline(arrived_at, timeout_seconds, self._request_timeout_seconds),
+            queue_deadline=_deadline(arrived_at, queue_timeout_seconds, self._queue.timeout_seconds),
+        )
+        self.backlog.add(stream._entry)
         self._hand_over(stream, submit)
         return stream
 
@@ -289,6 +316,7 @@ class EngineClient:
 
     def _forget(self, stream: Stream) -> None:
         self._settled(stream)
+        self.backlog.remove(stream._entry)
         for request in stream._submit.requests:
             self._streams.pop(request.id, None)
         if not self._streams:
@@ -304,3 +332,8 @@ class EngineClient:
         # Without an engine there is nothing to tell: a new one starts empty, and unstarted requests are sent again.
         if self._writer is not None:
             self._writer.write(frame(message, self._encoder))
+
+
+def _deadline(arrived_at: float, *seconds: float | None) -> float | None:
+    """The moment at which the shortest of these times is over; None is never."""
+    return min((arrived_at + each for each in seconds if each is not None), default=None)

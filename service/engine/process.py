@@ -145,9 +145,9 @@ class Loop:
 
     def _take(self, message: object) -> None:
         match message:
-            case Submit(requests, params, completing_ids, patient):
+            case Submit(requests, params, completing_ids, patient, client):
                 for request in requests:
-                    self._scheduler.add(request, params, completing_ids=completing_ids, patient=patient)
+                    self._scheduler.add(request, params, completing_ids=completing_ids, patient=patient, client=client)
                 if params.grammar is not None:
                     self._compiler.submit(tuple(request.id for request in requests), params.grammar)
             case Abort(request_id, choice):

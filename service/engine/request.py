@@ -137,6 +137,7 @@ class Submit(msgspec.Struct, frozen=True, array_like=True, tag="submit"):
     params: SamplingParams
     completing_ids: bytes = b""  # bit i % 8 of byte i // 8: token i can complete a stop string; empty: none can
     patient: bool = False  # of its tokens, the first, urgent ones and the end are told at once, the others with these
+    client: str = ""  # clients take turns in the queue
 
 
 class Abort(msgspec.Struct, frozen=True, array_like=True, tag="abort"):

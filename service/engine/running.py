@@ -9,15 +9,16 @@ import numpy as np
 from service.engine.blocks import TOKEN_BYTES, BlockPool
 from service.engine.rows import Indices, Placing, Rows
 from service.engine.sequence import Sequence
+from service.engine.waiting import Waiting
 
 _ORDER = attrgetter("order")
 
 
 class Running:
-    """In the order in which they left the queue; the last is preempted first, back into `waiting`."""
+    """By priority, then arrival; the last is preempted first, back into `waiting`."""
 
     def __init__(
-        self, *, num_blocks: int, block_size: int, max_num_seqs: int, context_length: int, waiting: list[Sequence]
+        self, *, num_blocks: int, block_size: int, max_num_seqs: int, context_length: int, waiting: Waiting
     ) -> None:
         self.pool = BlockPool(num_blocks, block_size)
         # A sequence that has left may have a token in flight: then its place is free, but its row is not yet.
@@ -107,7 +108,7 @@ class Running:
 
     def preempt(self, sequence: Sequence) -> None:
         """Back to the queue, without blocks; its tokens are computed again, or found as a prefix."""
-        insort(self._waiting, sequence, key=_ORDER)
+        self._waiting.put_back(sequence)
         self.num_preemptions += 1
         self.leave(sequence)
 

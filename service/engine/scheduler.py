@@ -8,9 +8,7 @@ gap, so chunked prefill, prefix hits and resumed sequences are no special case.
 from __future__ import annotations
 
 import itertools
-from bisect import bisect_left, insort
 from collections import deque
-from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from service.engine.logprobs import PackedLogprobs
@@ -18,13 +16,13 @@ from service.engine.request import Delta, EngineStats, Finish, Logprobs, Request
 from service.engine.rows import Placing, Plan
 from service.engine.running import Running
 from service.engine.sequence import Group, Sequence
+from service.engine.waiting import Waiting
 from service.model.batch import NOT_FINITE, NUM_TOP, Batch, StepOutput
 
 if TYPE_CHECKING:
     from service.engine.grammar import Constraint
 
 NOT_FINITE_ERROR = "the model gave a number that is not finite"
-_ORDER = attrgetter("order")
 
 
 class Scheduler:
@@ -52,7 +50,7 @@ class Scheduler:
         self._context_length = context_length
         self._vocab_size = vocab_size
         self._end_of_text_id = end_of_text_id
-        self._waiting: list[Sequence] = []  # by priority, then arrival
+        self._waiting = Waiting()
         self._running = Running(
             num_blocks=num_blocks,
             block_size=block_size,
@@ -107,19 +105,31 @@ class Scheduler:
         )
 
     def add(
-        self, request: Request, params: SamplingParams, *, completing_ids: bytes = b"", patient: bool = False
+        self,
+        request: Request,
+        params: SamplingParams,
+        *,
+        completing_ids: bytes = b"",
+        patient: bool = False,
+        client: str = "",
     ) -> None:
         """Queue the request's sequences; with a grammar, they wait for `supply` first.
 
-        The requests of a group come one after the other, with one and the same `params`.
+        The requests of a group come one after the other, with one and the same `params`. Clients take turns.
         """
         assert request.prompt
         assert len(request.prompt) + params.max_tokens <= self._context_length
         assert request.score_from is None or request.score_from >= 1
         assert (params.num_logprobs or 0) <= NUM_TOP
         group = self._group
-        if group is None or group.params is not params or group.completing_ids != completing_ids:
-            group = Group(params, completing_ids, vocab_size=self._vocab_size, end_of_text_id=self._end_of_text_id)
+        if group is None or not group.is_of(params, completing_ids, client):
+            group = Group(
+                params,
+                completing_ids,
+                client=client,
+                vocab_size=self._vocab_size,
+                end_of_text_id=self._end_of_text_id,
+            )
             self._group = group
         sequences = [
             Sequence(request, choice, group, arrival=next(self._arrivals), patient=patient)
@@ -130,7 +140,7 @@ class Scheduler:
             self._num_pending += request.n
             return
         for sequence in sequences:
-            insort(self._waiting, sequence, key=_ORDER)
+            self._waiting.add(sequence)
 
     def supply(self, request_id: int, constraint: Constraint) -> None:
         """Queue a request that waits for the constraint its grammar is compiled to; if it has ended, do nothing."""
@@ -138,7 +148,7 @@ class Scheduler:
             sequence.constraint = constraint.copy()
             sequence.pending = False
             self._num_pending -= 1
-            insort(self._waiting, sequence, key=_ORDER)
+            self._waiting.add(sequence)
 
     def refuse(self, request_id: int, error: str) -> list[Delta]:
         """End a request with an error; if it has ended, do nothing."""
@@ -190,7 +200,7 @@ class Scheduler:
                 short = short or not count
         short = short or running.num_preemptions > num_preemptions
         while self._waiting and budget and not running.full and not short:
-            sequence = self._waiting[0]
+            sequence = self._waiting.first()
             if sequence.row >= 0 or not self._admit(sequence):
                 break
             count = running.place(sequence, budget, decodes, placed, admitted=True)
@@ -354,7 +364,7 @@ class Scheduler:
         num_hits = self._running.admit(sequence)
         if num_hits is None:
             return False
-        _remove(self._waiting, sequence)
+        self._waiting.remove(sequence, served=True)
         if not sequence.started:  # what it finds when it comes back after a preemption is its own
             sequence.started = True
             sequence.cached_tokens = num_hits
@@ -372,7 +382,7 @@ class Scheduler:
         elif sequence.pending:
             self._num_pending -= 1
         else:
-            _remove(self._waiting, sequence)
+            self._waiting.remove(sequence, served=False)
         siblings = self._by_request[sequence.request.id]
         siblings.remove(sequence)
         if not siblings:
@@ -381,7 +391,3 @@ class Scheduler:
     def _end(self, sequence: Sequence, finish: Finish, *, error: str | None = None) -> None:
         self._tell(sequence, finish, error=error)
         self._close(sequence, finish)
-
-
-def _remove(line: list[Sequence], sequence: Sequence) -> None:
-    del line[bisect_left(line, sequence.order, key=_ORDER)]

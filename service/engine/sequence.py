@@ -24,6 +24,7 @@ class Group:
     __slots__ = (
         "bias_ids",
         "bias_values",
+        "client",
         "completing_ids",
         "mask",
         "num_logprobs",
@@ -35,7 +36,16 @@ class Group:
         "watched",
     )
 
-    def __init__(self, params: SamplingParams, completing_ids: bytes, *, vocab_size: int, end_of_text_id: int) -> None:
+    def __init__(
+        self,
+        params: SamplingParams,
+        completing_ids: bytes,
+        *,
+        client: str = "",
+        vocab_size: int,
+        end_of_text_id: int,
+    ) -> None:
+        self.client = client  # whose turn it is when they leave the queue
         self.params = params
         self.completing_ids = completing_ids
         ends = () if params.ignore_eos else (end_of_text_id,)
@@ -65,6 +75,9 @@ class Group:
             or not self.stop_ids <= {self.stop_id}
         )
 
+    def is_of(self, params: SamplingParams, completing_ids: bytes, client: str) -> bool:
+        return self.params is params and self.completing_ids == completing_ids and self.client == client
+
     def completes(self, token: int) -> bool:
         """Whether the token can complete a stop string."""
         return bool(self.completing_ids[token >> 3] >> (token & 7) & 1) if self.completing_ids else False
@@ -77,10 +90,12 @@ class Sequence:
     """
 
     __slots__ = (
+        "arrived_at",
         "blocks",
         "cached_tokens",
         "choice",
         "constraint",
+        "cost",
         "error",
         "finish",
         "follows",
@@ -104,6 +119,8 @@ class Sequence:
         "started",
         "stop_ids",
         "tokens",
+        "turn",
+        "waiting",
     )
 
     def __init__(self, request: Request, choice: int, group: Group, *, arrival: int, patient: bool = False) -> None:
@@ -111,7 +128,12 @@ class Sequence:
         self.choice = choice
         self.key = (request.id, choice)
         self.group = group
-        self.order = (request.priority, arrival)  # in which sequences leave the queue; no two have the same
+        self.order = (request.priority, arrival)  # no two have the same; the highest is preempted first
+        self.cost = group.params.max_tokens + (0 if choice else len(request.prompt))  # tokens; samples share a prompt
+        # Waiting's: whether it waits, since when (seconds), and its turn, by which its line is sorted.
+        self.waiting = False
+        self.arrived_at = 0.0
+        self.turn = (0, self.order)
         self.tokens = array("i", request.prompt).tobytes()
         self.num_prompt = len(request.prompt)
         self.patient = patient  # its tokens wait for its end, or an urgent one

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Self
 
 import msgspec
 
+from service.engine.backlog import Entry, QueueFull, QueueTimeout
 from service.engine.request import Delta, Finish, Request, Submit
 
 if TYPE_CHECKING:
     from service.engine.client import EngineClient
 
-
-class QueueTimeout(Exception):
-    """A request of the group has not left the engine's queue by its queue deadline."""
+# Token ids and log-probabilities that wait for a reader of a stream: several times what all rows make in one publish.
+_MAX_UNREAD = 2**20
 
 
 class DeadlineExceeded(Exception):
@@ -26,9 +26,10 @@ class DeadlineExceeded(Exception):
 class Stream:
     """The deltas of a group of requests: an async iterator over lists of Deltas, to be closed.
 
-    Deltas that arrive before the reader takes them are merged,
-    so the mailbox holds at most one Delta a sequence. Iteration ends when every sequence has had its last Delta. It
-    raises QueueTimeout and DeadlineExceeded; what is whole when the reader comes for it is never late.
+    Deltas that arrive before the reader takes them are merged, so the mailbox holds at most one Delta a sequence; the
+    group is ended with an error where these get too long, unless it is patient. Iteration ends when every sequence has
+    had its last Delta. It raises QueueTimeout, QueueFull where the group had to give way to others, and
+    DeadlineExceeded; what is whole when the reader comes for it is never late.
     """
 
     def __init__(
@@ -42,7 +43,16 @@ class Stream:
         self._open = {(request.id, choice) for request in requests for choice in range(request.n)}
         self._mailbox: dict[tuple[int, int], Delta] = {}
         self._arrival: asyncio.Future[None] | None = None  # what the reader waits for
+        self._num_unread = 0  # of _MAX_UNREAD
         self._unstarted = {request.id: request for request in requests}
+        self._entry = Entry(
+            submit.client,
+            requests[0].priority,
+            sum(request.n for request in requests),
+            sum(map(self._count_tokens, requests)),
+            self._refuse,
+        )
+        self._refused: QueueFull | None = None
         self._resubmitted = False
         self._ended: tuple[Finish, str] | None = None  # how the client ended it for good
         self.submitted_at = time.monotonic()
@@ -66,9 +76,10 @@ class Stream:
             if self._mailbox:
                 deltas = list(self._mailbox.values())
                 self._mailbox.clear()
+                self._num_unread = 0
                 return deltas
             await self._wait(seconds_left)
-        raise StopAsyncIteration
+        raise self._refused or StopAsyncIteration
 
     async def _wait(self, seconds: float | None) -> None:
         """Until something has arrived, or the seconds are over. asyncio's Event and timeout take four times as long."""
@@ -94,6 +105,7 @@ class Stream:
         """
         assert not self._open, "some have not finished"
         self._has_gone_on = True
+        self._queue_deadline = None  # the group has begun
         before = self._submit.requests
         self._submit = msgspec.structs.replace(self._submit, requests=tuple(requests))
         self._open = {(request.id, choice) for request in requests for choice in range(request.n)}
@@ -107,8 +119,8 @@ class Stream:
         if (request_id, choice) in self._open:
             self._close((request_id, choice))
             self._client._abort(request_id, choice)
-            if request_id in self._unstarted and not any(open_id == request_id for open_id, _ in self._open):
-                del self._unstarted[request_id]  # nobody waits for its start
+            if not any(open_id == request_id for open_id, _ in self._open):
+                self._leave_queue(request_id)  # nobody waits for its start
         self._mailbox.pop((request_id, choice), None)
         self._arrived()
 
@@ -116,14 +128,25 @@ class Stream:
         key = (delta.request_id, delta.choice)
         if key not in self._open:
             return
-        self._unstarted.pop(delta.request_id, None)
+        self._leave_queue(delta.request_id)
         if delta.finish is not None:
             self._close(key)
+        self._num_unread += len(delta.token_ids) + (0 if delta.logprobs is None else len(delta.logprobs.top) // 4)
         earlier = self._mailbox.get(key)
         if earlier is not None:
             delta = earlier.then(delta)
         self._mailbox[key] = delta
         self._arrived()
+        if self._num_unread > _MAX_UNREAD and self._open and not self._submit.patient:
+            self._give_up_reader()
+
+    def _give_up_reader(self) -> None:
+        """Keep nothing for it but an error of each sequence that had not finished."""
+        self._mailbox.clear()
+        self._num_unread = 0
+        for request_id in {request_id for request_id, _ in self._open}:
+            self._client._abort(request_id, None)
+        self._end(Finish.ERROR, "the client takes its answer too slowly")
 
     def _close(self, key: tuple[int, int]) -> None:
         self._open.discard(key)
@@ -131,13 +154,32 @@ class Stream:
             self._client._settled(self)
 
     def _mark_started(self, request_id: int) -> None:
-        if self._unstarted.pop(request_id, None) is not None and not self._has_gone_on:
+        if self._leave_queue(request_id):
             self.started_at[request_id] = time.monotonic()
+
+    def _leave_queue(self, request_id: int) -> bool:
+        """The request waits no more; whether it did, as one of those that the group began with."""
+        request = self._unstarted.pop(request_id, None)
+        if request is None or self._has_gone_on:
+            return False
+        num_tokens = self._count_tokens(request)
+        self._client.backlog.shrink(self._entry, num_requests=request.n, num_tokens=num_tokens)
+        return True
+
+    def _count_tokens(self, request: Request) -> int:
+        return len(request.prompt) + request.n * self._submit.params.max_tokens
+
+    def _refuse(self, error: QueueFull) -> None:
+        """The group, of which nothing has begun, gives its place in the queue to others."""
+        self._refused = error
+        self.close()
+        self._arrived()
 
     def _engine_lost(self, error: str) -> None:
         """End what the lost engine had begun. What it had not begun stays, to be submitted again, once."""
         if self._resubmitted:
-            self._unstarted.clear()
+            for request_id in list(self._unstarted):
+                self._leave_queue(request_id)
         self._end(Finish.ERROR, error, kept=self._unstarted)
 
     def _end(self, finish: Finish, error: str, *, kept: Collection[int] = ()) -> None:
@@ -164,6 +206,9 @@ class Stream:
             raise DeadlineExceeded("the request was not answered by its deadline")
         queue_deadline = self._queue_deadline if self._unstarted else None
         if queue_deadline is not None and now >= queue_deadline:
-            raise QueueTimeout("the request waited in the queue for longer than it may")
+            raise QueueTimeout(
+                "the request waited in the queue for longer than it may; try again later",
+                retry_after_seconds=self._client.backlog.retry_after_seconds,
+            )
         deadlines = (self._deadline, queue_deadline)
         return min((deadline - now for deadline in deadlines if deadline is not None), default=None)

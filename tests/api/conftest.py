@@ -15,6 +15,7 @@ import service.demo
 from service.api.app import create_app
 from service.api.protocol import EnvelopeProtocol
 from service.api.text import Tokenizer, load_tokenizer
+from service.engine.backlog import QueueLimits
 from service.engine.client import EngineClient
 from tests.api.fake_engine import FakeEngine
 
@@ -73,10 +74,10 @@ async def start(tokenizer: Tokenizer) -> AsyncIterator[Start]:
     """Start a service; `ready=False` leaves it loading, other arguments go to create_app."""
     stops = []
 
-    async def start_service(*, ready: bool = True, **arguments: Any) -> Service:
+    async def start_service(*, ready: bool = True, queue: QueueLimits | None = None, **arguments: Any) -> Service:
         engine = FakeEngine()
         await engine.start()
-        client = EngineClient(api_number=0, stall_seconds=60, on_stall=lambda: None)
+        client = EngineClient(api_number=0, stall_seconds=60, queue=queue or QueueLimits(), on_stall=lambda: None)
         defaults: dict[str, Any] = {
             "model_names": ["demo", "org/alias"],
             "max_body_bytes": 8 * 2**20,

@@ -15,7 +15,7 @@ from service.api.metrics import Metrics
 from service.engine.client import EngineClient
 from service.model.batch import NUM_TOP
 from tests.engine.attached import Attach, until
-from tests.engine.conftest import attach, client, stalls  # noqa: F401 - fixtures
+from tests.engine.conftest import attach, client, queue, stalls  # noqa: F401 - fixtures
 from tests.engine.fake_model import logits as fake_logits
 
 NextLogprobs = Callable[[tuple[int, ...]], np.ndarray[Any, np.dtype[np.float64]]]

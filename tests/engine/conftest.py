@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Callable
 
 import pytest
 
+from service.engine.backlog import QueueLimits
 from service.engine.client import EngineClient
 from tests.engine.attached import Attach, until
 from tests.engine.loop_thread import LoopThread
@@ -16,9 +17,17 @@ def stalls() -> list[float]:
 
 
 @pytest.fixture
-async def client(stalls: list[float]) -> AsyncIterator[EngineClient]:
+def queue() -> QueueLimits:
+    return QueueLimits()
+
+
+@pytest.fixture
+async def client(stalls: list[float], queue: QueueLimits) -> AsyncIterator[EngineClient]:
     client = EngineClient(
-        api_number=3, stall_seconds=0.2, on_stall=lambda: stalls.append(asyncio.get_running_loop().time())
+        api_number=3,
+        stall_seconds=0.2,
+        queue=queue,
+        on_stall=lambda: stalls.append(asyncio.get_running_loop().time()),
     )
     yield client
     await client.close()

@@ -38,6 +38,12 @@ def test_requests_leave_the_queue_by_priority_then_arrival(priorities: list[int]
     assert [100 - number for number in ordered] == started_in(engine)
 
 
+def waiting_in(engine: Engine) -> list[int]:
+    """Ids of the requests that wait, in the order of their priorities and turns."""
+    lines = sorted(engine.scheduler._waiting._lines.items())
+    return [sequence.request.id for _, line in lines for sequence in line.sequences]
+
+
 def test_the_worst_of_the_running_is_preempted_and_comes_back_before_those_that_came_later() -> None:
     """Of equal priority the one that came last; a preempted sequence keeps its place among those that wait."""
     engine = Engine(num_blocks=16, block_size=4, max_num_seqs=3)
@@ -50,11 +56,11 @@ def test_the_worst_of_the_running_is_preempted_and_comes_back_before_those_that_
     while not scheduler.stats().num_preemptions:
         engine.step()
     assert [2, 3] == [sequence.request.id for sequence in scheduler._running]
-    assert [5, 1, 4] == [sequence.request.id for sequence in scheduler._waiting]
+    assert [5, 1, 4] == waiting_in(engine)
     while scheduler.stats().num_preemptions == 1:  # in between, request 5 comes and goes
         engine.step()
     assert [2] == [sequence.request.id for sequence in scheduler._running]
-    assert [3, 1, 4] == [sequence.request.id for sequence in scheduler._waiting]
+    assert [3, 1, 4] == waiting_in(engine)
     engine.run()
     check_answers(engine, [*asks, *late])
 

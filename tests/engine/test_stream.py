@@ -8,6 +8,7 @@ from contextlib import closing
 import msgspec
 import pytest
 
+import service.engine.stream as stream_module
 from service.engine.client import (
     DeadlineExceeded,
     EngineClient,
@@ -17,8 +18,8 @@ from service.engine.client import (
     Stream,
 )
 from service.engine.request import Delta, Finish, Request
-from tests.engine.attached import LONG, PARAMS, Attach, collect, request, until
-from tests.engine.oracle import Answer, Ask, answers
+from tests.engine.attached import LONG, PARAMS, Attach, collect, request, tokens, until
+from tests.engine.oracle import Answer, Ask, alone, answers
 
 
 async def idle(client: EngineClient) -> None:
@@ -34,7 +35,7 @@ async def test_a_deadline_ends_a_wait_and_aborts_what_is_open(client: EngineClie
     deadline = time.monotonic() + 0.1
     with (
         pytest.raises(DeadlineExceeded),
-        closing(client.submit([request(client, n=2)], LONG, deadline=deadline)) as stream,
+        closing(client.submit([request(client, n=2)], LONG, timeout_seconds=0.1)) as stream,
     ):
         await collect(stream)
     assert time.monotonic() >= deadline
@@ -57,7 +58,10 @@ async def test_a_deadline_ends_a_stream_whose_tokens_keep_coming(client: EngineC
             gate.release()
             await until(lambda: bool(stream._mailbox))
 
-    with closing(client.submit([request(client)], LONG, deadline=deadline)) as stream, pytest.raises(DeadlineExceeded):
+    with (
+        closing(client.submit([request(client)], LONG, timeout_seconds=0.05)) as stream,
+        pytest.raises(DeadlineExceeded),
+    ):
         await read(stream)
     assert 0 < len(batches) < 100
     assert time.monotonic() >= deadline
@@ -69,7 +73,7 @@ async def test_a_whole_answer_is_not_late(client: EngineClient, attach: Attach) 
     """A reader that comes for it after the deadline gets all of it."""
     await attach()
     each = request(client)
-    with closing(client.submit([each], PARAMS, deadline=time.monotonic() + 0.05)) as stream:
+    with closing(client.submit([each], PARAMS, timeout_seconds=0.05)) as stream:
         await until(lambda: not stream._open)
         await asyncio.sleep(0.06)
         deltas = await collect(stream)
@@ -82,10 +86,10 @@ async def test_a_request_that_has_not_started_in_time_is_a_queue_timeout(client:
     await attach(max_num_seqs=1, before_step=gate.acquire)
     queue_deadline = time.monotonic() + 0.1
     group = [request(client), request(client)]
-    with closing(client.submit([request(client)], LONG, queue_deadline=queue_deadline)) as running:
+    with closing(client.submit([request(client)], LONG, queue_timeout_seconds=0.1)) as running:
         gate.release()
         await until(lambda: bool(running.started_at))
-        with pytest.raises(QueueTimeout), closing(client.submit(group, LONG, queue_deadline=queue_deadline)) as stream:
+        with pytest.raises(QueueTimeout), closing(client.submit(group, LONG, queue_timeout_seconds=0.1)) as stream:
             await collect(stream)
         assert time.monotonic() >= queue_deadline
         gate.release(1000)
@@ -100,7 +104,7 @@ async def test_a_start_ends_the_queue_deadline(client: EngineClient, attach: Att
     now = time.monotonic()
     with (
         pytest.raises(DeadlineExceeded),
-        closing(client.submit([request(client)], LONG, queue_deadline=now + 0.4, deadline=now + 0.6)) as stream,
+        closing(client.submit([request(client)], LONG, queue_timeout_seconds=0.4, timeout_seconds=0.6)) as stream,
     ):
         await collect(stream)
     assert time.monotonic() >= now + 0.6
@@ -112,7 +116,7 @@ async def test_a_choice_aborted_before_its_start_is_not_waited_for(client: Engin
     gate = threading.Semaphore(1)
     engine = await attach(max_num_seqs=1, before_step=gate.acquire)
     first, second = request(client), request(client)
-    with closing(client.submit([first, second], PARAMS, queue_deadline=time.monotonic() + 0.2)) as stream:
+    with closing(client.submit([first, second], PARAMS, queue_timeout_seconds=0.2)) as stream:
         await until(lambda: first.id in stream.started_at)
         stream.abort(second.id, 0)
         await asyncio.sleep(0.21)
@@ -136,6 +140,29 @@ async def test_a_reader_finds_what_came_meanwhile_as_one_delta(client: EngineCli
         (got,) = deltas[each.id, choice]
         assert expected == Answer(list(got.token_ids), got.finish, got.logprobs, got.prompt_logprobs)
         assert got.urgent
+
+
+async def test_what_waits_for_a_reader_is_bounded(
+    client: EngineClient, attach: Attach, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stream whose reader is too far behind ends with an error, and the engine is told; a patient group does not."""
+    monkeypatch.setattr(stream_module, "_MAX_UNREAD", 150)
+    gate = threading.Semaphore(0)
+    await attach(before_step=gate.acquire)
+    each, patient = request(client, n=2), request(client, n=2)
+    with (
+        closing(client.submit([each], LONG)) as stream,
+        closing(client.submit([patient], LONG, patient=True)) as whole,
+    ):
+        gate.release(10_000)
+        await until(lambda: not stream._open)
+        deltas = await collect(stream)
+        assert {(each.id, 0), (each.id, 1)} == set(deltas)
+        for (last,) in deltas.values():
+            assert (Finish.ERROR, "the client takes its answer too slowly") == (last.finish, last.error)
+        found = await collect(whole)
+    assert alone(Ask(patient, LONG)) == [tokens(found[patient.id, choice]) for choice in range(2)]
+    await idle(client)
 
 
 def test_deadlines_are_no_unavailability() -> None:
@@ -169,6 +196,21 @@ async def test_a_group_goes_on_with_more_requests(client: EngineClient, attach: 
         (expected,) = answers(Ask(each, PARAMS))
         assert expected.tokens == found[each.id]
     await idle(client)
+
+
+async def test_a_group_that_has_begun_is_never_late_for_the_queue(client: EngineClient, attach: Attach) -> None:
+    """Its later parts come when they come."""
+    gate = threading.Semaphore(1000)
+    await attach(before_step=gate.acquire)
+    with closing(client.submit([request(client)], PARAMS, queue_timeout_seconds=0.05)) as stream:
+        await collect(stream)
+        while gate.acquire(blocking=False):
+            pass
+        stream.go_on([each := request(client)])
+        reading = asyncio.ensure_future(collect(stream))
+        await asyncio.sleep(0.1)
+        gate.release(1000)
+        assert Finish.LENGTH is (await reading)[each.id, 0][-1].finish
 
 
 async def test_a_group_goes_on_during_a_drain(client: EngineClient, attach: Attach) -> None:
