@@ -2,7 +2,7 @@
 PYTHON ?= python3
 MODEL ?=
 ARGS ?=
-.PHONY: run test lint format types check clients bench inside load soak image
+.PHONY: run test lint format types check clients bench inside load soak overload image
 
 run: .venv/ready  ## serve MODEL, a folder or a hub id; without one, the embedded demo model
 	.venv/bin/megatron-gpt2 serve $(MODEL) $(ARGS)
@@ -33,8 +33,11 @@ inside: .venv/ready  ## the same step inside the service beside the bare runner
 load: .venv/ready  ## load over HTTP on a running service: throughput and latencies
 	.venv/bin/python -m bench.load $(ARGS)
 
-soak: .venv/ready  ## minutes of mixed load on the service: every answer is checked, and its memory watched
-	.venv/bin/python -m bench.soak $(ARGS)
+soak: .venv/ready  ## minutes of mixed load and faults: every answer is checked, its memory watched; soak.svg shows it
+	.venv/bin/python -m bench.soak --out soak $(ARGS)
+
+overload: .venv/ready  ## ten times as many requests as the service can answer
+	.venv/bin/python -m bench.overload --check $(ARGS)
 
 image:  ## the container image, megatron-gpt2
 	docker build -t megatron-gpt2 .

@@ -36,6 +36,11 @@ class Answer:
     done: bool = True  # of a stream: [DONE] has come
     error: str | None = None
 
+    @property
+    def was_cut(self) -> bool:
+        """An honest end before its time: a 500 or 503, or an error event and [DONE]."""
+        return self.error is not None and self.done and self.status in (200, 500, 503)
+
     def take(self, part: Body) -> None:
         """A whole answer, or an event of one."""
         if "error" in part:

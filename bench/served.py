@@ -1,4 +1,4 @@
-"""A served model, as a process tree of its own. Used by end_to_end.py, inside.py and soak.py."""
+"""A served model, as a process tree of its own. Used by end_to_end.py, inside.py, overload.py and soak.py."""
 
 import asyncio
 import re
@@ -54,11 +54,11 @@ class Service:
         return time.perf_counter() - began
 
     def processes(self) -> dict[str, psutil.Process]:
-        """By name: the supervisor and what it has spawned, first the API process, then the engine."""
+        """By name: the supervisor and what it has spawned, first the API process, then the engine, if it is there."""
         supervisor = psutil.Process(self.process.pid)
         children = sorted(supervisor.children(), key=psutil.Process.create_time)
         spawned = [child for child in children if any("spawn_main" in word for word in child.cmdline())]
-        return dict(zip(("supervisor", "api", "engine"), (supervisor, *spawned), strict=True))
+        return dict(zip(("supervisor", "api", "engine"), (supervisor, *spawned), strict=False))
 
     async def metrics(self, client: httpx.AsyncClient) -> tuple[dict[str, float], dict[str, str]]:
         """The values that have no labels, by their names without the prefix; and what the engine has loaded."""

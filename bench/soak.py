@@ -1,10 +1,10 @@
-"""A mixed load on the whole service for minutes: every answer is checked, and the memory of each process is watched.
+"""A mixed load on the whole service for minutes, with faults: every answer is checked, and its memory is watched.
 
-python -m bench.soak [--model FOLDER] [--seconds 480] [--out FOLDER/NAME] [-- flags of serve]
+python -m bench.soak [--model FOLDER] [--seconds 300] [--no-faults] [--out FOLDER/NAME] [-- flags of serve]
 
-The exit status is 1 where an answer was wrong or missing, where blocks or connections were still held when all was
-idle, or where the memory of a process or the GPU grew in the last half by more than 5 %, but at least 32 MiB and at
-most 64.
+The exit status is 1 where an answer was wrong or missing, where one was cut short and no fault was the reason, where
+the service was not ready again after a fault, where blocks or connections were still held when all was idle, or where
+the memory of a process or the GPU grew in the last half by more than 5 %, but at least 32 MiB and at most 64.
 """
 
 import argparse
@@ -12,71 +12,30 @@ import asyncio
 import json
 import random
 import shlex
-import subprocess
 import sys
 import time
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
-import numpy as np
 import psutil
 import torch
 
+from bench.chaos import STALL_SECONDS, Chaos
 from bench.mixture import Answer, Ask, Mixture
 from bench.random_model import given_or_random
 from bench.served import Service
+from bench.timeline import draw
+from bench.watch import Growth, Watch, growth_faults, growth_table
+from service.serve import DEMO_MODEL
 from service.version import VERSION
 
-MIB = 2**20
-BOUND_MIB, BOUND_SHARE, MOST_MIB = 32.0, 0.05, 64.0
 SPARE_DESCRIPTORS = 16  # more than before the load, for what a library opens once
-IDLE_SECONDS = 60  # for the engine to have nothing left, once every answer has come
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    at: float  # seconds from the begin
-    memory_mib: Mapping[str, float]  # by process; "gpu": in use on all of the GPU
-    descriptors: Mapping[str, int]
-    running: float
-    waiting: float
-    kv_usage: float
-
-
-@dataclass(frozen=True, slots=True)
-class Growth:
-    """The memory of one process, in MiB."""
-
-    name: str
-    first: float
-    most: float
-    last: float
-    a_minute: float  # least squares over the last two thirds of the time
-    last_half: float  # what the least squares over the last half come to in that half
-    bound: float  # of the last half
-
-    @classmethod
-    def of(cls, name: str, times: Sequence[float], values: Sequence[float]) -> "Growth":
-        """There must be eight samples at least."""
-        at, mib = np.array(times), np.array(values)
-
-        def slope(begin: float) -> float:
-            late = at >= at[0] + begin * (at[-1] - at[0])
-            return float(np.polyfit(at[late], mib[late], 1)[0])
-
-        return cls(
-            name=name,
-            first=values[0],
-            most=max(values),
-            last=values[-1],
-            a_minute=60 * slope(1 / 3),
-            last_half=slope(1 / 2) * (times[-1] - times[0]) / 2,
-            bound=min(max(BOUND_MIB, BOUND_SHARE * values[-1]), MOST_MIB),
-        )
+_PAUSE_SECONDS = (4.0, 12.0)  # between two faults
+_RETRY_SECONDS = 0.5  # of a client that was told that the engine is away
 
 
 @dataclass(slots=True)
@@ -85,6 +44,13 @@ class Outcome:
 
     counts: Counter[str] = field(default_factory=Counter)  # by kind and status
     faults: list[str] = field(default_factory=list)
+    # When each answer ended (monotonic seconds), and the seconds that it took, by its status.
+    latencies: dict[str, tuple[list[float], list[float]]] = field(default_factory=lambda: defaultdict(lambda: ([], [])))
+
+    def ended(self, name: str, seconds: float) -> None:
+        moments, durations = self.latencies[name]
+        moments.append(time.monotonic())
+        durations.append(seconds)
 
 
 async def answered(client: httpx.AsyncClient, ask: Ask) -> Answer:
@@ -104,8 +70,9 @@ async def answered(client: httpx.AsyncClient, ask: Ask) -> Answer:
     return answer
 
 
-async def exchange(client: httpx.AsyncClient, ask: Ask, outcome: Outcome) -> None:
+async def exchange(client: httpx.AsyncClient, ask: Ask, outcome: Outcome, chaos: Chaos) -> None:
     """Ask, and note what came of it."""
+    begin = time.monotonic()
     try:
         async with asyncio.timeout(ask.leaves_after):
             answer = await answered(client, ask)
@@ -115,13 +82,19 @@ async def exchange(client: httpx.AsyncClient, ask: Ask, outcome: Outcome) -> Non
     except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
         outcome.faults.append(f"{ask.kind}: no answer: {type(error).__name__} {error}")
         return
+    end = time.monotonic()
+    outcome.ended(f"status {answer.status}", end - begin)
+    if answer.was_cut and chaos.may_cut(begin, end):
+        outcome.counts[f"{ask.kind}: told that the engine was away"] += 1
+        await asyncio.sleep(_RETRY_SECONDS)
+        return
     outcome.counts[f"{ask.kind}: {answer.status}"] += 1
     if (fault := ask.fault(answer)) is not None:
         outcome.faults.append(f"{ask.kind}: {fault}")
 
 
 async def drive(
-    client: httpx.AsyncClient, mixture: Mixture, outcome: Outcome, *, num_rows: int, seconds: float
+    client: httpx.AsyncClient, mixture: Mixture, outcome: Outcome, chaos: Chaos, *, num_rows: int, seconds: float
 ) -> None:
     """Steady loads, bursts of twice the rows and idle gaps, in random order; returns when all is answered."""
     rng = random.Random(0)  # noqa: S311
@@ -129,7 +102,7 @@ async def drive(
 
     async def ask_until(moment: float) -> None:
         while time.monotonic() < moment:
-            await exchange(client, mixture.next(), outcome)
+            await exchange(client, mixture.next(), outcome, chaos)
 
     while (now := time.monotonic()) < end_at:
         match rng.choice(["steady", "steady", "burst", "idle"]):
@@ -137,74 +110,14 @@ async def drive(
                 until = min(end_at, now + rng.uniform(5, 15))
                 await asyncio.gather(*(ask_until(until) for _ in range(rng.randint(1, num_rows))))
             case "burst":
-                await asyncio.gather(*(exchange(client, mixture.next(), outcome) for _ in range(2 * num_rows)))
+                await asyncio.gather(*(exchange(client, mixture.next(), outcome, chaos) for _ in range(2 * num_rows)))
             case _:
                 await asyncio.sleep(min(rng.uniform(0.5, 3), end_at - now))
 
 
-def gpu_mib() -> float | None:
-    """In use on the first GPU; None where there is none."""
-    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)  # noqa: S603
-        return float(found.stdout)
-    except (OSError, subprocess.SubprocessError, ValueError):
-        return None
-
-
-class Watch:
-    """Samples of the service, while it is loaded and after."""
-
-    def __init__(self, service: Service, client: httpx.AsyncClient) -> None:
-        self._service = service
-        self._client = client
-        self._processes = service.processes()
-        self._began = time.monotonic()
-        self.samples: list[Sample] = []
-
-    async def sample(self) -> Sample:
-        """Raises psutil.NoSuchProcess where one has ended."""
-        values, _ = await self._service.metrics(self._client)
-        memory = {name: process.memory_info().rss / MIB for name, process in self._processes.items()}
-        if torch.cuda.is_available() and (used := await asyncio.to_thread(gpu_mib)) is not None:
-            memory["gpu"] = used
-        sample = Sample(
-            at=time.monotonic() - self._began,
-            memory_mib=memory,
-            descriptors={name: process.num_fds() for name, process in self._processes.items()},
-            running=values["requests_running"],
-            waiting=values["requests_waiting"],
-            kv_usage=values["kv_cache_usage_ratio"],
-        )
-        self.samples.append(sample)
-        return sample
-
-    async def run(self, seconds: float) -> None:
-        """A sample each so many seconds, until cancelled."""
-        while True:
-            await self.sample()
-            await asyncio.sleep(seconds)
-
-    async def idle(self) -> Sample:
-        """The first sample without work, or the last that there was time for."""
-        end_at = time.monotonic() + IDLE_SECONDS
-        while True:
-            sample = await self.sample()
-            if not (sample.running or sample.waiting or sample.kv_usage) or time.monotonic() > end_at:
-                return sample
-            await asyncio.sleep(0.5)
-
-    def growths(self) -> list[Growth]:
-        """Over the samples so far; none where these are too few."""
-        if len(self.samples) < 8:
-            return []
-        times = [sample.at for sample in self.samples]
-        return [
-            Growth.of(name, times, [s.memory_mib[name] for s in self.samples]) for name in self.samples[0].memory_mib
-        ]
-
-
-async def soak(service: Service, *, seconds: float, seed: int) -> tuple[Outcome, Watch, list[Growth]]:
+async def soak(
+    service: Service, *, seconds: float, seed: int, faults: bool
+) -> tuple[Outcome, Watch, Chaos, list[Growth]]:
     outcome = Outcome()
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=service.url, timeout=60) as observer:
@@ -213,39 +126,40 @@ async def soak(service: Service, *, seconds: float, seed: int) -> tuple[Outcome,
         context_length, vocab_size = int(model["context_length"]), int(model["vocab_size"])
         mixture = Mixture(seed, context_length=context_length, vocab_size=vocab_size)
         watch = Watch(service, observer)
+        chaos = Chaos(service, observer, random.Random(seed))  # noqa: S311
         before = await watch.sample()
-        watching = asyncio.create_task(watch.run(max(0.5, min(5, seconds / 100))))
+        beside = [asyncio.create_task(watch.run(max(0.5, min(5, seconds / 100))))]
+        if faults:
+            beside.append(asyncio.create_task(chaos.run(_PAUSE_SECONDS)))
         try:
             async with httpx.AsyncClient(base_url=service.url, timeout=600, limits=limits) as client:
-                await drive(client, mixture, outcome, num_rows=int(model["max_num_seqs"]), seconds=seconds)
+                await drive(client, mixture, outcome, chaos, num_rows=int(model["max_num_seqs"]), seconds=seconds)
         finally:
-            watching.cancel()
-            (ended,) = await asyncio.gather(watching, return_exceptions=True)
-        if not isinstance(ended, asyncio.CancelledError):
-            outcome.faults.append(f"the service could not be watched to the end: {ended!r}")
+            for task in beside:
+                task.cancel()
+            ended = await asyncio.gather(*beside, return_exceptions=True)
+        outcome.faults += [f"broken off: {error!r}" for error in ended if not isinstance(error, asyncio.CancelledError)]
+        outcome.faults += chaos.faults
         growths = watch.growths()
-        if not growths:
-            outcome.faults.append("too few samples to tell growth from")
+        outcome.faults += growth_faults(growths)
         try:
+            await service.ready(observer)  # the last fault may have been a moment ago
             after = await watch.idle()
             values, _ = await service.metrics(observer)
-        except (httpx.HTTPError, psutil.Error) as error:
+        except (httpx.HTTPError, psutil.Error, RuntimeError) as error:
             outcome.faults.append(f"the service was gone: {error!r}")
-            return outcome, watch, growths
-    for name in ("running", "waiting", "kv_usage"):
+            return outcome, watch, chaos, growths
+    for name in ("running", "waiting", "queued_tokens", "kv_usage"):
         if value := getattr(after, name):
             outcome.faults.append(f"{name} is {value:g} when all is answered")
     for name, count in after.descriptors.items():
         if count > before.descriptors[name] + SPARE_DESCRIPTORS:
             outcome.faults.append(f"{name}: {count} open descriptors, {before.descriptors[name]} before")
-    if values["engine_restarts_total"]:
-        outcome.faults.append(f"the engine was started again {values['engine_restarts_total']:g} times")
-    outcome.faults += [
-        f"{each.name}: {each.last_half:.1f} MiB more in the last half"
-        for each in growths
-        if each.last_half > each.bound
-    ]
-    return outcome, watch, growths
+    if values["engine_restarts_total"] != len(chaos.outages):
+        outcome.faults.append(
+            f"the engine was started again {values['engine_restarts_total']:g} times, for {len(chaos.outages)} faults"
+        )
+    return outcome, watch, chaos, growths
 
 
 def is_fault(line: str) -> bool:
@@ -256,17 +170,13 @@ def is_fault(line: str) -> bool:
         return bool(line.strip())
 
 
-def report(outcome: Outcome, watch: Watch, growths: Sequence[Growth]) -> str:
+def report(outcome: Outcome, watch: Watch, chaos: Chaos, growths: Sequence[Growth]) -> str:
     lines = [f"{count:7} {kind}" for kind, count in sorted(outcome.counts.items())]
     lines.append(f"{sum(outcome.counts.values()):7} requests, {len(watch.samples)} samples")
-    lines.append("MiB            first     most     last  a minute  last half  bound")
-    lines += [
-        f"{each.name:10} {each.first:9.1f} {each.most:8.1f} {each.last:8.1f} {each.a_minute:9.2f} "
-        f"{each.last_half:10.1f} {each.bound:6.1f}"
-        for each in growths
-    ]
+    lines += [f"{count:7} x {name}" for name, count in Counter(name for _, name in chaos.marks).most_common()]
+    lines += growth_table(growths)
     first, last = watch.samples[0].descriptors, watch.samples[-1].descriptors
-    lines += [f"{name}: {first[name]} open descriptors before, {last[name]} after" for name in first]
+    lines += [f"{name}: {first[name]} open descriptors before, {count} after" for name, count in last.items()]
     lines += [f"{count} x {fault}" for fault, count in Counter(outcome.faults).most_common(30)]
     lines.append(f"{len(outcome.faults)} faults")
     return "\n".join(lines)
@@ -274,37 +184,58 @@ def report(outcome: Outcome, watch: Watch, growths: Sequence[Growth]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="a GPT-2 folder; by default random weights of the 345M's shape")
-    parser.add_argument("--seconds", type=float, default=480, help="of load (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the requests")
-    parser.add_argument("--out", type=Path, help="write .json beside this name")
+    parser.add_argument(
+        "--model",
+        type=Path,
+        help="a GPT-2 folder; by default random weights of the 345M's shape on a GPU, the demo model on a CPU",
+    )
+    parser.add_argument("--seconds", type=float, default=300, help="of load (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the requests and faults")
+    parser.add_argument("--faults", action=argparse.BooleanOptionalAction, default=True, help="inject faults")
+    parser.add_argument("--out", type=Path, help="write .json and .svg beside this name")
     parser.add_argument("flags", nargs="*")
     arguments = parser.parse_args()
-    with given_or_random(arguments.model) as folder:
-        service = Service(folder, arguments.flags)
+    model = arguments.model or (None if torch.cuda.is_available() else DEMO_MODEL)
+    flags = list(arguments.flags)
+    if arguments.faults:
+        flags += ["--max-restarts", "1000000", "--stall-seconds", str(STALL_SECONDS)]
+    with given_or_random(model) as folder:
+        service = Service(folder, flags)
         try:
-            outcome, watch, growths = asyncio.run(soak(service, seconds=arguments.seconds, seed=arguments.seed))
+            outcome, watch, chaos, growths = asyncio.run(
+                soak(service, seconds=arguments.seconds, seed=arguments.seed, faults=arguments.faults)
+            )
         finally:
             code = service.end()
     if code:
         outcome.faults.append(f"exit code {code} after the drain")
-    outcome.faults += [f"a log line: {line.strip()}" for line in service.log if is_fault(line)]
-    print(report(outcome, watch, growths))
+    if not arguments.faults:
+        outcome.faults += [f"a log line: {line.strip()}" for line in service.log if is_fault(line)]
+    print(report(outcome, watch, chaos, growths))
     if arguments.out is not None:
         about: dict[str, Any] = {
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
             "torch": torch.__version__,
             "version": VERSION,
             "date": time.strftime("%Y-%m-%d"),
-            "model": "random 345M" if arguments.model is None else arguments.model.name,
+            "model": "random 345M" if model is None else model.name,
             "command": shlex.join(["python", "-m", "bench.soak", *sys.argv[1:]]),
             "counts": outcome.counts,
+            "injected": chaos.marks,
             "faults": outcome.faults,
             "growth": [asdict(each) for each in growths],
             "samples": [asdict(each) for each in watch.samples],
         }
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.with_suffix(".json").write_text(json.dumps(about, indent=1) + "\n")
+        title = " · ".join(str(about[name]) for name in ("command", "device", "date"))
+        draw(
+            arguments.out.with_suffix(".svg"),
+            title,
+            watch.samples,
+            latencies=dict(outcome.latencies),
+            marks=chaos.marks,
+        )
     return 1 if outcome.faults else 0
 
 

@@ -54,6 +54,7 @@ class Figures:
     tpot: Spread | None  # from the first event to the last, by the tokens after the first
     gap: Spread | None  # between events
     end_to_end: Spread | None
+    refused: Spread | None  # from the request to a 429 or 503
     client_load: float  # of the busiest client process: processor time / time
     client_microseconds_per_event: float | None
     interrupted: bool
@@ -101,6 +102,7 @@ def figures_of(level: Level, plan: Plan, tallies: Sequence[Tally], *, interrupte
         tpot=Spread.of((last - first)[several] / (tokens[several] - 1)),
         gap=Spread.of(merged("gaps")),
         end_to_end=Spread.of((ended - begun)[within]),
+        refused=Spread.of(merged("refused")),
         client_load=round(max(t.processor_seconds for t in tallies) / seconds, 3) if seconds else 0.0,
         client_microseconds_per_event=(
             round(1e6 * processor_seconds / seconds / events_per_second, 2) if events_per_second else None

@@ -43,6 +43,8 @@ def table(rows: Sequence[Figures]) -> str:
     text = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
     for row in rows:
         text += [f"{load_name(row)}: {count} x {error}" for error, count in row.errors.items()]
+        if row.refused is not None:
+            text.append(f"{load_name(row)}: refused after {_spread(row.refused)} ms")
         if row.saturated:
             share = f"{SATURATED:.0%}"
             text.append(f"{load_name(row)}: a client process was busy over {share} of the time: use more --processes")

@@ -21,6 +21,7 @@ from service.load.connection import Answer, Connection
 from service.load.plan import Level, Plan, share
 
 READY, STOP = "ready", "stop"
+_REFUSALS = frozenset({"429", "503"})  # statuses
 _PAUSE_SECONDS = 0.1  # of a client whose request failed: a server that refuses all must not be asked in a circle
 
 
@@ -48,11 +49,14 @@ class Tally:
     num_events: array[int] = field(default_factory=lambda: array("q"))
     gaps: array[float] = field(default_factory=lambda: array("d"))  # seconds between events, as latencies are counted
     errors: Counter[str] = field(default_factory=Counter)
+    refused: array[float] = field(default_factory=lambda: array("d"))  # seconds until a 429 or 503
     processor_seconds: float = 0.0
 
     def add(self, answer: Answer) -> None:
         if answer.error is not None:
             self.errors[answer.error] += 1
+            if answer.error in _REFUSALS:
+                self.refused.append(answer.ended_at - answer.begun_at)
             return
         times = answer.event_times or [answer.ended_at]
         self.begun_at.append(answer.begun_at)

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from bench.mixture import Answer, Ask, Choice, Mixture
-from bench.soak import Growth, is_fault
+from bench.soak import is_fault
+from bench.watch import Growth
 
 TIMES = [float(5 * number) for number in range(97)]  # eight minutes
 WARM_UP = 120

@@ -45,6 +45,18 @@ def answer(begun: float, ended: float, tokens: int) -> Answer:
     return Answer(begun, ended, [begun + 0.5, ended], prompt_tokens=10, completion_tokens=tokens)
 
 
+def test_refusals_have_their_own_latency() -> None:
+    """429 and 503, and nothing else that went wrong; they are in no other figure."""
+    refused = [Answer(100 + place, 100 + place + seconds, [], error="429") for place, seconds in enumerate((0.1, 0.3))]
+    others = [Answer(101, 105, [], error="timeout"), Answer(101, 106, [], error="500"), answer(101, 102, 4)]
+    row = figures_of(Level("open", 5), PLAN, [tally(*refused), tally(*others)], interrupted=False)
+    assert row.refused is not None
+    assert 200 == pytest.approx(row.refused.p50)
+    assert {"429": 2, "timeout": 1, "500": 1} == row.errors
+    assert 1 == row.requests
+    assert figures_of(Level("open", 5), PLAN, [tally(*others)], interrupted=False).refused is None
+
+
 def test_a_request_on_the_edge_counts_by_its_share() -> None:
     """Half of one before the time, a quarter of one after it; latencies are of those that began within it."""
     tallies = [tally(answer(98, 102, 40)), tally(answer(109, 113, 80), processor_seconds=5)]

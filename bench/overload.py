@@ -1,0 +1,159 @@
+"""Several times as many requests as the service can answer: what it still answers, and how soon it refuses the rest.
+
+python -m bench.overload [--model FOLDER] [--times 10] [--seconds 30] [--out FOLDER/NAME] [-- flags of serve]
+
+Its peak is measured first, by clients that ask again when they are answered, then the load of requests that come at
+random, whatever became of those before. The client has a core of its own. The exit status is 1 where a request had
+neither an answer nor a 429, where more waited than may, or where the memory of a process grew (see soak.py). Goodput
+and the time of refusals are told, and judged with --check: 90 % of the peak, and 50 ms at the 99th percentile.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import shlex
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+
+from bench.random_model import given_or_random
+from bench.served import Service
+from bench.timeline import draw
+from bench.watch import Growth, Watch, growth_faults, growth_table
+from service.load.crowd import Crowd
+from service.load.figures import Figures, figures_of
+from service.load.plan import Level, Plan, Server
+from service.load.report import table
+from service.serve import DEMO_MODEL
+from service.version import VERSION
+
+MIN_GOODPUT = 0.9  # of the peak
+MAX_REFUSAL_MS = 50.0  # at the 99th percentile
+_WARMUP_SECONDS = 3.0
+_QUEUED = 4  # times the sequences that run at a time: so many may wait
+_SAMPLE_SECONDS = 0.5
+
+
+async def overload(
+    service: Service, crowd: Crowd, plan: Plan, *, times: float
+) -> tuple[list[Figures], Watch, list[str]]:
+    """The peak and the overload, what was sampled in the latter, and what was wrong."""
+
+    async def measure(level: Level) -> Figures:
+        tallies, interrupted = await asyncio.to_thread(crowd.measure, level)
+        return figures_of(level, plan, tallies, interrupted=interrupted)
+
+    async with httpx.AsyncClient(base_url=service.url, timeout=60) as observer:
+        _, model = await service.metrics(observer)
+        num_rows = int(model["max_num_seqs"])
+        peak = await measure(Level("closed", 2 * num_rows))
+        watch = Watch(service, observer)
+        watching = asyncio.create_task(watch.run(_SAMPLE_SECONDS))
+        crowded = await measure(Level("open", times * peak.requests_per_second))
+        watching.cancel()
+        (ended,) = await asyncio.gather(watching, return_exceptions=True)
+        after = await watch.idle()
+    faults = [] if isinstance(ended, asyncio.CancelledError) else [f"the service could not be watched: {ended!r}"]
+    faults += [f"{count} x {error}" for row in (peak, crowded) for error, count in row.errors.items() if error != "429"]
+    faults += growth_faults(watch.growths())
+    faults += [
+        f"{name} is {getattr(after, name):g} in the end"
+        for name in ("waiting", "queued_tokens")
+        if getattr(after, name)
+    ]
+    return [peak, crowded], watch, faults
+
+
+def judged(peak: Figures, crowded: Figures) -> list[str]:
+    """What of the two figures falls short."""
+    share = crowded.tokens_per_second / peak.tokens_per_second
+    faults = [f"goodput is {share:.2f} of the peak"] if share < MIN_GOODPUT else []
+    if crowded.refused is None or crowded.refused.p99 > MAX_REFUSAL_MS:
+        faults.append(f"refusals take {crowded.refused and crowded.refused.p99} ms at the 99th percentile")
+    return faults
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="a GPT-2 folder; by default as for soak.py")
+    parser.add_argument("--times", type=float, default=10, help="the peak's requests a second (default %(default)s)")
+    parser.add_argument("--seconds", type=float, default=30, help="of each load (default %(default)s)")
+    parser.add_argument("--max-tokens", type=int, default=64, help="of a request (default %(default)s)")
+    parser.add_argument("--max-num-seqs", type=int, default=32, help="sequences at a time (default %(default)s)")
+    parser.add_argument("--check", action="store_true", help="judge goodput and refusals too")
+    parser.add_argument("--out", type=Path, help="write .json and .svg beside this name")
+    parser.add_argument("flags", nargs="*")
+    arguments = parser.parse_args()
+    model = arguments.model or (None if torch.cuda.is_available() else DEMO_MODEL)
+    most = _QUEUED * arguments.max_num_seqs
+    flags = ["--max-num-seqs", str(arguments.max_num_seqs), "--max-queued-requests", str(most), *arguments.flags]
+    cores = sorted(os.sched_getaffinity(0))
+    with given_or_random(model) as folder:
+        if len(cores) > 1:
+            os.sched_setaffinity(0, cores[:-1])  # of the service, which inherits them
+        service = Service(folder, flags)
+        if len(cores) > 1:
+            os.sched_setaffinity(0, cores[-1:])
+        fields = {"max_tokens": arguments.max_tokens, "stream": True, "ignore_eos": True}
+        plan = Plan(
+            server=Server.at(service.url),
+            fields={**fields, "stream_options": {"include_usage": True}},
+            prompt_tokens=32,
+            vocab_size=50_000,
+            warmup_seconds=_WARMUP_SECONDS,
+            seconds=arguments.seconds,
+            timeout_seconds=120,
+        )
+        try:
+            asyncio.run(_ready(service))
+            with Crowd(plan) as crowd:
+                rows, watch, faults = asyncio.run(overload(service, crowd, plan, times=arguments.times))
+        finally:
+            code = service.end()
+    if code:
+        faults.append(f"exit code {code} after the drain")
+    if (waiting := max(sample.waiting for sample in watch.samples)) > most:
+        faults.append(f"{waiting:g} waited, where {most} may")
+    peak, crowded = rows
+    if arguments.check:
+        faults += judged(peak, crowded)
+    print(table(rows))
+    print(f"goodput: {crowded.tokens_per_second / peak.tokens_per_second:.2f} of the peak")
+    print("\n".join(growth_table(watch.growths())))
+    print("\n".join([*faults, f"{len(faults)} faults"]))
+    if arguments.out is not None:
+        _write(arguments.out, rows, watch, faults, watch.growths())
+    return 1 if faults else 0
+
+
+async def _ready(service: Service) -> None:
+    async with httpx.AsyncClient(base_url=service.url, timeout=60) as client:
+        await service.ready(client)
+
+
+def _write(out: Path, rows: list[Figures], watch: Watch, faults: list[str], growths: list[Growth]) -> None:
+    about: dict[str, Any] = {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "torch": torch.__version__,
+        "version": VERSION,
+        "date": time.strftime("%Y-%m-%d"),
+        "command": shlex.join(["python", "-m", "bench.overload", *sys.argv[1:]]),
+        "faults": faults,
+        "levels": [asdict(row) for row in rows],
+        "growth": [asdict(each) for each in growths],
+        "samples": [asdict(each) for each in watch.samples],
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_suffix(".json").write_text(json.dumps(about, indent=1) + "\n")
+    title = " · ".join(str(about[name]) for name in ("command", "device", "date"))
+    draw(out.with_suffix(".svg"), title, watch.samples, latencies={})
+
+
+if __name__ == "__main__":
+    sys.exit(main())
