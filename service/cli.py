@@ -1,4 +1,4 @@
-"""The command `megatron-gpt2`: serve, generate, convert, verify."""
+"""The command `megatron-gpt2`: serve, generate, convert, verify, drain."""
 
 import argparse
 import os
@@ -61,6 +61,10 @@ def _run(command: str, settings: Settings, own: dict[str, Any]) -> int:
             from service.convert import convert
 
             return convert(settings, target=own.pop("target"), options=own)
+        case "drain":
+            from service.drain import drain
+
+            return drain(settings, seconds=own.get("seconds"))
         case _:
             from service.verify import verify
 
@@ -95,7 +99,8 @@ _CONVERTING: dict[str, dict[str, Any]] = {
     "tokenizer": {"flag": "--tokenizer", "help": "Folder with the tokenizer; by default the checkpoint's, or GPT-2's."},
     "num_heads": {"flag": "--num-heads", "type": int, "help": "Attention heads, of a file that does not tell."},
 }
-_OWN = {"generate": ("text", *_SAMPLING), "convert": ("target", *_CONVERTING)}  # what is no setting
+# What is no setting.
+_OWN = {"generate": ("text", *_SAMPLING), "convert": ("target", *_CONVERTING), "drain": ("seconds",)}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -122,6 +127,22 @@ def _parser() -> argparse.ArgumentParser:
     verify = commands.add_parser("verify", help="say whether a model can be served", epilog=_EPILOG, allow_abbrev=False)
     verify.add_argument("model", nargs="?", default=argparse.SUPPRESS, help=Settings.model_fields["model"].description)
     _add_settings(verify, ("revision", "offline", "cache_dir", "log_level", "log_format", "config"))
+    drain = commands.add_parser(
+        "drain",
+        help="have a running service take no more requests, and wait until none is open",
+        description="For a preStop hook. Ends with 0 when nothing is open, with 1 when something still is, and with 2 "
+        "when no service answers. The service goes on refusing requests until it is stopped.",
+        epilog=_EPILOG,
+        allow_abbrev=False,
+    )
+    drain.add_argument(
+        "--seconds",
+        type=float,
+        default=argparse.SUPPRESS,
+        help="How long to wait at most; by default drain_seconds. It never ends before the service's unready_seconds "
+        "are over, so that balancers have noticed.",
+    )
+    _add_settings(drain, ("admin_port", "admin_socket", "config"))
     return parser
 
 

@@ -15,6 +15,7 @@ import socket
 import sys
 import time
 from collections import deque
+from collections.abc import Sequence
 from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -26,7 +27,7 @@ from service.api.protocol import HttpLimits
 from service.engine.backlog import QueueLimits
 from service.engine.config import EngineConfig
 from service.logs import configure_logging
-from service.settings import Settings
+from service.settings import Settings, SettingsError
 from service.version import VERSION
 
 log = logging.getLogger(__name__)
@@ -41,11 +42,14 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Supervisor:
-    """Owns the listening socket and the children; its exit code is 0 after a drain."""
+    """Owns the listening sockets and the children; its exit code is 0 after a drain."""
 
-    def __init__(self, settings: Settings, listener: socket.socket) -> None:
+    def __init__(
+        self, settings: Settings, listener: socket.socket, admin_listeners: Sequence[socket.socket] = ()
+    ) -> None:
         self._settings = settings
         self._listener = listener
+        self._admin_listeners = tuple(admin_listeners)
         self._spawn = multiprocessing.get_context("spawn")
         self._json_lines = wants_json(settings)
         self._control, self._api_control = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -108,11 +112,14 @@ class Supervisor:
             json_lines=self._json_lines,
         )
         self._api = self._spawn.Process(
-            target=api.main, args=(config, self._listener, self._api_control), name="api", daemon=True
+            target=api.main,
+            args=(config, self._listener, self._admin_listeners, self._api_control),
+            name="api",
+            daemon=True,
         )
         _start(self._api)
-        self._api_control.close()
-        self._listener.close()
+        for given in (self._api_control, self._listener, *self._admin_listeners):
+            given.close()
         asyncio.get_running_loop().add_reader(self._api.sentinel, self._on_api_end)
 
     def _start_engine(self) -> None:
@@ -265,6 +272,11 @@ def serve(settings: Settings) -> int:
     except OSError as error:
         log.error("host, port: cannot listen on %s:%d: %s", settings.host, settings.port, error.strerror)
         return 2
+    try:
+        admin_listeners = open_admin(settings)
+    except SettingsError as error:
+        log.error("%s", error)
+        return 2
     host, port = listener.getsockname()[:2]
     if settings.model is None:
         log.info(
@@ -274,4 +286,45 @@ def serve(settings: Settings) -> int:
     log.info("listening on %s (model loading; /readyz turns 200 when it is ready)", url)
     if not ipaddress.ip_address(host.partition("%")[0]).is_loopback:
         log.warning("%s can be reached from other machines, and nobody is asked for a key", url)
-    return asyncio.run(Supervisor(settings, listener).run())
+    try:
+        return asyncio.run(Supervisor(settings, listener, admin_listeners).run())
+    finally:
+        if settings.admin_socket is not None:
+            settings.admin_socket.unlink(missing_ok=True)
+
+
+def open_admin(settings: Settings) -> list[socket.socket]:
+    """What the admin routes are asked on: a port, a socket, both or nothing. Raises SettingsError."""
+    listeners: list[socket.socket] = []
+    if settings.admin_port is not None:
+        try:
+            listeners.append(socket.create_server(("127.0.0.1", settings.admin_port)))
+        except OSError as error:
+            place = f"127.0.0.1:{settings.admin_port}"
+            raise SettingsError(f"admin_port: cannot listen on {place}: {error.strerror}") from error
+        log.info("admin routes are on http://127.0.0.1:%d", listeners[0].getsockname()[1])
+    if (path := settings.admin_socket) is not None:
+        listener = socket.socket(socket.AF_UNIX)
+        listeners.append(listener)
+        umask = os.umask(0o177)  # its owner's alone from the first moment
+        try:
+            _remove_stale(path)
+            listener.bind(str(path))
+            listener.listen()
+        except OSError as error:
+            raise SettingsError(f"admin_socket: cannot listen on {path}: {error.strerror or error}") from error
+        finally:
+            os.umask(umask)
+        log.info("admin routes are on the unix socket %s", path)
+    return listeners
+
+
+def _remove_stale(path: Path) -> None:
+    """Remove a socket that nobody listens on, as a killed service leaves one. `bind` refuses whatever else is there."""
+    if path.is_socket():
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.setblocking(False)
+            try:
+                probe.connect(str(path))
+            except ConnectionRefusedError:
+                path.unlink()

@@ -4,6 +4,7 @@ import logging
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,16 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["generate", "x", "--model", "./none"], "megatron-gpt2: ./none: no such file or folder"),
         (["generate", "x", "--kv-memory", "1M"], "megatron-gpt2: kv_memory: 1048576 bytes hold"),
         (["generate", "x", "--device", "cuda:99"], "megatron-gpt2: device: cuda:99 was asked for"),
+        (["drain"], "megatron-gpt2: admin_port, admin_socket: one of them has to say where"),
+        (["drain", "--admin-port", "0"], "megatron-gpt2: admin_port, admin_socket: one of them has to say where"),
+        (["drain", "--admin-port", "70000"], "megatron-gpt2: --admin-port: Input should be less than or equal"),
+        (
+            ["drain", "--admin-socket", "./none"],
+            "megatron-gpt2: admin_socket: no service answers on none: No such",
+        ),
+        (["drain", "--admin-port", "1"], "megatron-gpt2: admin_port: no service answers on 127.0.0.1:1: Connection"),
+        (["drain", "--admin-port", "1", "--seconds", "-1"], "megatron-gpt2: --seconds: must be from 0 to 86400"),
+        (["drain", "--admin-port", "1", "--seconds", "nan"], "megatron-gpt2: --seconds: must be from 0 to 86400"),
     ],
 )
 def test_mistakes_end_with_2_and_a_line_that_names_the_flag(
@@ -190,6 +201,59 @@ def test_serve_on_a_port_in_use() -> None:
     assert 2 == done.returncode
     assert 1 == done.stderr.count("\n")
     assert f"host, port: cannot listen on 127.0.0.1:{port}: " in done.stderr
+
+
+def test_serve_on_an_admin_port_in_use() -> None:
+    """Ends with 2 at once, naming the setting and the address."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = run("serve", "--port", "0", "--admin-port", str(port), "--log-format", "text")
+    assert 2 == done.returncode
+    assert 1 == done.stderr.count("\n")
+    assert f"admin_port: cannot listen on 127.0.0.1:{port}: Address already in use" in done.stderr
+
+
+@pytest.mark.parametrize("there", ["socket", "file"])
+def test_serve_on_an_admin_socket_in_use(tmp_path: Path, there: str) -> None:
+    """By another service or as another file: ends with 2, naming the setting, and leaves it as it was."""
+    path = tmp_path / "admin"
+    with socket.socket(socket.AF_UNIX) as taken:
+        if there == "socket":
+            taken.bind(str(path))
+            taken.listen()
+        else:
+            path.write_text("kept")
+        done = run("serve", "--port", "0", "--admin-socket", str(path), "--log-format", "text")
+        assert 2 == done.returncode
+        assert 1 == done.stderr.count("\n")
+        assert f"admin_socket: cannot listen on {path}: Address already in use" in done.stderr
+        assert path.is_socket() if there == "socket" else "kept" == path.read_text()
+
+
+def test_drain_asks_what_is_no_service() -> None:
+    """What hangs up without an answer, or answers otherwise, is none of ours: 2 and a line that names the setting."""
+
+    def answer(connection: socket.socket, text: bytes) -> None:
+        with connection:
+            connection.recv(1000)
+            connection.sendall(text)
+
+    for text, said in (
+        (b"", "Remote end closed connection without response"),
+        (b"220 mail\r\n", "220 mail"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}", "POST /admin/drain was answered with a 200 that says"),
+        (b"HTTP/1.1 404 No\r\nContent-Length: 0\r\n\r\n", "POST /admin/drain was answered with a 404 that says"),
+    ):
+        with socket.create_server(("127.0.0.1", 0)) as other:
+            port = other.getsockname()[1]
+            thread = threading.Thread(target=lambda: answer(other.accept()[0], text))  # noqa: B023 - it ends in here
+            thread.start()
+            done = run("drain", "--admin-port", str(port))
+            thread.join()
+        assert (2, "") == (done.returncode, done.stdout)
+        assert done.stderr.startswith(f"megatron-gpt2: admin_port: no service answers on 127.0.0.1:{port}: ")
+        assert 1 == done.stderr.count("\n")
+        assert said in done.stderr
 
 
 def test_serve_without_its_folder(tmp_path: Path) -> None:

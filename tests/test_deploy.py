@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from service.api.process import _CLOSE_SECONDS
+from service.cli import _parser
 from service.serve import _END_SECONDS
 from service.settings import ENV_PREFIX, Settings, load
 
@@ -118,10 +119,29 @@ def test_variables_are_settings(service: str, monkeypatch: pytest.MonkeyPatch) -
 def test_compose_waits_longer_than_the_service_drains(service: str) -> None:
     """The drain, then the answers on their way out, then the end of both processes."""
     drain = float(COMPOSE["services"][service]["environment"]["MGPT_DRAIN_SECONDS"])
-    assert default("drain_seconds") == drain
+    assert default("drain_seconds") == drain >= default("unready_seconds")
     grace = re.fullmatch(r"(\d+)s", COMPOSE["services"][service]["stop_grace_period"])
     assert grace is not None
     assert int(grace[1]) > drain + _CLOSE_SECONDS + 2 * _END_SECONDS
+
+
+def test_documented_grace_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The example for Kubernetes follows the rule beside it, and the rule's 15 seconds are the processes' own."""
+    text = (ROOT / "docs" / "operations.md").read_text()
+    assert "terminationGracePeriodSeconds > preStop + max(drain_seconds, unready_seconds) + 15\n" in text
+    assert _CLOSE_SECONDS + 2 * _END_SECONDS <= 15
+    example = yaml.safe_load(re.findall(r"^```yaml\n(terminationGrace.*?)^```$", text, re.MULTILINE | re.DOTALL)[0])
+    (container,) = example["containers"]
+    for variable in container["env"]:
+        monkeypatch.setenv(variable["name"], variable["value"])
+    settings = load({})
+    assert settings.admin_socket is not None
+    program, command, *arguments = container["lifecycle"]["preStop"]["exec"]["command"]
+    assert ("megatron-gpt2", "drain") == (program, command)
+    given = vars(_parser().parse_args([command, *arguments]))
+    pause = max(given["seconds"], settings.unready_seconds)
+    drain = max(settings.drain_seconds, settings.unready_seconds)
+    assert example["terminationGracePeriodSeconds"] > pause + drain + 15
 
 
 @pytest.mark.parametrize("service", SERVICES)

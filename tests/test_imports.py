@@ -24,8 +24,9 @@ ALLOWED: dict[str, set[str]] = {
     "serve": {"api", "engine", "settings", "logs", "version"},
     "generate": {"api", "engine", "serve", "settings", "logs"},
     "convert": {"checkpoint", "serve", "settings", "logs"},
+    "drain": {"settings"},
     "verify": {"checkpoint", "engine", "model", "serve", "settings", "logs"},
-    "cli": {"serve", "generate", "convert", "verify", "settings", "version"},
+    "cli": {"serve", "generate", "convert", "verify", "drain", "settings", "version"},
     "load": {"version"},
     "demo": set(),
 }
@@ -44,6 +45,7 @@ TORCH_FREE = (
     "service.checkpoint.tokenizer",
     "service.settings",
     "service.serve",
+    "service.drain",
     "service.cli",
 )
 
@@ -119,7 +121,7 @@ def test_engine_speaks_no_http_and_no_text() -> None:
 
 def test_settings_are_read_by_the_command_line_and_the_composition_root_alone() -> None:
     readers = {module(file) for file in FILES if "service.settings" in imports(file)}
-    commands = {"service.serve", "service.generate", "service.convert", "service.verify"}
+    commands = {"service.serve", "service.generate", "service.convert", "service.verify", "service.drain"}
     assert {"service.cli", *commands} == readers
 
 

@@ -53,7 +53,7 @@ def create_app(
         redoc_url=None,
     )
     errors.install(app)
-    around = partial(RequestMiddleware, metrics=metrics, max_body_bytes=max_body_bytes)
+    around = partial(RequestMiddleware, client=client, metrics=metrics, max_body_bytes=max_body_bytes)
     app.add_middleware(around)
     completions.add_completions(
         app.router,

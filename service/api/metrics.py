@@ -154,16 +154,20 @@ class _ClientCollector(Collector):
         gauges = {
             "requests_running": ("Sequences that the engine works on.", stats.num_running),
             "requests_waiting": ("Sequences in the engine's queue.", stats.num_waiting),
+            "requests_open": ("Requests of clients that were taken and are not answered whole.", client.num_open),
             "queued_tokens": ("Tokens of requests that the engine has not begun.", client.backlog.num_tokens),
             "kv_cache_usage_ratio": ("Share of the KV blocks in use.", stats.num_blocks_used / (stats.num_blocks or 1)),
             "last_step_age_seconds": ("Silence of the engine while work is open.", client.last_message_age_seconds),
             "ready": ("1 when requests are taken.", client.ready),
-            "draining": ("1 when the service is shutting down.", client.phase == "drain"),
+            "draining": ("1 when the service is shutting down.", client.draining),
         }
         for name, (help, value) in gauges.items():
             yield GaugeMetricFamily(f"{_PREFIX}_{name}", help, value=float(value))
         yield CounterMetricFamily(
             f"{_PREFIX}_engine_restarts", "Engine processes started after the first.", value=client.num_restarts
+        )
+        yield CounterMetricFamily(
+            f"{_PREFIX}_drain_cut_requests", "Requests that a shutdown ended with an error.", value=client.num_cut
         )
         yield InfoMetricFamily(f"{_PREFIX}_build", "The service.", value={"version": self._version})
         if (model := client.model) is not None:

@@ -10,6 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.errors import ApiError, response_to
 from service.api.metrics import Metrics
+from service.engine.client import EngineClient
 
 log = logging.getLogger(__name__)
 
@@ -21,8 +22,9 @@ _QUIET_ROUTES = frozenset({"/livez", "/readyz", "/health", "/ping", "/metrics"})
 class RequestMiddleware:
     """Pure ASGI. Routes may add figures for the log line to `request.state.summary`; no text of a request does."""
 
-    def __init__(self, app: ASGIApp, *, metrics: Metrics, max_body_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, *, client: EngineClient, metrics: Metrics, max_body_bytes: int) -> None:
         self._app = app
+        self._client = client
         self._metrics = metrics
         self._max_body_bytes = max_body_bytes
 
@@ -44,6 +46,8 @@ class RequestMiddleware:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message = {**message, "headers": [*message["headers"], (b"x-request-id", request_id)]}
+                if self._client.draining:  # the next request has to find another replica
+                    message["headers"].append((b"connection", b"close"))
             await send(message)
 
         try:

@@ -7,24 +7,24 @@ when told to, or with its parent.
 import asyncio
 import contextlib
 import gc
-import logging
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from service.api.access import AccessConfig
+from service.api.admin import create_admin
 from service.api.app import create_app
+from service.api.drain import Drain
 from service.api.protocol import EnvelopeProtocol, HttpLimits
 from service.api.text import load_tokenizer
 from service.engine.backlog import QueueLimits
 from service.engine.client import EngineClient
 from service.engine.process import start_child
 from service.engine.request import ModelInfo
-
-log = logging.getLogger(__name__)
 
 # The supervisor's words, one a datagram; ENGINE brings a socket along.
 ENGINE, DRAIN, STOP, FAILED = b"engine", b"drain", b"stop", b"failed"
@@ -66,16 +66,20 @@ class _Server(uvicorn.Server):
         yield
 
 
-def main(config: ApiConfig, listener: socket.socket, control: socket.socket) -> None:
+def main(
+    config: ApiConfig, listener: socket.socket, admin_listeners: Sequence[socket.socket], control: socket.socket
+) -> None:
     """The process: serve until the supervisor says stop, or drained after it said drain."""
     start_child(level=config.log_level, json_lines=config.json_lines)
     gc.set_threshold(_GC_YOUNG, *gc.get_threshold()[1:])
     loop_factory = uvicorn.Config("", log_config=None).get_loop_factory()  # uvloop's, where there is one
     with asyncio.Runner(loop_factory=loop_factory) as runner:
-        runner.run(_serve(config, listener, control))
+        runner.run(_serve(config, listener, admin_listeners, control))
 
 
-async def _serve(config: ApiConfig, listener: socket.socket, control: socket.socket) -> None:
+async def _serve(
+    config: ApiConfig, listener: socket.socket, admin_listeners: Sequence[socket.socket], control: socket.socket
+) -> None:
     control.setblocking(False)
     client = EngineClient(
         api_number=0,
@@ -94,7 +98,36 @@ async def _serve(config: ApiConfig, listener: socket.socket, control: socket.soc
         version=config.version,
         load_tokenizer=lambda model: load_tokenizer(Path(model.folder), end_of_text_id=model.end_of_text_id),
     )
-    server = _Server(
+    drain = Drain(client, unready_seconds=config.unready_seconds)
+    server = _server(app, config)
+    admin = _server(create_admin(drain, client), config)
+    draining: set[asyncio.Task[None]] = set()
+
+    def hear() -> None:
+        word, descriptors, _, _ = socket.recv_fds(control, 64, 1)
+        if word == ENGINE:
+            client.attach(socket.socket(fileno=descriptors[0]))
+        elif word == FAILED:
+            client.fail()
+        elif word == DRAIN:
+            draining.add(asyncio.ensure_future(_finish(drain, config.drain_seconds, server)))
+        elif word == STOP:
+            drain.begin()
+            client.abandon("the service was stopped")
+            server.should_exit = True
+
+    asyncio.get_running_loop().add_reader(control, hear)
+    async with asyncio.TaskGroup() as group:
+        if admin_listeners:
+            group.create_task(admin.serve(sockets=list(admin_listeners)))
+        await server.serve(sockets=[listener])
+        admin.should_exit = True  # after the public one, so that whoever waits for a drain hears of its end
+    asyncio.get_running_loop().remove_reader(control)
+    await client.close()
+
+
+def _server(app: ASGIApp, config: ApiConfig) -> _Server:
+    return _Server(
         uvicorn.Config(
             app,
             http=EnvelopeProtocol,
@@ -106,35 +139,11 @@ async def _serve(config: ApiConfig, listener: socket.socket, control: socket.soc
             server_header=False,
         )
     )
-    draining: set[asyncio.Task[None]] = set()
-
-    def hear() -> None:
-        word, descriptors, _, _ = socket.recv_fds(control, 64, 1)
-        if word == ENGINE:
-            client.attach(socket.socket(fileno=descriptors[0]))
-        elif word == FAILED:
-            client.fail()
-        elif word == DRAIN:
-            client.drain()
-            draining.add(asyncio.ensure_future(_drain(client, server, config.drain_seconds)))
-        elif word == STOP:
-            client.drain()
-            client.abandon("the service was stopped")
-            server.should_exit = True
-
-    asyncio.get_running_loop().add_reader(control, hear)
-    await server.serve(sockets=[listener])
-    asyncio.get_running_loop().remove_reader(control)
-    await client.close()
 
 
-async def _drain(client: EngineClient, server: uvicorn.Server, drain_seconds: float) -> None:
-    """Answer what is open, for `drain_seconds` at most; the rest ends with an error. Then close the listener."""
-    try:
-        await asyncio.wait_for(client.wait_idle(), drain_seconds)
-    except TimeoutError:
-        log.warning("requests are still open after %g s of draining; ending them", drain_seconds)
-        client.abandon("the service is shutting down")
+async def _finish(drain: Drain, drain_seconds: float, server: uvicorn.Server) -> None:
+    """Answer what is open, then close the listener."""
+    await drain.finish(drain_seconds)
     server.should_exit = True
 
 

@@ -113,6 +113,7 @@ class EngineClient:
         self.on_stats: Callable[[EngineStats], None] = lambda _: None
         self.on_ready: Callable[[ModelInfo], Awaitable[None]] | None = None  # awaited before requests are taken
         self.num_restarts = 0
+        self.num_cut = 0  # requests that `abandon` has ended
 
     # What the routes ask
 
@@ -128,6 +129,15 @@ class EngineClient:
     @property
     def ready(self) -> bool:
         return self.phase == "ready"
+
+    @property
+    def draining(self) -> bool:
+        return self._draining
+
+    @property
+    def num_open(self) -> int:
+        """Requests that were taken and whose answer is not whole."""
+        return len(self._unique_streams())
 
     @property
     def last_message_age_seconds(self) -> float:
@@ -198,12 +208,15 @@ class EngineClient:
         """Return when no request is open."""
         await self._idle.wait()
 
-    def abandon(self, error: str) -> None:
-        """The service ends: so does everything open, as ABORT with an error."""
+    def abandon(self, error: str) -> int:
+        """The service ends: so does everything open, as ABORT with an error. Returns how many requests that cut."""
+        num_cut = len(self._busy)
+        self.num_cut += num_cut
         for stream in self._unique_streams():
             for request in stream._submit.requests:
                 self._abort(request.id, None)
             stream._end(Finish.ABORT, error)
+        return num_cut
 
     def fail(self, reason: str = "the engine failed too often and is not being restarted") -> None:
         """Nothing can be served any more: everything open ends with an error, and liveness is false."""
