@@ -1,9 +1,10 @@
-"""The command `megatron-gpt2`: serve, generate, convert, verify, drain."""
+"""The command `megatron-gpt2`: serve, generate, convert, verify, drain, key."""
 
 import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from service.settings import ENV_PREFIX, Settings, SettingsError, load
@@ -65,10 +66,29 @@ def _run(command: str, settings: Settings, own: dict[str, Any]) -> int:
             from service.drain import drain
 
             return drain(settings, seconds=own.get("seconds"))
+        case "key":
+            return _key(own.pop("action"), own)
         case _:
             from service.verify import verify
 
             return verify(settings)
+
+
+def _key(action: str, own: dict[str, Any]) -> int:
+    from service import key
+    from service.api.keys import AccessError
+
+    try:
+        match action:
+            case "new":
+                key.new(own.pop("name"), file=own.pop("file", None), limits=own)
+            case "list":
+                key.show(own["file"])
+            case _:
+                key.remove(own["name"], file=own["file"])
+    except AccessError as error:
+        raise SettingsError(str(error)) from error
+    return 0
 
 
 _SAMPLING: dict[str, tuple[type, str]] = {
@@ -99,8 +119,18 @@ _CONVERTING: dict[str, dict[str, Any]] = {
     "tokenizer": {"flag": "--tokenizer", "help": "Folder with the tokenizer; by default the checkpoint's, or GPT-2's."},
     "num_heads": {"flag": "--num-heads", "type": int, "help": "Attention heads, of a file that does not tell."},
 }
+_LIMITS = {
+    "requests_per_minute": "Requests a minute; without, as many as come.",
+    "max_concurrent": "Requests that may be open at a time; without, as many as come.",
+    "priority_floor": "The lowest priority number that its requests may have: lower ones are raised to it.",
+}
 # What is no setting.
-_OWN = {"generate": ("text", *_SAMPLING), "convert": ("target", *_CONVERTING), "drain": ("seconds",)}
+_OWN = {
+    "generate": ("text", *_SAMPLING),
+    "convert": ("target", *_CONVERTING),
+    "drain": ("seconds",),
+    "key": ("action", "name", "file", *_LIMITS),
+}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -143,7 +173,24 @@ def _parser() -> argparse.ArgumentParser:
         "are over, so that balancers have noticed.",
     )
     _add_settings(drain, ("admin_port", "admin_socket", "config"))
+    _add_key(commands.add_parser("key", help="make, list and remove API keys", allow_abbrev=False))
     return parser
+
+
+def _add_key(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True)
+    new = actions.add_parser("new", help="print a new key, once", allow_abbrev=False)
+    new.add_argument("name", help="who has it; the name is in the log and in the metrics")
+    new.add_argument(
+        "--file", type=Path, default=argparse.SUPPRESS, help="The file to add it to; without, its entry is printed too."
+    )
+    for name, description in _LIMITS.items():
+        new.add_argument(_flag(name), type=int, metavar="N", default=argparse.SUPPRESS, help=description)
+    show = actions.add_parser("list", help="print the names of a file's keys, and their limits", allow_abbrev=False)
+    remove = actions.add_parser("remove", help="take a key out of a file", allow_abbrev=False)
+    remove.add_argument("name", help="whose key")
+    for action in (show, remove):
+        action.add_argument("--file", type=Path, required=True, help="The file of keys.")
 
 
 def _without_flag(options: dict[str, Any]) -> dict[str, Any]:

@@ -22,8 +22,11 @@ from pathlib import Path
 
 import service.api.process as api
 import service.engine.process as engine
-from service.api.access import AccessConfig
+from service.api.access import Access, AccessConfig
+from service.api.cors import check_origins
+from service.api.keys import AccessError, named_keys
 from service.api.protocol import HttpLimits
+from service.api.tls import TlsConfig, check_tls
 from service.engine.backlog import QueueLimits
 from service.engine.config import EngineConfig
 from service.logs import configure_logging
@@ -95,13 +98,9 @@ class Supervisor:
                 header_seconds=settings.header_seconds,
                 body_seconds=settings.body_seconds,
             ),
-            access=AccessConfig(
-                keys=tuple(key.get_secret_value() for key in settings.api_key),
-                key_file=settings.api_key_file,
-                open_routes=frozenset(settings.open_routes),
-                share_prefixes=settings.share_prefixes,
-            ),
+            access=access_config(settings),
             cors_origins=settings.cors_origins,
+            tls=tls_config(settings),
             stream_keep_alive_seconds=settings.stream_keep_alive_seconds,
             http_keep_alive_seconds=settings.http_keep_alive_seconds,
             drain_seconds=settings.drain_seconds,
@@ -261,10 +260,36 @@ def engine_config(settings: Settings, *, json_lines: bool, device: str | None = 
     )
 
 
+def access_config(settings: Settings) -> AccessConfig:
+    """Who may ask. Raises AccessError."""
+    return AccessConfig(
+        keys=named_keys([key.get_secret_value() for key in settings.api_key]),
+        key_file=settings.api_key_file,
+        open_routes=frozenset(settings.open_routes),
+        share_prefixes=settings.share_prefixes,
+    )
+
+
+def tls_config(settings: Settings) -> TlsConfig:
+    password = settings.ssl_keyfile_password
+    return TlsConfig(
+        certfile=settings.ssl_certfile,
+        keyfile=settings.ssl_keyfile,
+        keyfile_password=None if password is None else password.get_secret_value(),
+    )
+
+
 def serve(settings: Settings) -> int:
     """Run the service; the exit code: 0 drained, 1 stopped or broken, 2 a setting or the model cannot be used."""
     configure_logging(level=settings.log_level, json_lines=wants_json(settings))
     os.environ["PYTHONSAFEPATH"] = "1"  # children must not import from a folder that the service is started in
+    try:
+        keys_on = Access(access_config(settings)).keys_on
+        check_origins(settings.cors_origins)
+        check_tls(tls_config(settings))
+    except AccessError as error:
+        log.error("%s", error)
+        return 2
     try:
         family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
         listener = socket.create_server((settings.host, settings.port), family=family, backlog=2048)
@@ -282,10 +307,14 @@ def serve(settings: Settings) -> int:
         log.info(
             "no model given: serving the embedded demo model; `megatron-gpt2 serve MODEL` serves a folder or a hub id"
         )
-    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    scheme = "http" if settings.ssl_certfile is None else "https"
+    url = f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
     log.info("listening on %s (model loading; /readyz turns 200 when it is ready)", url)
     if not ipaddress.ip_address(host.partition("%")[0]).is_loopback:
-        log.warning("%s can be reached from other machines, and nobody is asked for a key", url)
+        if keys_on:
+            log.info("%s can be reached from other machines, and asks for keys", url)
+        else:
+            log.warning("%s can be reached from other machines, and nobody is asked for a key", url)
     try:
         return asyncio.run(Supervisor(settings, listener, admin_listeners).run())
     finally:

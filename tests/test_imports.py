@@ -26,7 +26,8 @@ ALLOWED: dict[str, set[str]] = {
     "convert": {"checkpoint", "serve", "settings", "logs"},
     "drain": {"settings"},
     "verify": {"checkpoint", "engine", "model", "serve", "settings", "logs"},
-    "cli": {"serve", "generate", "convert", "verify", "drain", "settings", "version"},
+    "key": {"api"},
+    "cli": {"api", "key", "serve", "generate", "convert", "verify", "drain", "settings", "version"},
     "load": {"version"},
     "demo": set(),
 }

@@ -10,7 +10,9 @@ from pydantic.json_schema import models_json_schema
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.api import completions, errors, megatron, scoring, tokens
+from service.api.access import Access
 from service.api.body import DirectRoute
+from service.api.cors import Cors
 from service.api.docs import docs_router
 from service.api.metrics import Metrics
 from service.api.middleware import RequestMiddleware
@@ -32,6 +34,8 @@ def create_app(
     stream_keep_alive_seconds: float,
     version: str,
     load_tokenizer: Callable[[ModelInfo], Tokenizer],
+    access: Access,
+    cors_origins: Sequence[str] = (),
 ) -> ASGIApp:
     """The application over `client`, whose hooks it takes: call this before `client.attach`.
 
@@ -53,7 +57,7 @@ def create_app(
         redoc_url=None,
     )
     errors.install(app)
-    around = partial(RequestMiddleware, client=client, metrics=metrics, max_body_bytes=max_body_bytes)
+    around = partial(RequestMiddleware, access=access, client=client, metrics=metrics, max_body_bytes=max_body_bytes)
     app.add_middleware(around)
     completions.add_completions(
         app.router,
@@ -75,14 +79,16 @@ def create_app(
         operations_router(client=client, served=served, metrics=metrics, version=version), tags=["Operations"]
     )
     app.include_router(docs_router())
-    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
-    return _Dispatch(app, around)
+    app.openapi = lambda: _openapi(app, access)  # type: ignore[method-assign]
+    dispatch = _Dispatch(app, around)
+    return Cors(dispatch, cors_origins) if cors_origins else dispatch
 
 
 class _Dispatch:
     """Direct routes at once, all else through FastAPI, whose layers are a sixth of what a plain request costs."""
 
     def __init__(self, app: FastAPI, around: Callable[[ASGIApp], ASGIApp]) -> None:
+        self.routes = app.routes
         self._app = app
         self._direct = {
             (method, route.path): around(route.handle)
@@ -98,7 +104,7 @@ class _Dispatch:
         await app(scope, receive, send)
 
 
-def _openapi(app: FastAPI) -> dict[str, Any]:
+def _openapi(app: FastAPI, access: Access) -> dict[str, Any]:
     """FastAPI's schema, and the request bodies, which the routes read by themselves to bound and thread parsing."""
     if app.openapi_schema is None:
         app.openapi_schema = get_openapi(
@@ -114,7 +120,18 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
             [(body, "validation") for body in bodies], ref_template="#/components/schemas/{model}"
         )
         app.openapi_schema["components"]["schemas"] |= schemas["$defs"]
-        for operations in app.openapi_schema["paths"].values():
+        for path, operations in app.openapi_schema["paths"].items():
             for operation in operations.values():
                 operation["responses"].pop("422", None)  # FastAPI's own; nothing here answers so
+                if not access.is_open(path):
+                    _ask_for_a_key(operation, envelope="MessageEnvelope" if path == "/api" else "ErrorEnvelope")
+        if access.keys_on:
+            app.openapi_schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     return app.openapi_schema
+
+
+def _ask_for_a_key(operation: dict[str, Any], *, envelope: str) -> None:
+    operation["security"] = [{"key": []}]
+    content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{envelope}"}}}
+    for status, documented in errors.documented(401, 429).items():
+        operation["responses"].setdefault(str(status), {**documented, "content": content}).pop("model", None)

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from service.api import errors
+from service.api.access import Caller
 from service.api.metrics import Metrics
 from service.engine.client import EngineClient
 from service.engine.request import Logprobs, Request, SamplingParams
@@ -119,6 +120,7 @@ async def search_beams(
     prompt: tuple[int, ...],
     *,
     banned: tuple[int, int] | None,
+    caller: Caller,
     summary: dict[str, Any],
 ) -> list[Hypothesis]:
     """Run the search after `prompt`, where the second token of `banned` may not follow the first.
@@ -129,9 +131,13 @@ async def search_beams(
     num_best = search.width + NUM_MORE_CANDIDATES
     params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True, num_logprobs=num_best)
 
-    def requests(priority: int = 0) -> list[Request]:
-        beams = search.open
-        return [Request(client.new_request_id(), prompt + beam.token_ids, priority=priority) for beam in beams]
+    def requests(priority: int) -> list[Request]:
+        return [
+            Request(
+                client.new_request_id(), prompt + beam.token_ids, priority=priority, cache_salt=caller.cache_salt("")
+            )
+            for beam in search.open
+        ]
 
     def candidates(request: Request) -> Candidates:
         for token_id, logprob in _best(found[request.id]):
@@ -139,7 +145,7 @@ async def search_beams(
                 yield token_id, logprob
 
     best: list[Hypothesis] = []
-    group = requests()
+    group = requests(caller.priority(0))
     found: dict[int, Logprobs] = {}
     stream = client.submit(group, params, patient=True)
     metrics.prompt_tokens.inc(len(prompt))

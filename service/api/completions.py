@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
 from service.api import answers, errors
+from service.api.access import Caller
 from service.api.admission import Admitted, admit
 from service.api.body import DirectRoute, documented_body, parse_body, read_body, work_on
 from service.api.choice import Choice, Piece
@@ -49,9 +50,15 @@ def add_completions(
         admitted = await work_on(
             body, lambda _: admit(ask, served, model, max_choices=max_choices), slow=ask.slow_to_admit
         )
-        summary = request.state.summary
         completion = Completion(
-            client, served, metrics, model, admitted=admitted, arrived_at=arrived_at, summary=summary
+            client,
+            served,
+            metrics,
+            model,
+            caller=request.state.caller,
+            admitted=admitted,
+            arrived_at=arrived_at,
+            summary=request.state.summary,
         )
         if ask.stream:
             return EventStream(
@@ -93,6 +100,7 @@ class Completion:
         metrics: Metrics,
         model: ModelInfo,
         *,
+        caller: Caller,
         admitted: Admitted,
         arrived_at: float,
         summary: dict[str, Any],
@@ -111,8 +119,8 @@ class Completion:
                 prompt,
                 num_samples,
                 score_from=1 if scored and len(prompt) > 1 else None,
-                priority=ask.priority,
-                cache_salt=ask.cache_salt,
+                priority=caller.priority(ask.priority),
+                cache_salt=caller.cache_salt(ask.cache_salt),
             )
             for prompt in admitted.prompts
         ]

@@ -120,6 +120,7 @@ def check_ids(param: str, token_ids: Collection[int], vocab_size: int) -> None:
 
 _DESCRIPTIONS: Mapping[int, str] = {
     400: "A field, or the body, that cannot be used; `param` names it.",
+    401: "No key, or one that is not known here.",
     404: "A model or a route that is not here.",
     413: "The body is over the limit.",
     429: "The queue is full, or the request was not begun in time; Retry-After says when to try again.",
@@ -132,6 +133,22 @@ _DESCRIPTIONS: Mapping[int, str] = {
 def documented(*statuses: int, model: type[ErrorEnvelope] = ErrorEnvelope) -> dict[int | str, dict[str, Any]]:
     """Error answers of a route, for the schema."""
     return {status: {"model": model, "description": _DESCRIPTIONS[status]} for status in statuses}
+
+
+def unauthorized() -> ApiError:
+    return ApiError(
+        401,
+        "This service asks for a key, and was sent none that it knows: Authorization: Bearer KEY.",
+        type="authentication_error",
+        code="invalid_api_key",
+        headers={"WWW-Authenticate": "Bearer"},
+    )
+
+
+def over_quota(code: str, message: str, *, seconds: float) -> ApiError:
+    """A 429 to try again after so many seconds; clients are told a whole number of them, within a minute."""
+    headers = {"Retry-After": str(min(60, max(1, math.ceil(seconds))))}
+    return ApiError(429, message, type="rate_limit_error", code=code, headers=headers)
 
 
 def unavailable(error: EngineUnavailable) -> ApiError:

@@ -183,7 +183,7 @@ def megatron_router(*, client: EngineClient, served: ServedModel, metrics: Metri
         ask = await work_on(body, lambda body: parse_body(body, MegatronRequest))
         prompts = await work_on(body, lambda _: _prompt_ids(ask, served, model, max_choices=max_choices))
         lines = _Lines(ask, served.tokenizer)
-        summary = request.state.summary
+        caller, summary = request.state.caller, request.state.summary
         figures: dict[str, Any]
         if ask.beam_width is None:
             texts = await while_connected(
@@ -195,6 +195,7 @@ def megatron_router(*, client: EngineClient, served: ServedModel, metrics: Metri
                     _sampling_params(ask, lines, model),
                     doubled=lines.doubled,
                     completing_ids=lines.completing_ids,
+                    caller=caller,
                     summary=summary,
                 ),
             )
@@ -209,7 +210,7 @@ def megatron_router(*, client: EngineClient, served: ServedModel, metrics: Metri
             )
             best = await while_connected(
                 request.scope,
-                search_beams(search, client, metrics, prompts[0], banned=lines.banned, summary=summary),
+                search_beams(search, client, metrics, prompts[0], banned=lines.banned, caller=caller, summary=summary),
             )
             tokens = [[*prompts[0], *hypothesis.token_ids] for hypothesis in best]
             figures = {"scores": [hypothesis.score for hypothesis in best]}

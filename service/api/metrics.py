@@ -45,7 +45,9 @@ _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"
 
 
 class Metrics:
-    """All metrics. Labels are bounded: routes by their template, methods and statuses of HTTP, four finish reasons."""
+    """All metrics. Labels are bounded: routes by their template, methods and statuses of HTTP, four finish reasons, and
+    names of keys.
+    """
 
     def __init__(self, client: EngineClient, *, version: str) -> None:
         self._client = client
@@ -65,6 +67,9 @@ class Metrics:
         self.end_to_end = self._histogram("request_seconds", "From submission to the end of a finished request.")
         self.queue = self._histogram("queue_seconds", "From submission until the engine starts on a prompt.")
         self._responses = self._counter("http_responses", "HTTP answers.", "method", "route", "status")
+        self._client_requests = self._counter(
+            "client_requests", "HTTP requests by the name of their key, where keys are asked for.", "client", "status"
+        )
         self._steps = self._count("steps", "Steps of the engine.")
         self._preemptions = self._count("preemptions", "Sequences that gave up their blocks and began again.")
         self._prefix_queries = self._count("prefix_cache_queries", "Prompt tokens looked up in shared blocks.")
@@ -78,6 +83,10 @@ class Metrics:
     def http_response(self, *, method: str, route: str, status: int) -> None:
         """`route` is a template such as /v1/models/{id}, never a raw path."""
         self._responses_of(method if method in _METHODS else "other", route, status).inc()
+
+    def client_request(self, *, client: str, status: int) -> None:
+        """`client` is the name of a key in force, or UNKNOWN."""
+        self._client_requests.labels(client, status).inc()
 
     @contextmanager
     def follow(self, stream: Stream, count_unfinished: Callable[[], int]) -> Iterator[None]:

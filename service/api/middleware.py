@@ -1,4 +1,4 @@
-"""Around every request: its id, a bound on its body, one log line, one count, and an answer to what nobody expected."""
+"""Around every request: who asks, its id, a bound on its body, one log line, its counts, an answer to any exception."""
 
 import logging
 import re
@@ -8,7 +8,9 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.api.errors import ApiError, response_to
+from service.api.access import Access, Caller
+from service.api.errors import ApiError, response_to, unauthorized
+from service.api.keys import UNKNOWN
 from service.api.metrics import Metrics
 from service.engine.client import EngineClient
 
@@ -20,10 +22,17 @@ _QUIET_ROUTES = frozenset({"/livez", "/readyz", "/health", "/ping", "/metrics"})
 
 
 class RequestMiddleware:
-    """Pure ASGI. Routes may add figures for the log line to `request.state.summary`; no text of a request does."""
+    """Pure ASGI. Nothing comes past it without a key where one is needed: that is the 401 of any path, known or not.
 
-    def __init__(self, app: ASGIApp, *, client: EngineClient, metrics: Metrics, max_body_bytes: int) -> None:
+    Routes find the Caller in `request.state.caller`, and may add figures for the log line to `request.state.summary`;
+    no text of a request does.
+    """
+
+    def __init__(
+        self, app: ASGIApp, *, access: Access, client: EngineClient, metrics: Metrics, max_body_bytes: int
+    ) -> None:
         self._app = app
+        self._access = access
         self._client = client
         self._metrics = metrics
         self._max_body_bytes = max_body_bytes
@@ -38,7 +47,9 @@ class RequestMiddleware:
         if not _REQUEST_ID.fullmatch(request_id):
             request_id = secrets.token_hex(16).encode()
         summary: dict[str, Any] = {}
-        scope.setdefault("state", {})["summary"] = summary
+        state = scope.setdefault("state", {})
+        state["summary"] = summary
+        caller: Caller | None = None
         status = 0
 
         async def send_with_id(message: Message) -> None:
@@ -51,7 +62,11 @@ class RequestMiddleware:
             await send(message)
 
         try:
-            await self._app(scope, self._bounded(receive, headers.get(b"content-length")), send_with_id)
+            state["caller"] = caller = self._access.caller_of(scope, headers.get(b"authorization", b""))
+            if caller is None:
+                raise unauthorized()
+            with caller.held():
+                await self._app(scope, self._bounded(receive, headers.get(b"content-length")), send_with_id)
         except Exception as error:
             answer = response_to(error, scope)
             if status:  # too late for an answer; the server breaks the connection off
@@ -60,10 +75,14 @@ class RequestMiddleware:
         finally:
             route = getattr(scope.get("route"), "path", "other")
             self._metrics.http_response(method=scope["method"], route=route, status=status)
+            client = UNKNOWN if caller is None else caller.name
+            if caller is None or caller.quota is not None:
+                self._metrics.client_request(client=client, status=status)
             level = logging.DEBUG if route in _QUIET_ROUTES else logging.INFO
             if log.isEnabledFor(level):
                 figures = {
                     "request_id": request_id.decode(),
+                    "client": client,
                     "method": scope["method"],
                     "route": route,
                     "status": status,

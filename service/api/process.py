@@ -11,16 +11,18 @@ import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
 
-from service.api.access import AccessConfig
+from service.api.access import Access, AccessConfig
 from service.api.admin import create_admin
 from service.api.app import create_app
 from service.api.drain import Drain
 from service.api.protocol import EnvelopeProtocol, HttpLimits
 from service.api.text import load_tokenizer
+from service.api.tls import TlsConfig
 from service.engine.backlog import QueueLimits
 from service.engine.client import EngineClient
 from service.engine.process import start_child
@@ -48,6 +50,7 @@ class ApiConfig:
     http: HttpLimits
     access: AccessConfig
     cors_origins: tuple[str, ...]
+    tls: TlsConfig
     stream_keep_alive_seconds: float
     http_keep_alive_seconds: int
     drain_seconds: float
@@ -97,9 +100,18 @@ async def _serve(
         stream_keep_alive_seconds=config.stream_keep_alive_seconds,
         version=config.version,
         load_tokenizer=lambda model: load_tokenizer(Path(model.folder), end_of_text_id=model.end_of_text_id),
+        access=Access(config.access),
+        cors_origins=config.cors_origins,
     )
     drain = Drain(client, unready_seconds=config.unready_seconds)
-    server = _server(app, config)
+    tls = config.tls
+    server = _server(
+        app,
+        config,
+        ssl_certfile=tls.certfile,
+        ssl_keyfile=tls.keyfile,
+        ssl_keyfile_password=tls.keyfile_password,
+    )
     admin = _server(create_admin(drain, client), config)
     draining: set[asyncio.Task[None]] = set()
 
@@ -126,12 +138,13 @@ async def _serve(
     await client.close()
 
 
-def _server(app: ASGIApp, config: ApiConfig) -> _Server:
+def _server(app: ASGIApp, config: ApiConfig, **tls: Any) -> _Server:
     return _Server(
         uvicorn.Config(
             app,
             http=EnvelopeProtocol,
-            proxy_headers=False,  # nobody reads where a request comes from
+            **tls,
+            proxy_headers=False,  # a client is its key, or the address it has here: a header could say any other
             access_log=False,  # the app writes a line a request itself
             log_config=None,
             timeout_keep_alive=config.http_keep_alive_seconds,

@@ -15,6 +15,7 @@ from pydantic import BaseModel, Field
 from starlette.responses import Response
 
 from service.api import answers, errors
+from service.api.access import Caller
 from service.api.body import Body, documented_body, parse_body, read_body, work_on
 from service.api.completions import usage_of
 from service.api.connection import while_connected
@@ -112,6 +113,7 @@ def scoring_router(*, client: EngineClient, served: ServedModel, metrics: Metric
             pairs,
             timeout_seconds=ask.timeout_seconds,
             arrived_at=arrived_at,
+            caller=request.state.caller,
             summary=request.state.summary,
         )
         deltas = await while_connected(request.scope, work)
@@ -133,13 +135,20 @@ async def _scored(
     metrics: Metrics,
     pairs: Sequence[_Pair],
     *,
+    caller: Caller,
     timeout_seconds: float | None,
     arrived_at: float,
     summary: dict[str, Any],
 ) -> list[Delta]:
     """The engine's one Delta of each pair. Raises ApiError, EngineUnavailable and DeadlineExceeded."""
     requests = [
-        EngineRequest(client.new_request_id(), pair.context + pair.continuation, score_from=len(pair.context))
+        EngineRequest(
+            client.new_request_id(),
+            pair.context + pair.continuation,
+            score_from=len(pair.context),
+            priority=caller.priority(0),
+            cache_salt=caller.cache_salt(""),
+        )
         for pair in pairs
     ]
     prompt_tokens = sum(len(request.prompt) for request in requests)

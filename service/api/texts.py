@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from service.api import errors
+from service.api.access import Caller
 from service.api.metrics import Metrics
 from service.engine.client import EngineClient
 from service.engine.request import Delta, Finish, Request, SamplingParams
@@ -46,6 +47,7 @@ async def sample_texts(
     *,
     doubled: int | None,
     completing_ids: bytes,
+    caller: Caller,
     summary: dict[str, Any],
 ) -> list[Text]:
     """The text of each prompt, in their order; its prompt's log-probabilities too, where `params` have any.
@@ -55,7 +57,14 @@ async def sample_texts(
     """
     scored = params.num_logprobs is not None
     requests = {
-        prompt: Request(client.new_request_id(), prompt, count, score_from=1 if scored and len(prompt) > 1 else None)
+        prompt: Request(
+            client.new_request_id(),
+            prompt,
+            count,
+            score_from=1 if scored and len(prompt) > 1 else None,
+            priority=caller.priority(0),
+            cache_salt=caller.cache_salt(""),
+        )
         for prompt, count in Counter(prompts).items()
     }
     texts: dict[tuple[int, int], Text] = {}

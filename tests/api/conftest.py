@@ -12,6 +12,7 @@ import pytest
 import uvicorn
 
 import service.demo
+from service.api.access import Access, AccessConfig
 from service.api.app import create_app
 from service.api.protocol import EnvelopeProtocol
 from service.api.text import Tokenizer, load_tokenizer
@@ -36,6 +37,7 @@ class Service:
     http: httpx.AsyncClient
     url: str
     tokenizer: Tokenizer
+    app: Any
     extra_engines: list[FakeEngine] = field(default_factory=list)
 
     async def complete(self, **body: Any) -> dict[str, Any]:
@@ -85,11 +87,18 @@ async def start(tokenizer: Tokenizer) -> AsyncIterator[Start]:
             "stream_keep_alive_seconds": 15.0,
             "version": "1.2.3",
             "load_tokenizer": lambda _: tokenizer,
+            "access": Access(AccessConfig()),
         }
         app = create_app(client=client, **(defaults | arguments))
         client.attach(engine.api_end)
         config = uvicorn.Config(
-            app, http=EnvelopeProtocol, log_config=None, lifespan="off", access_log=False, ws="none"
+            app,
+            http=EnvelopeProtocol,
+            log_config=None,
+            lifespan="off",
+            access_log=False,
+            ws="none",
+            proxy_headers=False,
         )
         server = uvicorn.Server(config)
         listener = socket.create_server(("127.0.0.1", 0))
@@ -104,7 +113,7 @@ async def start(tokenizer: Tokenizer) -> AsyncIterator[Start]:
             verify=False,
             limits=httpx.Limits(max_connections=200),
         )
-        running = Service(engine, client, http, url, tokenizer)
+        running = Service(engine, client, http, url, tokenizer, app)
 
         async def stop() -> None:
             await http.aclose()

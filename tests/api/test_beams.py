@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from service.api.access import Caller
 from service.api.beams import MAX_BEAMS, NUM_MORE_CANDIDATES, BeamSearch, Hypothesis, search_beams
 from service.api.metrics import Metrics
 from service.engine.client import EngineClient
@@ -267,7 +268,7 @@ async def test_beams_share_the_blocks_of_what_they_have_in_common(
     watched = Watched(len(prompt), **rules)
     metrics = Metrics(client, version="1")
     summary: dict[str, Any] = {}
-    found = await search_beams(watched, client, metrics, prompt, banned=(7, 8), summary=summary)
+    found = await search_beams(watched, client, metrics, prompt, banned=(7, 8), caller=Caller("x"), summary=summary)
     expected = megatron(fake_logprobs, prompt, **rules, banned=(7, 8))
     check(expected, found, stop_token)
     num_tokens = sum(len(tokens) for tokens, _ in expected)

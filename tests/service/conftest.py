@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,8 +48,8 @@ def start() -> Iterator[Callable[..., Server]]:
     """Start a server for one test, which may break it: what is left of it is killed."""
     servers: list[Server] = []
 
-    def start_server(*arguments: str, ready: bool = True) -> Server:
-        server = Server(*arguments)
+    def start_server(*arguments: str, ready: bool = True, **options: Any) -> Server:
+        server = Server(*arguments, **options)
         servers.append(server)
         if ready:
             server.wait_ready()

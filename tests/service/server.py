@@ -4,11 +4,12 @@ import asyncio
 import json
 import os
 import signal
+import ssl
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -50,13 +51,17 @@ def _is_alive(process: psutil.Process) -> bool:
 class Server:
     """`megatron-gpt2 serve` on a free port, from its first log line to its end. It leads a process group."""
 
-    def __init__(self, *arguments: str) -> None:
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("MGPT_")}
+    def __init__(
+        self, *arguments: str, environment: Mapping[str, str] | None = None, verify: ssl.SSLContext | bool = True
+    ) -> None:
+        """`environment` is added to that of the tests; `verify` is httpx's, for a server with a certificate."""
+        self.verify = verify
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("MGPT_")}
         self.process = subprocess.Popen(
             [COMMAND, "serve", *arguments, "--port", "0", "--cpu-threads", "1", "--log-format", "json"],
             stderr=subprocess.PIPE,
             text=True,
-            env=environment,
+            env={**inherited, **(environment or {})},
             start_new_session=True,
         )
         self.log: list[str] = []
@@ -76,7 +81,7 @@ class Server:
 
     def wait_ready(self, seconds: float = 90) -> None:
         """Return when /readyz is 200."""
-        with httpx.Client(base_url=self.url, timeout=seconds) as http:
+        with httpx.Client(base_url=self.url, timeout=seconds, verify=self.verify) as http:
             deadline = time.monotonic() + seconds
             while http.get("/readyz").status_code != 200:
                 assert time.monotonic() < deadline, self.log
