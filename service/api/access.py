@@ -2,6 +2,7 @@
 
 import hashlib
 import hmac
+import ipaddress
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -75,8 +76,7 @@ class Access:
     def caller_of(self, scope: Scope, authorization: bytes) -> Caller | None:
         """Whose request `scope` is; None without a key that is known, where one is needed."""
         if self.is_open(scope["path"]):
-            client = scope.get("client")
-            return Caller(client[0] if client else "local")
+            return Caller(_address(scope))
         scheme, _, key = authorization.partition(b" ")
         digest = hashlib.sha256(key.strip()).digest()
         found = None
@@ -98,3 +98,9 @@ class Access:
         quota = quota or Quota(key, clock=self._clock)
         quota.key = key
         return Caller(key.name, quota, key.priority_floor, key.name if self._salted else None)
+
+
+def _address(scope: Scope) -> str:
+    """Where a request comes from. Of IPv6 the first 64 bits: whoever has one such address has all that begin so."""
+    host = str(client[0]) if (client := scope.get("client")) else "local"
+    return str(ipaddress.ip_network((host.partition("%")[0], 64), strict=False)) if ":" in host else host

@@ -147,7 +147,7 @@ async def search_beams(
     best: list[Hypothesis] = []
     group = requests(caller.priority(0))
     found: dict[int, Logprobs] = {}
-    stream = client.submit(group, params, patient=True)
+    stream = client.submit(group, params, patient=True, client=caller.name)
     metrics.prompt_tokens.inc(len(prompt))
     try:
         with metrics.follow(stream, lambda: search.width - len(best)):

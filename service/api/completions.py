@@ -45,6 +45,7 @@ def add_completions(
     async def complete(request: Request) -> Response:
         arrived_at = time.monotonic()
         model = client.check_ready()
+        client.check_room(request.state.caller.name)  # before the work of reading it
         body = await read_body(request)
         ask = await work_on(body, lambda body: parse_body(body, CompletionRequest))
         admitted = await work_on(
@@ -159,6 +160,7 @@ class Completion:
             completing_ids=admitted.completing_ids,
             # Whoever waits for the whole needs no piece of it, but where pieces decide where it ends.
             patient=not ask.stream and ask.repetition_stop is None,
+            client=caller.name,
             timeout_seconds=ask.timeout_seconds,
             queue_timeout_seconds=ask.queue_timeout_seconds,
             arrived_at=arrived_at,

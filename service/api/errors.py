@@ -1,6 +1,6 @@
 """The one error envelope, and the table from exceptions to statuses. Every route and middleware answers through it.
 
-    ApiError               carries its status, type, code and parameter
+    ApiError               carries its status, type, code and parameter; 401 and a key's 429 are such
     EngineUnavailable      503 + Retry-After, by the table below
     Overloaded             429 + Retry-After, which it has from the backlog
     DeadlineExceeded       504
@@ -123,7 +123,7 @@ _DESCRIPTIONS: Mapping[int, str] = {
     401: "No key, or one that is not known here.",
     404: "A model or a route that is not here.",
     413: "The body is over the limit.",
-    429: "The queue is full, or the request was not begun in time; Retry-After says when to try again.",
+    429: "The queue is full, not begun in time, or over a key's quota; Retry-After says when to try again.",
     500: "A fault of the server; the request has ended.",
     503: "Loading, restarting or shutting down; Retry-After says when to try again.",
     504: "Not finished within timeout_seconds.",

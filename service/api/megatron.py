@@ -179,6 +179,7 @@ def megatron_router(*, client: EngineClient, served: ServedModel, metrics: Metri
 
     async def generate(request: Request) -> Response:
         model = client.check_ready()
+        client.check_room(request.state.caller.name)
         body = await read_body(request)
         ask = await work_on(body, lambda body: parse_body(body, MegatronRequest))
         prompts = await work_on(body, lambda _: _prompt_ids(ask, served, model, max_choices=max_choices))

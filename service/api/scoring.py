@@ -105,6 +105,7 @@ def scoring_router(*, client: EngineClient, served: ServedModel, metrics: Metric
     async def score(request: Request) -> Response:
         arrived_at = time.monotonic()
         model = client.check_ready()
+        client.check_room(request.state.caller.name)
         body = await read_body(request)
         ask, pairs = await work_on(body, lambda body: read(body, model))
         work = _scored(
@@ -152,7 +153,14 @@ async def _scored(
         for pair in pairs
     ]
     prompt_tokens = sum(len(request.prompt) for request in requests)
-    stream = client.submit(requests, _SCORING, patient=True, timeout_seconds=timeout_seconds, arrived_at=arrived_at)
+    stream = client.submit(
+        requests,
+        _SCORING,
+        patient=True,
+        client=caller.name,
+        timeout_seconds=timeout_seconds,
+        arrived_at=arrived_at,
+    )
     metrics.prompt_tokens.inc(prompt_tokens)
     deltas: dict[int, Delta] = {}
     try:

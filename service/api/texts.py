@@ -79,7 +79,9 @@ async def sample_texts(
     def count_unfinished() -> int:
         return sum(text.finish is None for text in texts.values())
 
-    stream = client.submit(list(requests.values()), params, completing_ids=completing_ids, patient=True)
+    stream = client.submit(
+        list(requests.values()), params, completing_ids=completing_ids, patient=True, client=caller.name
+    )
     metrics.prompt_tokens.inc(num_prompt_tokens)
     try:
         with metrics.follow(stream, count_unfinished):

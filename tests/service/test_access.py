@@ -190,8 +190,9 @@ async def test_no_secret_and_no_text_of_a_request_is_in_the_log(
     for head in (b"SECRETmethod /SECRETpath HTTP/1.1", b"GET /SECRETpath HTTP/9.9", b"\x00\x01SECRETbytes", b"GET"):
         reader, writer = await asyncio.open_connection(url.host, url.port)
         writer.write(head + b"\r\nSECRETheader\x00: SECRETvalue\r\n\r\n")
-        await reader.read(4096)
+        await reader.read()
         writer.close()
+        await writer.wait_closed()
     leaving = asyncio.ensure_future(client.post(prompt="SECRETprompt", max_tokens=1000, ignore_eos=True, stream=True))
     await client.wait_metric("requests_running", 1)
     server.engine.kill()  # an error within a stream, and a restart
@@ -236,6 +237,7 @@ async def test_tls(start: Start, authority: tuple[Path, ssl.SSLContext]) -> None
 
         await eventually(lambda: is_running(True))
         leaving.cancel()
+        await asyncio.wait([leaving])
         await eventually(lambda: is_running(False), seconds=5)
     async with httpx.AsyncClient(base_url=server.url, timeout=10) as stranger:
         with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
