@@ -334,6 +334,31 @@ async def test_the_log_line_has_the_name_and_never_the_key(guarded: Service, cap
     assert "mgpt-" not in caplog.text
 
 
+async def test_clients_take_turns_by_their_keys(guarded: Service) -> None:
+    """On every route the engine hears whose requests they are."""
+    await submitted(guarded, bearer("alice"))
+    await submitted(guarded, bearer("bob"))
+    clients = [submit.client for submit in guarded.engine.submits]
+    assert {"alice", "bob"} == set(clients)
+    assert clients == sorted(clients)
+
+
+@pytest.mark.parametrize(
+    ("address", "name"),
+    [
+        ("192.0.2.7", "192.0.2.7"),
+        ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
+        ("2001:db8:1:2:ffff::1", "2001:db8:1:2::/64"),
+        ("fe80::1%eth0", "fe80::/64"),
+        ("testclient", "testclient"),
+    ],
+)
+def test_an_ipv6_client_is_its_network(address: str, name: str) -> None:
+    """Whoever has one address of it has 2^64."""
+    scope = {"type": "http", "path": "/x", "client": (address, 5)}
+    assert Caller(name) == Access(AccessConfig()).caller_of(scope, b"")
+
+
 async def test_without_keys_a_client_is_its_address(api: Service, caplog: pytest.LogCaptureFixture) -> None:
     """What a header says of it counts for nothing; where there is no address, it is local. No client is a series."""
     with caplog.at_level(logging.INFO, "service.api.middleware"):
