@@ -319,4 +319,4 @@ def _refuse_unsupported(body: Mapping[str, Any]) -> None:
             hint = f": {_INSTEAD[name]}" if name in _INSTEAD else ""
             raise invalid(name, f"is not supported by this server{hint}")
     if unknown := unknown - _UNSUPPORTED.keys():
-        log.debug("ignored unknown fields: %s", ", ".join(sorted(unknown))[:500])
+        log.debug("ignored unknown fields: %s", ", ".join(map(ascii, sorted(unknown)))[:500])
