@@ -29,6 +29,7 @@ from service.api.protocol import HttpLimits
 from service.api.tls import TlsConfig, check_tls
 from service.engine.backlog import QueueLimits
 from service.engine.config import EngineConfig
+from service.listening import connections_within, open_listener
 from service.logs import configure_logging
 from service.settings import Settings, SettingsError
 from service.version import VERSION
@@ -282,6 +283,7 @@ def tls_config(settings: Settings) -> TlsConfig:
 def serve(settings: Settings) -> int:
     """Run the service; the exit code: 0 drained, 1 stopped or broken, 2 a setting or the model cannot be used."""
     configure_logging(level=settings.log_level, json_lines=wants_json(settings))
+    settings = settings.model_copy(update={"max_connections": connections_within(settings.max_connections)})
     os.environ["PYTHONSAFEPATH"] = "1"  # children must not import from a folder that the service is started in
     try:
         keys_on = Access(access_config(settings)).keys_on
@@ -291,9 +293,7 @@ def serve(settings: Settings) -> int:
         log.error("%s", error)
         return 2
     try:
-        family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-        listener = socket.create_server((settings.host, settings.port), family=family, backlog=2048)
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # inherited; asyncio's own loop sets none here
+        listener = open_listener(settings.host, settings.port, send_seconds=settings.send_seconds)
     except OSError as error:
         log.error("host, port: cannot listen on %s:%d: %s", settings.host, settings.port, error.strerror)
         return 2

@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.api import completions, errors, megatron, scoring, tokens
 from service.api.access import Access
-from service.api.body import DirectRoute
+from service.api.body import BodyLimits, DirectRoute
 from service.api.cors import Cors
 from service.api.docs import docs_router
 from service.api.metrics import Metrics
@@ -57,7 +57,9 @@ def create_app(
         redoc_url=None,
     )
     errors.install(app)
-    around = partial(RequestMiddleware, access=access, client=client, metrics=metrics, max_body_bytes=max_body_bytes)
+    around = partial(
+        RequestMiddleware, access=access, bodies=BodyLimits(max_body_bytes), client=client, metrics=metrics
+    )
     app.add_middleware(around)
     completions.add_completions(
         app.router,

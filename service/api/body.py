@@ -11,7 +11,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, from_json
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from service.api.errors import ApiError
 
@@ -19,6 +19,7 @@ _Schema = TypeVar("_Schema", bound=BaseModel)
 _Result = TypeVar("_Result")
 _LONG_BODY_BYTES = 8192  # from here on a body is read in a thread, so that the event loop goes on
 _MAX_PROBLEMS = 10  # told in one message
+_OPEN_BODIES = 32  # of the largest size, before all of a body has arrived
 _ABOUT = frozenset({"anyOf", "title", "description", "default", "examples"})  # of a field, not of its form
 
 
@@ -50,6 +51,59 @@ def _allow_null(field: dict[str, Any]) -> None:
         forms.append(moved)
     if {"type": "null"} not in forms:
         forms.append({"type": "null"})
+
+
+class BodyLimits:
+    """Bounds of a body, and of all that is held of bodies that have not arrived whole."""
+
+    def __init__(self, max_body_bytes: int) -> None:
+        self.max_bytes = max_body_bytes
+        self.max_open_bytes = _OPEN_BODIES * max_body_bytes
+        self.num_open_bytes = 0
+
+
+class BoundedBody:
+    """`receive` of one request, within the limits."""
+
+    def __init__(self, limits: BodyLimits, receive: Receive, content_length: bytes | None) -> None:
+        self._limits = limits
+        self._receive = receive
+        self._content_length = int(content_length or 0)
+        self._num_bytes = 0
+        self._num_open_bytes = 0
+
+    async def receive(self) -> Message:
+        """Raises ApiError: 413 at the first byte too many, or at once where the length is declared; 503."""
+        limits = self._limits
+        if self._content_length > limits.max_bytes:
+            raise self._too_large()
+        message = await self._receive()
+        if message["type"] == "http.request":
+            num_bytes = len(message.get("body", b""))
+            self._num_bytes += num_bytes
+            self._num_open_bytes += num_bytes
+            limits.num_open_bytes += num_bytes
+            if self._num_bytes > limits.max_bytes:
+                raise self._too_large()
+            if limits.num_open_bytes > limits.max_open_bytes:
+                raise ApiError(
+                    503,
+                    "Too many large bodies are on their way; try again later",
+                    type="service_unavailable",
+                    code="too_many_bodies",
+                    headers={"Retry-After": "1"},
+                )
+            if not message.get("more_body", False):
+                self.release()
+        return message
+
+    def release(self) -> None:
+        """It is no longer open: it has arrived, or nobody waits for it."""
+        self._limits.num_open_bytes -= self._num_open_bytes
+        self._num_open_bytes = 0
+
+    def _too_large(self) -> ApiError:
+        return ApiError(413, f"The body is larger than {self._limits.max_bytes} bytes.", code="request_too_large")
 
 
 async def read_body(request: Request) -> bytes:

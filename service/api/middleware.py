@@ -1,4 +1,4 @@
-"""Around every request: who asks, its id, a bound on its body, one log line, its counts, an answer to any exception."""
+"""Around every request: who asks, its id, bounds on its body, one log line, its counts, an answer to any exception."""
 
 import logging
 import re
@@ -9,7 +9,8 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.access import Access, Caller
-from service.api.errors import ApiError, response_to, unauthorized
+from service.api.body import BodyLimits, BoundedBody
+from service.api.errors import response_to, unauthorized
 from service.api.keys import UNKNOWN
 from service.api.metrics import Metrics
 from service.engine.client import EngineClient
@@ -29,13 +30,13 @@ class RequestMiddleware:
     """
 
     def __init__(
-        self, app: ASGIApp, *, access: Access, client: EngineClient, metrics: Metrics, max_body_bytes: int
+        self, app: ASGIApp, *, access: Access, bodies: BodyLimits, client: EngineClient, metrics: Metrics
     ) -> None:
         self._app = app
         self._access = access
         self._client = client
         self._metrics = metrics
-        self._max_body_bytes = max_body_bytes
+        self._bodies = bodies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -51,6 +52,7 @@ class RequestMiddleware:
         state["summary"] = summary
         caller: Caller | None = None
         status = 0
+        body = BoundedBody(self._bodies, receive, headers.get(b"content-length"))
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -66,13 +68,14 @@ class RequestMiddleware:
             if caller is None:
                 raise unauthorized()
             with caller.held():
-                await self._app(scope, self._bounded(receive, headers.get(b"content-length")), send_with_id)
+                await self._app(scope, body.receive, send_with_id)
         except Exception as error:
             answer = response_to(error, scope)
             if status:  # too late for an answer; the server breaks the connection off
                 raise
             await answer(scope, receive, send_with_id)
         finally:
+            body.release()
             route = getattr(scope.get("route"), "path", "other")
             self._metrics.http_response(method=scope["method"], route=route, status=status)
             client = UNKNOWN if caller is None else caller.name
@@ -91,23 +94,3 @@ class RequestMiddleware:
                 }
                 line = " ".join(f"{name}={value!r}" for name, value in figures.items())
                 log.log(level, "request %s", line, extra={"figures": figures})
-
-    def _bounded(self, receive: Receive, content_length: bytes | None) -> Receive:
-        """`receive` that raises ApiError (413) at the first byte too many, or at once where the length is declared."""
-        num_bytes = 0
-
-        async def bounded() -> Message:
-            nonlocal num_bytes
-            if content_length is not None and int(content_length) > self._max_body_bytes:
-                raise self._too_large()
-            message = await receive()
-            if message["type"] == "http.request":
-                num_bytes += len(message.get("body", b""))
-                if num_bytes > self._max_body_bytes:
-                    raise self._too_large()
-            return message
-
-        return bounded
-
-    def _too_large(self) -> ApiError:
-        return ApiError(413, f"The body is larger than {self._max_body_bytes} bytes.", code="request_too_large")

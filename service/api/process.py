@@ -20,7 +20,7 @@ from service.api.access import Access, AccessConfig
 from service.api.admin import create_admin
 from service.api.app import create_app
 from service.api.drain import Drain
-from service.api.protocol import EnvelopeProtocol, HttpLimits
+from service.api.protocol import HttpLimits, protocol_within
 from service.api.text import load_tokenizer
 from service.api.tls import TlsConfig
 from service.engine.backlog import QueueLimits
@@ -142,7 +142,8 @@ def _server(app: ASGIApp, config: ApiConfig, **tls: Any) -> _Server:
     return _Server(
         uvicorn.Config(
             app,
-            http=EnvelopeProtocol,
+            http=protocol_within(config.http),
+            ws="none",
             **tls,
             proxy_headers=False,  # a client is its key, or the address it has here: a header could say any other
             access_log=False,  # the app writes a line a request itself

@@ -14,7 +14,7 @@ import uvicorn
 import service.demo
 from service.api.access import Access, AccessConfig
 from service.api.app import create_app
-from service.api.protocol import EnvelopeProtocol
+from service.api.protocol import HttpLimits, protocol_within
 from service.api.text import Tokenizer, load_tokenizer
 from service.engine.backlog import QueueLimits
 from service.engine.client import EngineClient
@@ -73,10 +73,12 @@ Start = Callable[..., Any]
 
 @pytest.fixture
 async def start(tokenizer: Tokenizer) -> AsyncIterator[Start]:
-    """Start a service; `ready=False` leaves it loading, other arguments go to create_app."""
+    """Start a service; `ready=False` leaves it loading, `limits` are the protocol's; the rest goes to create_app."""
     stops = []
 
-    async def start_service(*, ready: bool = True, queue: QueueLimits | None = None, **arguments: Any) -> Service:
+    async def start_service(
+        *, ready: bool = True, queue: QueueLimits | None = None, limits: HttpLimits | None = None, **arguments: Any
+    ) -> Service:
         engine = FakeEngine()
         await engine.start()
         client = EngineClient(api_number=0, stall_seconds=60, queue=queue or QueueLimits(), on_stall=lambda: None)
@@ -93,7 +95,7 @@ async def start(tokenizer: Tokenizer) -> AsyncIterator[Start]:
         client.attach(engine.api_end)
         config = uvicorn.Config(
             app,
-            http=EnvelopeProtocol,
+            http=protocol_within(limits or HttpLimits()),
             log_config=None,
             lifespan="off",
             access_log=False,

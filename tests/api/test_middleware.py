@@ -8,6 +8,7 @@ import httpx
 import pytest
 
 from tests.api.conftest import Service, Start
+from tests.api.raw_http import connect
 
 
 async def test_request_id_is_echoed(api: Service) -> None:
@@ -57,6 +58,28 @@ async def test_a_body_over_the_limit_is_refused(start: Start) -> None:
         assert (413, "request_too_large") == (response.status_code, response.json()["error"]["code"])
         assert "1000" in response.json()["error"]["message"]
     assert 2000 == sent
+
+
+async def test_bodies_on_their_way_have_a_bound_together(start: Start) -> None:
+    """32 of the largest: past that one is refused, and when they have gone, by any end, there is room again."""
+    api: Service = await start(max_body_bytes=1000)
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n"
+    connections = [await connect(api) for _ in range(33)]
+    for connection in connections:
+        connection.writer.write(head + b" " * 990)
+    done, _ = await asyncio.wait(
+        [asyncio.create_task(connection.answer()) for connection in connections],
+        return_when=asyncio.FIRST_COMPLETED,
+    )
+    answer = done.pop().result()
+    assert answer is not None
+    assert (503, "too_many_bodies") == (answer.status, answer.error["code"])
+    assert "1" == answer.headers["retry-after"]
+    for connection in connections:
+        connection.writer.close()
+    await api.wait_metric('megatron_gpt2_http_responses_total{method="POST",route="/v1/completions",status="499"}', 32)
+    for _ in range(40):
+        await api.complete(prompt=[1] * 300, max_tokens=1)
 
 
 async def test_a_declared_length_is_refused_before_a_byte_is_sent(start: Start) -> None:
