@@ -2,7 +2,9 @@
 PYTHON ?= python3
 MODEL ?=
 ARGS ?=
-.PHONY: run test lint format types check clients bench inside load soak overload image
+SECONDS ?= 30
+TARGETS ?= request text to_engine to_api safetensors config index vocabulary merges tokenizer_json pickled release
+.PHONY: run test lint format types check clients bench inside load soak overload fuzz image
 
 run: .venv/ready  ## serve MODEL, a folder or a hub id; without one, the embedded demo model
 	.venv/bin/megatron-gpt2 serve $(MODEL) $(ARGS)
@@ -39,6 +41,9 @@ soak: .venv/ready  ## minutes of mixed load and faults: every answer is checked,
 overload: .venv/ready  ## ten times as many requests as the service can answer
 	.venv/bin/python -m bench.overload --check $(ARGS)
 
+fuzz: .venv-fuzz/ready  ## each fuzzing target for SECONDS; needs Python 3.11
+	for target in $(TARGETS); do PYTHONPATH=.venv-fuzz .venv/bin/python -m tests.fuzz.atheris_targets $$target $(SECONDS) || exit 1; done
+
 image:  ## the container image, megatron-gpt2
 	docker build -t megatron-gpt2 .
 
@@ -49,6 +54,11 @@ image:  ## the container image, megatron-gpt2
 	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.lock
 	.venv/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch .venv/ready
+
+# Only what .venv has not: beside it, so that torch is not there twice.
+.venv-fuzz/ready: requirements-fuzz.lock .venv/ready
+	.venv/bin/pip install --quiet --disable-pip-version-check --upgrade --target .venv-fuzz -r requirements-fuzz.lock
+	touch .venv-fuzz/ready
 
 # The service runs from .venv; the link puts its command where the tests look for it, beside their own interpreter.
 .venv-clients/ready: requirements-clients.lock

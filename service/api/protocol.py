@@ -175,6 +175,9 @@ class EnvelopeProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._check_head()
         if self.parser.should_upgrade():
+            if self.parser.get_method() == b"CONNECT":
+                allowed = {"Allow": "GET, POST"}
+                raise ApiError(405, "The service is no proxy.", code="method_not_allowed", headers=allowed)
             return
         if len(self.pipeline) >= _MAX_PIPELINED:
             raise ApiError(429, "Too many requests wait on this connection.", type="overloaded_error")
@@ -250,8 +253,6 @@ class EnvelopeProtocol(HttpToolsProtocol):
             raise ApiError(400, "The service speaks HTTP/1.1 and 1.0.", code="invalid_http")
         if num_hosts > 1 or (num_hosts == 0 and version == "1.1"):
             raise ApiError(400, "A request must have one Host header.", code="invalid_http")
-        if self.parser.get_method() == b"CONNECT":
-            raise ApiError(405, "The service is no proxy.", code="method_not_allowed", headers={"Allow": "GET, POST"})
 
     def _head_too_large(self) -> ApiError:
         message = f"What is not the body is larger than {self.limits.max_header_bytes} bytes."

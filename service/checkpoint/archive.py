@@ -2,6 +2,7 @@
 
 import shutil
 import stat
+import struct
 import zipfile
 import zlib
 from pathlib import Path, PurePosixPath
@@ -11,7 +12,7 @@ from service.checkpoint.errors import CheckpointError
 _MAX_MEMBERS = 4096
 _MAX_BYTES = 64 * 2**30  # unpacked, in all
 _MAX_RATIO = 20  # of a member: weights hardly shrink
-_BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError)
+_BROKEN = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, IndexError, RuntimeError, ValueError)
 _SUFFIXES = (".pt", ".txt", ".json", ".metadata", ".distcp", ".md")
 
 
@@ -58,6 +59,8 @@ def _check(file: Path, members: list[zipfile.ZipInfo]) -> None:
         if str(path) in seen:
             raise CheckpointError(f"{file}: {name!r:.200}: there twice")
         seen.add(str(path))
+        if member.header_offset < 0:  # where the directory's size is a lie
+            raise CheckpointError(f"{file}: {name!r:.200}: stands outside of the archive")
         if member.flag_bits & 1:
             raise CheckpointError(f"{file}: {name!r:.200}: encrypted")
         if member.file_size > 2**20 and member.file_size > _MAX_RATIO * member.compress_size:

@@ -2,6 +2,7 @@
 
 import select
 import socket
+from typing import TypeVar
 
 import msgspec
 
@@ -9,6 +10,7 @@ HEADER_BYTES = 4
 # A full submit (1,024 prompts of 1,023 ids) is about 3 MB; anything near this bound is a broken peer.
 MAX_MESSAGE_BYTES = 256 * 1024 * 1024
 _READ_BYTES = 256 * 1024
+_Message = TypeVar("_Message")
 
 
 class ChannelClosed(Exception):
@@ -23,6 +25,14 @@ def frame(message: object, encoder: msgspec.msgpack.Encoder) -> bytes:
     """`message` as a length (big-endian, 4 bytes) and its msgpack bytes."""
     body = encoder.encode(message)
     return len(body).to_bytes(HEADER_BYTES, "big") + body
+
+
+def decode(body: bytes | bytearray, decoder: msgspec.msgpack.Decoder[_Message]) -> _Message:
+    """The message in a frame's body. Raises MalformedMessage."""
+    try:
+        return decoder.decode(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise MalformedMessage(str(error)) from error
 
 
 class Channel:
@@ -91,10 +101,7 @@ class Channel:
                 raise MalformedMessage(f"a message of {size} bytes")
             if len(self._inbox) < start + size:
                 break
-            try:
-                messages.append(self._decoder.decode(self._inbox[start : start + size]))
-            except msgspec.MsgspecError as error:
-                raise MalformedMessage(str(error)) from error
+            messages.append(decode(self._inbox[start : start + size], self._decoder))
             offset = start + size
         del self._inbox[:offset]
         return messages

@@ -21,7 +21,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 import msgspec
 
 from service.engine.backlog import Backlog, Overloaded, QueueFull, QueueLimits, QueueTimeout
-from service.engine.channel import HEADER_BYTES, MAX_MESSAGE_BYTES, frame
+from service.engine.channel import HEADER_BYTES, MAX_MESSAGE_BYTES, MalformedMessage, decode, frame
 from service.engine.request import (
     Abort,
     EngineStats,
@@ -249,14 +249,14 @@ class EngineClient:
                 header = await reader.readexactly(HEADER_BYTES)
                 size = int.from_bytes(header, "big")
                 if size > MAX_MESSAGE_BYTES:
-                    raise msgspec.DecodeError(f"a message of {size} bytes")
-                message = self._decoder.decode(await reader.readexactly(size))
+                    raise MalformedMessage(f"a message of {size} bytes")
+                message = decode(await reader.readexactly(size), self._decoder)
                 if isinstance(message, Ready) and self.on_ready is not None:
                     await self.on_ready(message.model)
                 self._take(message)
         except (asyncio.IncompleteReadError, OSError):
             log.warning("the engine process closed its channel")
-        except msgspec.MsgspecError:
+        except MalformedMessage:
             log.exception("malformed message from the engine process")
         finally:
             if self._watcher is not None:

@@ -185,7 +185,7 @@ def test_other_vocabulary_is_refused_with_both_numbers(rows: int, config_of: Cal
         config_of({"vocab_size": rows}, vocab_size=50257)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe\xff"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe\xff", b"[" * 100_000])
 def test_broken_config_is_named(content: bytes, tmp_path: Path) -> None:
     """Absent, cut short, not an object, not text: the file's name is in the error."""
     with pytest.raises(CheckpointError, match=r"config\.json: not readable as JSON"):

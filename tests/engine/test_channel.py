@@ -103,10 +103,17 @@ def test_a_closed_peer_is_told_on_both_ways(pair: Pair, wake: tuple[socket.socke
 
 @pytest.mark.parametrize(
     "data",
-    [b"\xff\xff\xff\xff", b"\0\0\0\1\xc1", b"\0\0\0\3\x92\xa1x", frame(["abort", "x"], msgspec.msgpack.Encoder())],
+    [
+        b"\xff\xff\xff\xff",
+        b"\0\0\0\1\xc1",
+        b"\0\0\0\3\x92\xa1x",
+        frame(["abort", "x"], msgspec.msgpack.Encoder()),
+        b"\0\0\0\4\x91\xa2a\x95",
+        b"\0\0\x27\x19\x94\xa5abort\x01\xc0" + b"\x91" * 10_000,
+    ],
 )
 def test_a_malformed_message_is_refused(pair: Pair, data: bytes) -> None:
-    """A length past the bound, no msgpack, an unknown tag, a wrong type."""
+    """A length past the bound, no msgpack, an unknown tag, a wrong type, no UTF-8, too deep a nesting."""
     channel, theirs = pair
     theirs.sendall(data)
     with pytest.raises(MalformedMessage):
