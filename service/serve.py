@@ -29,9 +29,9 @@ from service.api.protocol import HttpLimits
 from service.api.tls import TlsConfig, check_tls
 from service.engine.backlog import QueueLimits
 from service.engine.config import EngineConfig
-from service.listening import connections_within, open_listener
+from service.listening import ListenError, connections_within, open_admin, open_listener
 from service.logs import configure_logging
-from service.settings import Settings, SettingsError
+from service.settings import Settings
 from service.version import VERSION
 
 log = logging.getLogger(__name__)
@@ -294,12 +294,8 @@ def serve(settings: Settings) -> int:
         return 2
     try:
         listener = open_listener(settings.host, settings.port, send_seconds=settings.send_seconds)
-    except OSError as error:
-        log.error("host, port: cannot listen on %s:%d: %s", settings.host, settings.port, error.strerror)
-        return 2
-    try:
-        admin_listeners = open_admin(settings)
-    except SettingsError as error:
+        admin_listeners = open_admin(settings.admin_port, settings.admin_socket)
+    except ListenError as error:
         log.error("%s", error)
         return 2
     host, port = listener.getsockname()[:2]
@@ -320,40 +316,3 @@ def serve(settings: Settings) -> int:
     finally:
         if settings.admin_socket is not None:
             settings.admin_socket.unlink(missing_ok=True)
-
-
-def open_admin(settings: Settings) -> list[socket.socket]:
-    """What the admin routes are asked on: a port, a socket, both or nothing. Raises SettingsError."""
-    listeners: list[socket.socket] = []
-    if settings.admin_port is not None:
-        try:
-            listeners.append(socket.create_server(("127.0.0.1", settings.admin_port)))
-        except OSError as error:
-            place = f"127.0.0.1:{settings.admin_port}"
-            raise SettingsError(f"admin_port: cannot listen on {place}: {error.strerror}") from error
-        log.info("admin routes are on http://127.0.0.1:%d", listeners[0].getsockname()[1])
-    if (path := settings.admin_socket) is not None:
-        listener = socket.socket(socket.AF_UNIX)
-        listeners.append(listener)
-        umask = os.umask(0o177)  # its owner's alone from the first moment
-        try:
-            _remove_stale(path)
-            listener.bind(str(path))
-            listener.listen()
-        except OSError as error:
-            raise SettingsError(f"admin_socket: cannot listen on {path}: {error.strerror or error}") from error
-        finally:
-            os.umask(umask)
-        log.info("admin routes are on the unix socket %s", path)
-    return listeners
-
-
-def _remove_stale(path: Path) -> None:
-    """Remove a socket that nobody listens on, as a killed service leaves one. `bind` refuses whatever else is there."""
-    if path.is_socket():
-        with socket.socket(socket.AF_UNIX) as probe:
-            probe.setblocking(False)
-            try:
-                probe.connect(str(path))
-            except ConnectionRefusedError:
-                path.unlink()
