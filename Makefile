@@ -4,7 +4,7 @@ MODEL ?=
 ARGS ?=
 SECONDS ?= 30
 TARGETS ?= request text to_engine to_api safetensors config index vocabulary merges tokenizer_json pickled release
-.PHONY: run test lint format types check clients bench inside load soak overload fuzz image
+.PHONY: run test lint format types check clients faults bench inside load soak overload fuzz image
 
 run: .venv/ready  ## serve MODEL, a folder or a hub id; without one, the embedded demo model
 	.venv/bin/megatron-gpt2 serve $(MODEL) $(ARGS)
@@ -25,6 +25,9 @@ check: lint types test  ## what CI runs
 
 clients: .venv/ready .venv-clients/ready  ## packages that people use as clients, against a running service
 	.venv-clients/bin/pytest tests/clients -W default $(ARGS)
+
+faults: .venv/ready  ## each fault of docs/reliability.md, injected into a running service
+	.venv/bin/pytest tests/faults --timeout 240 $(ARGS)
 
 bench: .venv/ready  ## milliseconds a step of the bare runner beside transformers, on this machine
 	.venv/bin/python -m bench.decode $(ARGS)

@@ -80,12 +80,14 @@ def run(job: Job, on_tensor: OnTensor, *, seconds: float = _SECONDS) -> None:
 def main(seconds: str, memory_bytes: str, file_bytes: str) -> None:
     """The child: bounds first, and only then a look at the job."""
     for limit, value in (
-        (resource.RLIMIT_CPU, seconds),
-        (resource.RLIMIT_DATA, memory_bytes),
-        (resource.RLIMIT_FSIZE, file_bytes),
+        (resource.RLIMIT_CPU, int(seconds)),
+        (resource.RLIMIT_DATA, int(memory_bytes)),
+        (resource.RLIMIT_FSIZE, int(file_bytes)),
         (resource.RLIMIT_CORE, 0),
     ):
-        resource.setrlimit(limit, (int(value), int(value)))
+        _, most = resource.getrlimit(limit)  # which may not be raised
+        value = value if most == resource.RLIM_INFINITY else min(value, most)
+        resource.setrlimit(limit, (value, value))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which kills
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was begun is removed
     told = json.loads(sys.stdin.readline())

@@ -1,0 +1,121 @@
+"""A disk that is full: for what is cached, and for the log, whose reader may also be gone."""
+
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.checkpoint import megatron_files as files
+from tests.checkpoint.megatron_files import Layout
+from tests.faults.conftest import Watching
+from tests.faults.trigger import Triggers
+from tests.service.scripted_model import ScriptedModel
+from tests.service.server import COMMAND, Client, Server
+
+Connect = Callable[[Server], Client]
+Start = Callable[..., Server]
+
+_DISK_BYTES = 2**20  # a sixth of what the checkpoint is converted to
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A raw checkpoint of Megatron-LM, which is converted before it is served."""
+    folder = tmp_path_factory.mktemp("raw")
+    return files.write_rank(files.random_model(), Layout(version=1.0), folder / "model_optim_rng.pt")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of a mebibyte; where none may be mounted, a folder (then a bound on files must do)."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={_DISK_BYTES}", "none", str(folder)]
+    mounted = subprocess.run(mount, capture_output=True).returncode == 0
+    yield folder
+    if mounted:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("bounded", [False, True], ids=["full disk", "bound on files"])
+def test_a_conversion_that_the_disk_does_not_hold(
+    raw: Path, small_disk: Path, triggers: Triggers, bounded: bool
+) -> None:
+    """The service ends with exit code 2, the log says where there is no room, and nothing half-made is left."""
+    bounded = bounded or not os.path.ismount(small_disk)
+    more = {"FAULTS_FILE_BYTES": str(_DISK_BYTES)} if bounded else {}
+    cache = small_disk.parent / "cache" if bounded else small_disk
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MGPT_")}
+    done = subprocess.run(
+        [COMMAND, "serve", raw, "--port", "0", "--cache-dir", cache],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env=environment | triggers.environment(**more),
+    )
+    assert 2 == done.returncode, done.stderr
+    assert ("File too large" if bounded else "No space left on device") in done.stderr
+    assert str(cache) in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [] == list((cache / "converted").iterdir())
+
+
+@pytest.fixture
+def filled_cache(raw: Path, tmp_path: Path) -> Path:
+    """Where the checkpoint was converted before."""
+    command = [COMMAND, "verify", raw, "--cache-dir", tmp_path / "cache"]
+    subprocess.run(command, check=True, capture_output=True, timeout=100)
+    return tmp_path / "cache"
+
+
+async def test_what_was_converted_before_needs_no_room(
+    raw: Path, filled_cache: Path, start: Start, connect: Connect, triggers: Triggers
+) -> None:
+    """A service that finds its checkpoint converted starts where nothing can be written, and restarts its engine."""
+    environment = triggers.environment(FAULTS_FILE_BYTES="0")
+    server = start(str(raw), "--cache-dir", str(filled_cache), environment=environment)
+    client = connect(server)
+    before = await client.complete(prompt="a", max_tokens=9, temperature=0)
+    server.engine.kill()
+    await client.wait_metric("engine_restarts_total", 1)
+    await client.wait_status("/readyz", 200)
+    after = await client.complete(prompt="a", max_tokens=9, temperature=0)
+    assert before["choices"] == after["choices"]
+
+
+async def test_a_log_that_takes_nothing(
+    start: Start, scripted_model: ScriptedModel, triggers: Triggers, watching: Watching
+) -> None:
+    """Written to a full disk, it is lost, in every process; the service goes on, and drains to exit code 0."""
+    environment = triggers.environment(FAULTS_LOG="/dev/full")
+    server = start(str(scripted_model.folder), "--max-num-seqs", "4", environment=environment)
+    async with watching(server) as watch:
+        for _ in range(50):
+            await watch.ask(max_tokens=1)
+        load = await watch.load()
+        server.engine.kill()
+        await load.running_failed()
+        await watch.restarted(since=0)
+    assert not any("request_id" in line for line in server.log), "nothing came after the first lines"
+    server.process.terminate()
+    assert server.wait(20) == 0
+
+
+async def test_a_log_whose_reader_is_gone(start: Start, scripted_model: ScriptedModel, watching: Watching) -> None:
+    """Written to a closed pipe, it is lost; the service goes on, and drains to exit code 0."""
+    server = start(str(scripted_model.folder), "--max-num-seqs", "4")
+    assert server.process.stderr is not None
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, server.process.stderr.fileno())  # the next line that is read is the last
+    os.close(nothing)
+    async with watching(server) as watch:
+        for _ in range(50):
+            await watch.ask(max_tokens=1)
+        load = await watch.load()
+        server.engine.kill()
+        await load.running_failed()
+        await watch.restarted(since=0)
+    server.process.terminate()
+    assert server.wait(20) == 0

@@ -1,0 +1,111 @@
+"""Clients that reset their connections, at every stage of a request: its work ends, and nobody else notices."""
+
+import asyncio
+import json
+import socket
+import struct
+from typing import Any
+
+import pytest
+
+from tests.faults.conftest import Watching
+from tests.faults.watch import LONG
+from tests.service.server import Server, eventually
+
+_TIMES = 5
+_BLOCKS = [[50000 - number] * 700 for number in range(16)]  # prompts that share nothing: seconds of prefill
+_COMPLETIONS = "POST /v1/completions"
+_STAGES: dict[str, tuple[str, dict[str, Any]]] = {
+    "prefill": (_COMPLETIONS, {"prompt": _BLOCKS, "max_tokens": 1}),
+    "prefill of a stream": (_COMPLETIONS, {"prompt": _BLOCKS, "max_tokens": 1, "stream": True}),
+    "plain": (_COMPLETIONS, {"prompt": "", "max_tokens": LONG}),
+    "plain with n": (_COMPLETIONS, {"prompt": "", "max_tokens": LONG, "n": 3}),
+    "stream": (_COMPLETIONS, {"prompt": "", "max_tokens": LONG, "stream": True}),
+    "stream with n": (_COMPLETIONS, {"prompt": "", "max_tokens": LONG, "n": 3, "stream": True}),
+    "scored": ("POST /v1/score", {"items": [{"context": ids[:1], "continuation": ids} for ids in _BLOCKS]}),
+    "sampled texts": ("PUT /api", {"prompts": [""], "add_BOS": True, "tokens_to_generate": LONG}),
+    "beams": ("PUT /api", {"prompts": [""], "add_BOS": True, "tokens_to_generate": LONG, "beam_width": 3}),
+}
+
+
+class Leaver:
+    """A client that sends `content` and then leaves without a word."""
+
+    def __init__(self, server: Server, content: bytes) -> None:
+        self.socket = socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])))
+        self.socket.sendall(content)
+
+    def hear(self) -> None:
+        """Return when something of the answer has come."""
+        self.socket.settimeout(60)
+        assert self.socket.recv(1)
+
+    def reset(self) -> None:
+        """Close with RST, as a process that dies does with data unread."""
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.socket.close()
+
+
+def message(route: str, body: dict[str, Any], *, num_bytes: int | None = None) -> bytes:
+    content = json.dumps(body).encode()
+    head = f"{route} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+    return (head.encode() + content)[:num_bytes]
+
+
+@pytest.mark.parametrize("num_bytes", [0, 30, 100_000], ids=["connected", "head", "body"])
+async def test_a_reset_before_there_is_a_request(shared_server: Server, watching: Watching, num_bytes: int) -> None:
+    """In the midst of its head or of its body."""
+    content = message(_COMPLETIONS, {"prompt": _BLOCKS * 4}, num_bytes=num_bytes)
+    assert num_bytes == len(content)
+    async with watching(shared_server) as watch:
+        beside = watch.ask(stream=True, max_tokens=100)
+        for _ in range(_TIMES * 2):
+            leaver = await asyncio.to_thread(Leaver, shared_server, content)
+            await watch.client.status("/livez")  # a turn of the process
+            leaver.reset()
+        assert (await beside).whole
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
+async def test_a_reset_in_the_queue(shared_server: Server, watching: Watching, stream: bool) -> None:
+    """What waits leaves the queue."""
+    content = message(_COMPLETIONS, {"prompt": "", "max_tokens": 20, "n": 2, "stream": stream})
+    async with watching(shared_server) as watch:
+        aborted = await watch.client.metric("requests_aborted_total")
+        beside = watch.ask(stream=True, n=4)
+        await watch.client.wait_metric("requests_running", 4)
+        leavers = [Leaver(shared_server, content) for _ in range(_TIMES)]
+        await watch.client.wait_metric("requests_waiting", 2 * _TIMES)
+        for leaver in leavers:
+            leaver.reset()
+        await watch.client.wait_metric("requests_waiting", 0)
+        assert not beside.done()
+        assert aborted + _TIMES == await watch.client.metric("requests_aborted_total")
+        assert (await beside).whole
+
+
+@pytest.mark.parametrize("stage", _STAGES)
+async def test_a_reset_while_it_is_worked_on(shared_server: Server, watching: Watching, stage: str) -> None:
+    """Its sequences end within a step or two, whatever they were at."""
+    route, body = _STAGES[stage]
+    async with watching(shared_server) as watch:
+        beside = watch.ask(stream=True)
+        await watch.client.wait_metric("requests_running", 1)
+        for _ in range(_TIMES):
+            aborted = await watch.client.metric("requests_aborted_total")
+            leaver = await asyncio.to_thread(Leaver, shared_server, message(route, body))
+
+            async def runs() -> bool:
+                return await watch.client.metric("requests_running") > 1
+
+            if stage.startswith("stream"):
+                await asyncio.to_thread(leaver.hear)
+            else:
+                await eventually(runs)
+            leaver.reset()
+            await watch.client.wait_metric("requests_aborted_total", aborted + 1)
+            await watch.client.wait_metric("requests_running", int(not beside.done()))
+            if beside.done():
+                beside = watch.ask(stream=True)
+                await watch.client.wait_metric("requests_running", 1)
+        assert (await beside).whole
