@@ -41,6 +41,7 @@ DEMO_NAME = "megatron-gpt2-demo"
 
 _END_SECONDS = 5.0  # for a child to end by itself, before it is killed
 _STOP_SECONDS = 0.5  # the same, after a second signal
+_DRAINED_SECONDS = 1.0  # from the end of an engine to that of the API process, which ends it when all is answered
 _LONGEST_BACK_OFF_SECONDS = 30.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -167,7 +168,10 @@ class Supervisor:
         asyncio.get_running_loop().remove_reader(self._engine.sentinel)
         code = _exit_code(self._engine)
         self._engine = None
-        if self._ended.is_set() or (self._stopping and code == 0):
+        if self._ended.is_set():
+            return
+        if self._stopping and code == 0:  # its channel was closed: at the end of the drain, but for a broken message
+            asyncio.get_running_loop().call_later(_DRAINED_SECONDS, self._restart_engine)
             return
         if code == engine.EXIT_UNUSABLE and self._device is None:
             self._exit_code = 2

@@ -28,6 +28,7 @@ _DESCRIPTION = "Completions of MegatronGPT2 345M and its GPT-2 relatives, with O
 def create_app(
     *,
     client: EngineClient,
+    metrics: Metrics,
     model_names: Sequence[str],
     max_body_bytes: int,
     max_choices: int,
@@ -43,7 +44,6 @@ def create_app(
     engine is ready, and readiness waits for it; its CheckpointError fails the client. `max_choices` bounds the
     sequences of one request.
     """
-    metrics = Metrics(client, version=version)
     served = ServedModel(client, names=model_names, version=version, load_tokenizer=load_tokenizer)
     client.on_ready = served.on_ready
     client.on_stats = metrics.take_stats

@@ -88,6 +88,10 @@ class Metrics:
         """`client` is the name of a key in force, or UNKNOWN."""
         self._client_requests.labels(client, status).inc()
 
+    def refused(self, status: int) -> None:
+        """An answer to what never became a request of a route: no HTTP, over a limit, or one connection too many."""
+        self.http_response(method="other", route="other", status=status)
+
     @contextmanager
     def follow(self, stream: Stream, count_unfinished: Callable[[], int]) -> Iterator[None]:
         """Within `stream`, from its submission to its end: how long it took, and the choices that did not finish."""

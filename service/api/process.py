@@ -7,6 +7,7 @@ when told to, or with its parent.
 import asyncio
 import contextlib
 import gc
+import logging
 import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from service.api.access import Access, AccessConfig
 from service.api.admin import create_admin
 from service.api.app import create_app
 from service.api.drain import Drain
+from service.api.metrics import Metrics
 from service.api.protocol import HttpLimits, protocol_within
 from service.api.text import load_tokenizer
 from service.api.tls import TlsConfig
@@ -27,6 +29,8 @@ from service.engine.backlog import QueueLimits
 from service.engine.client import EngineClient
 from service.engine.process import start_child
 from service.engine.request import ModelInfo
+
+log = logging.getLogger(__name__)
 
 # The supervisor's words, one a datagram; ENGINE brings a socket along.
 ENGINE, DRAIN, STOP, FAILED = b"engine", b"drain", b"stop", b"failed"
@@ -92,8 +96,10 @@ async def _serve(
         on_stall=lambda: _say(control, STALLED),
         on_up=lambda model: _up(control, model),
     )
+    metrics = Metrics(client, version=config.version)
     app = create_app(
         client=client,
+        metrics=metrics,
         model_names=config.model_names,
         max_body_bytes=config.max_body_bytes,
         max_choices=config.max_choices,
@@ -108,16 +114,19 @@ async def _serve(
     server = _server(
         app,
         config,
+        http=protocol_within(config.http, on_refused=metrics.refused),
         ssl_certfile=tls.certfile,
         ssl_keyfile=tls.keyfile,
         ssl_keyfile_password=tls.keyfile_password,
     )
-    admin = _server(create_admin(drain, client), config)
+    admin = _server(create_admin(drain, client), config, http=protocol_within(config.http))
     draining: set[asyncio.Task[None]] = set()
 
     def hear() -> None:
         word, descriptors, _, _ = socket.recv_fds(control, 64, 1)
-        if word == ENGINE:
+        if word == ENGINE and not descriptors:
+            log.error("no descriptor is left for the engine's channel; the engine ends, and is started again")
+        elif word == ENGINE:
             client.attach(socket.socket(fileno=descriptors[0]))
         elif word == FAILED:
             client.fail()
@@ -138,13 +147,12 @@ async def _serve(
     await client.close()
 
 
-def _server(app: ASGIApp, config: ApiConfig, **tls: Any) -> _Server:
+def _server(app: ASGIApp, config: ApiConfig, **options: Any) -> _Server:
     return _Server(
         uvicorn.Config(
             app,
-            http=protocol_within(config.http),
             ws="none",
-            **tls,
+            **options,
             proxy_headers=False,  # a client is its key, or the address it has here: a header could say any other
             access_log=False,  # the app writes a line a request itself
             log_config=None,

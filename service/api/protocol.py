@@ -126,6 +126,7 @@ class EnvelopeProtocol(HttpToolsProtocol):
     """
 
     limits = HttpLimits()
+    on_refused: Callable[[int], None] = staticmethod(lambda _status: None)
     _stage = _Stage.NOTHING
     _num_idle_bytes = 0  # that have arrived since the last head, piece of a body, or end of a request
     _due = _NEVER  # loop time by which the stage must be over
@@ -328,6 +329,7 @@ class EnvelopeProtocol(HttpToolsProtocol):
             return
         if self._refusal is not None:
             log.info("refused status=%d code=%s", self._refusal.status, self._refusal.body["error"]["code"])
+            self.on_refused(self._refusal.status)
             self.transport.write(_answer(self._refusal))
         if self.transport.can_write_eof():
             self.transport.write_eof()
@@ -343,6 +345,7 @@ class EnvelopeProtocol(HttpToolsProtocol):
             code="too_many_connections",
             headers={"Retry-After": "1"},
         )
+        self.on_refused(error.status)
         transport.write(_answer(error))
         if transport.get_extra_info("sslcontext") is None:
             with contextlib.suppress(OSError):  # closed with something unread, the answer would be lost
@@ -350,9 +353,14 @@ class EnvelopeProtocol(HttpToolsProtocol):
         transport.close()
 
 
-def protocol_within(limits: HttpLimits) -> type[EnvelopeProtocol]:
-    """The protocol with these limits: uvicorn makes its objects itself, so they can only be the class's."""
-    return type("EnvelopeProtocol", (EnvelopeProtocol,), {"limits": limits})
+def protocol_within(
+    limits: HttpLimits, *, on_refused: Callable[[int], None] = lambda _status: None
+) -> type[EnvelopeProtocol]:
+    """The protocol with these limits: uvicorn makes its objects itself, so they can only be the class's.
+
+    `on_refused` hears the status of whatever is answered here.
+    """
+    return type("EnvelopeProtocol", (EnvelopeProtocol,), {"limits": limits, "on_refused": staticmethod(on_refused)})
 
 
 def _no_http() -> ApiError:

@@ -14,6 +14,7 @@ import uvicorn
 import service.demo
 from service.api.access import Access, AccessConfig
 from service.api.app import create_app
+from service.api.metrics import Metrics
 from service.api.protocol import HttpLimits, protocol_within
 from service.api.text import Tokenizer, load_tokenizer
 from service.engine.backlog import QueueLimits
@@ -91,11 +92,12 @@ async def start(tokenizer: Tokenizer) -> AsyncIterator[Start]:
             "load_tokenizer": lambda _: tokenizer,
             "access": Access(AccessConfig()),
         }
-        app = create_app(client=client, **(defaults | arguments))
+        metrics = Metrics(client, version="1.2.3")
+        app = create_app(client=client, metrics=metrics, **(defaults | arguments))
         client.attach(engine.api_end)
         config = uvicorn.Config(
             app,
-            http=protocol_within(limits or HttpLimits()),
+            http=protocol_within(limits or HttpLimits(), on_refused=metrics.refused),
             log_config=None,
             lifespan="off",
             access_log=False,

@@ -10,9 +10,11 @@ import httpx
 import pytest
 from starlette.routing import Route, Router
 
+from service.api.access import Access, AccessConfig
 from service.api.admin import create_admin
 from service.api.app import create_app
 from service.api.drain import Drain
+from service.api.metrics import Metrics
 from service.engine.client import EngineClient
 from tests.api.conftest import Service
 
@@ -151,6 +153,8 @@ async def test_the_public_application_has_no_admin_route(api: Service) -> None:
     client = EngineClient(api_number=0, stall_seconds=60, on_stall=lambda: None)
     app = create_app(
         client=client,
+        metrics=Metrics(client, version="1"),
+        access=Access(AccessConfig()),
         model_names=["demo"],
         max_body_bytes=1000,
         max_choices=1,

@@ -79,6 +79,23 @@ async def test_a_url_has_a_bound(start: Start) -> None:
     connection.writer.close()
 
 
+async def test_what_is_refused_here_is_counted(start: Start) -> None:
+    """By its status, as other answers are: no HTTP, over a limit, and one connection too many."""
+    api: Service = await start(limits=HttpLimits(max_url_bytes=100, max_connections=6))
+    for sent, status in ((b"GET /%b HTTP/1.0\r\n\r\n" % (b"a" * 200), 414), (b"nonsense\r\n\r\n", 400)):
+        (answer,) = await exchange(api, sent)
+        assert status == answer.status
+    await api.http.get("/livez")  # has a connection from now on
+    crowd = [await connect(api) for _ in range(6)]
+    (answer,) = await crowd[-1].answers()
+    assert 503 == answer.status
+    text = (await api.http.get("/metrics")).text
+    for connection in crowd:
+        connection.writer.close()
+    for status in (414, 400, 503):
+        assert f'http_responses_total{{method="other",route="other",status="{status}"}} ' in text
+
+
 @pytest.mark.parametrize(
     "endless",
     [

@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from tests.faults.conftest import Watching
+from tests.faults.trigger import Triggers
 from tests.service.scripted_model import ScriptedModel
 from tests.service.server import Client, Server, eventually, survivors
 
@@ -120,6 +121,22 @@ async def test_an_engine_that_is_killed_in_a_drain(
         await watch.client.wait_status("/readyz", 503)
         server.engine.kill()
         await load.running_failed()
+        assert await asyncio.to_thread(server.wait, 20) == 0
+
+
+async def test_a_broken_message_in_a_drain(
+    start: Start, scripted_model: ScriptedModel, triggers: Triggers, watching: Watching
+) -> None:
+    """The engine then ends with 0, as at the end of a drain; what waited is answered by the next one all the same."""
+    server = start(str(scripted_model.folder), *_FOUR, environment=triggers.environment())
+    async with watching(server, ends=True) as watch:
+        load = await watch.load()
+        terminate(server)
+        await watch.client.wait_status("/readyz", 503)
+        triggers.pull("to_api", bytes([0, 0, 0, 2, 0xC1, 0xC1]).hex())
+        await load.running_failed()
+        for waiting in load.waiting:
+            assert (await waiting).whole
         assert await asyncio.to_thread(server.wait, 20) == 0
 
 
