@@ -122,7 +122,7 @@ _CONVERTING: dict[str, dict[str, Any]] = {
 _LIMITS = {
     "requests_per_minute": "Requests a minute; without, as many as come.",
     "max_concurrent": "Requests that may be open at a time; without, as many as come.",
-    "priority_floor": "The lowest priority number that its requests may have: lower ones are raised to it.",
+    "priority_floor": "The lowest priority number of its requests; by default 0. Lower ones are raised to it.",
 }
 # What is no setting.
 _OWN = {

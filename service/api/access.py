@@ -35,12 +35,12 @@ class Caller:
 
     name: str
     quota: Quota | None = None  # of a key
-    priority_floor: int | None = None
+    priority_floor: int = 0
     salt: str | None = None  # None shares prefixes with everybody
 
     def priority(self, asked: int) -> int:
-        """The priority number that a request gets; lower is sooner."""
-        return asked if self.priority_floor is None else max(asked, self.priority_floor)
+        """The priority number that a request gets; lower is sooner. Nobody jumps the queue who is not meant to."""
+        return max(asked, self.priority_floor)
 
     def cache_salt(self, asked: str) -> str:
         """The salt of a request that asks for `asked`; no other key can have the same, whatever it asks for."""
@@ -97,7 +97,7 @@ class Access:
     def _caller(self, key: Key, quota: Quota | None) -> Caller:
         quota = quota or Quota(key, clock=self._clock)
         quota.key = key
-        return Caller(key.name, quota, key.priority_floor, key.name if self._salted else None)
+        return Caller(key.name, quota, key.priority_floor or 0, key.name if self._salted else None)
 
 
 def _address(scope: Scope) -> str:

@@ -54,7 +54,7 @@ def _allow_null(field: dict[str, Any]) -> None:
 
 
 class BodyLimits:
-    """Bounds of a body, and of all that is held of bodies that have not arrived whole."""
+    """Bounds of a body, and of those of all open requests together: what came of a body stays until its answer."""
 
     def __init__(self, max_body_bytes: int) -> None:
         self.max_bytes = max_body_bytes
@@ -88,17 +88,15 @@ class BoundedBody:
             if limits.num_open_bytes > limits.max_open_bytes:
                 raise ApiError(
                     503,
-                    "Too many large bodies are on their way; try again later",
+                    "Too many requests with large bodies are open; try again later",
                     type="service_unavailable",
                     code="too_many_bodies",
                     headers={"Retry-After": "1"},
                 )
-            if not message.get("more_body", False):
-                self.release()
         return message
 
     def release(self) -> None:
-        """It is no longer open: it has arrived, or nobody waits for it."""
+        """The request has been answered."""
         self._limits.num_open_bytes -= self._num_open_bytes
         self._num_open_bytes = 0
 

@@ -36,7 +36,7 @@ class Key(BaseModel):
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$", repr=False)]
     requests_per_minute: Annotated[int, Field(ge=1)] | None = None
     max_concurrent: Annotated[int, Field(ge=1)] | None = None
-    priority_floor: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
+    priority_floor: Annotated[int, Field(ge=-100, le=100)] | None = None  # 0, where there is none
 
 
 def hash_key(key: bytes) -> str:

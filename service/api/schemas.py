@@ -260,7 +260,10 @@ class CompletionRequest(Body):
 
     # How it is served
     priority: int = Field(
-        0, ge=-100, le=100, description="Lower leaves the queue first; ten seconds of waiting count as one less."
+        0,
+        ge=-100,
+        le=100,
+        description="Lower leaves the queue first; ten seconds of waiting count as one less. Below 0 is for some keys.",
     )
     timeout_seconds: float | None = Field(
         None, gt=0, le=_MAX_TIMEOUT_SECONDS, description="Give up, with a 504, when the answer takes longer."

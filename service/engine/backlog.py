@@ -1,11 +1,13 @@
 """What waits for the engine, as the API process counts it: how much may, whose must give way, and when to try again."""
 
+import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from heapq import heapify, heappop, heappush
 
-_WINDOW_SECONDS = 10.0  # that the rate at which the queue is worked off is taken from, twice as long at most
+_WINDOW_SECONDS = 10.0  # of work on the queue, from which its rate is taken; as much before it counts too
 _RETRY_SECONDS = 5.0  # while nothing is known of that rate
 _MIN_RETRY_SECONDS, _MAX_RETRY_SECONDS = 1.0, 60.0  # clients give up above two minutes
 
@@ -60,6 +62,44 @@ class _Client:
         self.num_tokens += num_tokens
 
 
+class _Rate:
+    """Tokens a second that leave the queue, while there is one."""
+
+    def __init__(self) -> None:
+        self._tokens, self._seconds = 0, 0.0
+        self._tokens_before, self._seconds_before = 0, 0.0  # of the window before
+        self._since: float | None = None  # when the clock was started
+
+    def run(self, now: float) -> None:
+        """Something waits from now on, if nothing did."""
+        if self._since is None:
+            self._since = now
+
+    def stop(self, now: float) -> None:
+        self._pass(now)
+        self._since = None
+
+    def leave(self, now: float, num_tokens: int) -> None:
+        self._pass(now)
+        self._tokens += num_tokens
+
+    def seconds_for(self, now: float, num_tokens: int) -> float:
+        """How long so many tokens take; infinite where none have left for long."""
+        self._pass(now)
+        tokens, seconds = self._tokens + self._tokens_before, self._seconds + self._seconds_before
+        if tokens:
+            return num_tokens * seconds / tokens
+        return math.inf if seconds > _WINDOW_SECONDS else _RETRY_SECONDS
+
+    def _pass(self, now: float) -> None:
+        if self._since is not None:
+            self._seconds += now - self._since
+            self._since = now
+        if self._seconds >= _WINDOW_SECONDS:
+            self._tokens_before, self._seconds_before = self._tokens, self._seconds
+            self._tokens, self._seconds = 0, 0.0
+
+
 class Backlog:
     """Everything that waits, within `limits`. `clock` gives seconds."""
 
@@ -68,9 +108,7 @@ class Backlog:
         self._clock = clock
         self._clients: dict[str, _Client] = {}
         self._all = _Client()
-        # Tokens that have left in this window and in the one before, and when these began.
-        self._left, self._since = 0, clock()
-        self._left_before, self._since_before = 0, self._since
+        self._rate = _Rate()
 
     @property
     def num_requests(self) -> int:
@@ -83,9 +121,7 @@ class Backlog:
     @property
     def retry_after_seconds(self) -> float:
         """About when what waits now will have left."""
-        self._turn_window()
-        seconds, left = self._clock() - self._since_before, self._left + self._left_before
-        wait = self.num_tokens * seconds / left if left else _RETRY_SECONDS
+        wait = self._rate.seconds_for(self._clock(), self.num_tokens)
         return min(max(wait, _MIN_RETRY_SECONDS), _MAX_RETRY_SECONDS)
 
     def check(self, client: str) -> None:
@@ -96,7 +132,13 @@ class Backlog:
         """Let a group in. Raises QueueFull, unless the newest of a client that has more waiting can give way to it."""
         for victim in self._victims(entry):
             self.remove(victim)
-            victim.refuse(self._full("the queue is full, and others have less in it; try again later"))
+            victim.refuse(
+                QueueFull(
+                    "the queue is full, and others have less in it; try again later",
+                    retry_after_seconds=self.retry_after_seconds,
+                )
+            )
+        self._rate.run(self._clock())
         client = self._clients.setdefault(entry.client, _Client())
         client.entries[entry] = None
         for each in (client, self._all):
@@ -104,8 +146,7 @@ class Backlog:
 
     def shrink(self, entry: Entry, *, num_requests: int, num_tokens: int) -> None:
         """Some of the group has left the queue for the engine."""
-        self._turn_window()
-        self._left += num_tokens
+        self._rate.leave(self._clock(), num_tokens)
         entry.begun = True
         entry.num_requests -= num_requests
         entry.num_tokens -= num_tokens
@@ -127,47 +168,55 @@ class Backlog:
             del client.entries[entry]
             if not client.entries:
                 del self._clients[entry.client]
+        if not self._clients:
+            self._rate.stop(self._clock())
 
     def _victims(self, entry: Entry) -> list[Entry]:
-        """Who must leave for `entry` to come in. Raises QueueFull."""
+        """Who must leave for `entry` to come in: the newest of whoever then has most. Raises QueueFull.
+
+        Nobody is left with less than the client of `entry` then has. What has begun stays, and what is more urgent.
+        """
+        limits = self._limits
         rest = _Client({}, self.num_requests, self.num_tokens)
         victims: list[Entry] = []
+        most: list[tuple[float, str, _Client, Iterator[Entry]]] = []  # a heap, the greatest share first
         while rest.num_requests and (
-            rest.num_requests + entry.num_requests > self._limits.max_requests
-            or rest.num_tokens + entry.num_tokens > self._limits.max_tokens
+            rest.num_requests + entry.num_requests > limits.max_requests
+            or rest.num_tokens + entry.num_tokens > limits.max_tokens
         ):
-            victim = self._newest_of_most(entry, victims)
+            if not victims:
+                own = self._clients.get(entry.client, _Client())
+                least = self._share(own.num_requests + entry.num_requests, own.num_tokens + entry.num_tokens)
+                most = [
+                    (-share, name, _Client({}, client.num_requests, client.num_tokens), reversed(client.entries))
+                    for name, client in self._clients.items()
+                    if (share := self._share(client.num_requests, client.num_tokens)) >= least and client is not own
+                ]
+                heapify(most)
+            victim = self._newest(entry, least, most)
             if victim is None:
-                raise self._full("the queue is full; try again later")
+                raise QueueFull("the queue is full; try again later", retry_after_seconds=self.retry_after_seconds)
             victims.append(victim)
             rest.grow(-victim.num_requests, -victim.num_tokens)
         return victims
 
-    def _newest_of_most(self, entry: Entry, victims: list[Entry]) -> Entry | None:
-        """The newest group of the client with most, if that then has no less than the client of `entry` with it."""
-        shares = {name: self._share(client) for name, client in self._clients.items() if name != entry.client}
-        for victim in victims:
-            shares[victim.client] -= self._share(victim)
-        most = max(shares, key=shares.__getitem__, default=None)
-        if most is None:
-            return None
-        for victim in reversed(self._clients[most].entries):
-            if not victim.begun and victim.priority >= entry.priority and victim not in victims:
-                own = self._clients.get(entry.client, _Client())
-                enough = shares[most] - self._share(victim) >= self._share(own) + self._share(entry)
-                return victim if enough else None
+    def _newest(
+        self, entry: Entry, least: float, most: list[tuple[float, str, _Client, Iterator[Entry]]]
+    ) -> Entry | None:
+        """The next that gives way, taken off its client in the heap; a client that has none leaves the heap."""
+        while most:
+            _, name, client, entries = heappop(most)
+            for victim in entries:
+                if victim.begun or victim.priority < entry.priority:
+                    continue
+                client.grow(-victim.num_requests, -victim.num_tokens)
+                share = self._share(client.num_requests, client.num_tokens)
+                if share < least:
+                    break
+                heappush(most, (-share, name, client, entries))
+                return victim
         return None
 
-    def _share(self, holder: Entry | _Client) -> float:
-        """Of the bounds: the greater of its shares of requests and of tokens."""
-        limits = self._limits
-        return max(holder.num_requests / limits.max_requests, holder.num_tokens / limits.max_tokens)
-
-    def _full(self, message: str) -> QueueFull:
-        return QueueFull(message, retry_after_seconds=self.retry_after_seconds)
-
-    def _turn_window(self) -> None:
-        now = self._clock()
-        if now - self._since >= _WINDOW_SECONDS:
-            self._left_before, self._since_before = self._left, self._since
-            self._left, self._since = 0, now
+    def _share(self, num_requests: int, num_tokens: int) -> float:
+        """Of the bounds: the greater of the shares of requests and of tokens."""
+        return max(num_requests / self._limits.max_requests, num_tokens / self._limits.max_tokens)

@@ -275,15 +275,22 @@ async def test_prefixes_are_shared_by_all_where_that_is_wanted(start: Start, key
 
 
 async def test_a_keys_floor_of_priority(start: Start) -> None:
-    """Lower numbers are raised to it, on every route; a beam search that has begun goes on as any does."""
+    """Lower numbers are raised to it, on every route, and to 0 without; a beam search that has begun goes on."""
     api: Service = await start(access=keyed(key("alice", priority_floor=5), key("bob", priority_floor=-3), key("carl")))
     *alice, first, _second, _third = [priority for priority, _ in await submitted(api, bearer("alice"))]
     assert [5, 5, 5, 5, 5] == [*alice, first]
     assert [0, -3, 0, 0, 0] == [priority for priority, _ in await submitted(api, bearer("bob"))][:5]
-    assert [0, -7, 0, 0, 0] == [priority for priority, _ in await submitted(api, bearer("carl"))][:5]
+    assert [0, 0, 0, 0, 0] == [priority for priority, _ in await submitted(api, bearer("carl"))][:5]
     body = {"priority": 9}
     await api.http.post("/v1/completions", json=body, headers=bearer("alice"))
     assert 9 == api.engine.submitted[-1].priority
+
+
+async def test_without_keys_nobody_jumps_the_queue(api: Service) -> None:
+    """A number below 0 is 0, and one above it stays."""
+    for asked, raised in ((-100, 0), (-1, 0), (0, 0), (7, 7)):
+        await api.complete(prompt="x", max_tokens=1, priority=asked)
+        assert raised == api.engine.submitted[-1].priority
 
 
 # What is told

@@ -76,7 +76,7 @@ def test_a_file_of_keys() -> None:
         (b"- {name: 7, sha256: x}", "keys.yaml: entry 1: name: Input should be a valid string"),
         (written(entry("a", max_concurrent=0)), "keys.yaml: entry 1: max_concurrent: Input should be greater"),
         (written(entry("a", requests_per_minute=True)), "keys.yaml: entry 1: requests_per_minute: Input should be"),
-        (written(entry("a", priority_floor=2**31)), "keys.yaml: entry 1: priority_floor: Input should be less"),
+        (written(entry("a", priority_floor=101)), "keys.yaml: entry 1: priority_floor: Input should be less"),
         (written({**entry("a"), "key": SECRET}), "keys.yaml: entry 1: key: Extra inputs are not permitted"),
         (written(entry("a"), entry("b"), entry("a", "c")), "keys.yaml: entry 3: the name a is taken by entry 1"),
         (written(entry("a"), entry("b", "a")), "keys.yaml: entry 2: the same key as entry 1"),

@@ -60,13 +60,16 @@ async def test_a_body_over_the_limit_is_refused(start: Start) -> None:
     assert 2000 == sent
 
 
-async def test_bodies_on_their_way_have_a_bound_together(start: Start) -> None:
+@pytest.mark.parametrize("missing", [10, 0], ids=["on their way", "whole"])
+async def test_bodies_of_open_requests_have_a_bound_together(start: Start, missing: int) -> None:
     """32 of the largest: past that one is refused, and when they have gone, by any end, there is room again."""
     api: Service = await start(max_body_bytes=1000)
+    api.engine.gate.clear()
     head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n"
+    body = b'{"prompt": "x"}'.ljust(1000)
     connections = [await connect(api) for _ in range(33)]
     for connection in connections:
-        connection.writer.write(head + b" " * 990)
+        connection.writer.write(head + body[: 1000 - missing])
     done, _ = await asyncio.wait(
         [asyncio.create_task(connection.answer()) for connection in connections],
         return_when=asyncio.FIRST_COMPLETED,
@@ -78,6 +81,7 @@ async def test_bodies_on_their_way_have_a_bound_together(start: Start) -> None:
     for connection in connections:
         connection.writer.close()
     await api.wait_metric('megatron_gpt2_http_responses_total{method="POST",route="/v1/completions",status="499"}', 32)
+    api.engine.gate.set()
     for _ in range(40):
         await api.complete(prompt=[1] * 300, max_tokens=1)
 

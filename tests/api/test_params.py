@@ -103,8 +103,8 @@ async def test_the_end_of_text_in_a_prompt_can_be_plain_text(api: Service) -> No
 
 async def test_what_concerns_the_queue_and_the_cache_rides_on_each_request(api: Service) -> None:
     """priority and cache_salt."""
-    await api.complete(prompt=["a", "b"], priority=-3, cache_salt="tenant")
-    assert [(-3, "tenant")] * 2 == [(request.priority, request.cache_salt) for request in api.engine.submitted]
+    await api.complete(prompt=["a", "b"], priority=3, cache_salt="tenant")
+    assert [(3, "tenant")] * 2 == [(request.priority, request.cache_salt) for request in api.engine.submitted]
 
 
 async def test_the_engine_is_told_which_tokens_can_complete_a_stop(api: Service) -> None:

@@ -152,6 +152,38 @@ def test_retry_after_is_how_long_the_backlog_takes() -> None:
     assert 20 == pytest.approx(queue.backlog.retry_after_seconds, rel=0.2)
     queue.now += 20_000  # nothing has left since
     assert 60 == queue.backlog.retry_after_seconds
+    assert 60 == queue.backlog.retry_after_seconds
+
+
+def test_time_without_a_queue_says_nothing_of_its_rate() -> None:
+    """An hour in which nobody came does not make the next crowd wait."""
+    queue = Queue()
+    for _ in range(3):
+        entry = queue.add("", 10, 1000)
+        for _ in range(10):
+            queue.now += 0.01
+            queue.backlog.shrink(entry, num_requests=1, num_tokens=100)
+        assert 0 == queue.backlog.num_tokens
+        queue.now += 3600
+    queue.add("", 1, 100_000)
+    assert 10 == pytest.approx(queue.backlog.retry_after_seconds, rel=0.1)
+
+
+def test_making_room_takes_no_more_than_a_look_at_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At each client, and at each group that gives way: a large request cannot keep the event loop busy."""
+    limits = QueueLimits(max_requests=2048)
+    backlog = Backlog(limits)
+    refused = []
+    for number in range(2048):
+        client = f"client {number}" if number < 200 else "many"
+        backlog.add(Entry(client, 0, 1, 10, refused.append))
+    looks = []
+    share = Backlog._share
+    monkeypatch.setattr(Backlog, "_share", lambda *arguments: looks.append(1) or share(*arguments))
+    backlog.add(Entry("large", 0, 900, 10, refused.append))
+    assert 900 == len(refused)
+    assert len(looks) <= 1 + 201 + 900
+    assert 2048 == backlog.num_requests
 
 
 # As the client counts it

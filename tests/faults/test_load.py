@@ -1,4 +1,4 @@
-"""The load programs of bench/, for a short time: all is answered, bounds hold, and nothing grows. Figures are their own."""
+"""The load programs of bench/, for a short time: all is answered, bounds hold, and nothing grows."""
 
 import asyncio
 import json
