@@ -48,19 +48,17 @@ class Chaos:
     faults: list[str] = field(default_factory=list)  # what did not end as it has to
 
     async def run(self, pause_seconds: tuple[float, float]) -> None:
+        """All kinds in random order, one of those that take the engine away first, and again in another order."""
+        engine: list[Callable[[], Awaitable[None]]] = [self._kill_engine, self._freeze_engine]
+        others = [self._reset_connections, self._say_nothing, self._talk_nonsense, self._read_nothing]
         while True:
-            await asyncio.sleep(self.rng.uniform(*pause_seconds))
-            kinds: list[Callable[[], Awaitable[None]]] = [
-                self._kill_engine,
-                self._freeze_engine,
-                self._reset_connections,
-                self._say_nothing,
-                self._talk_nonsense,
-                self._read_nothing,
-            ]
-            fault = self.rng.choice(kinds)
-            self.marks.append((time.monotonic(), fault.__name__.strip("_").replace("_", " ")))
-            await fault()
+            self.rng.shuffle(engine)
+            rest = [*engine[1:], *others]
+            self.rng.shuffle(rest)
+            for fault in (engine[0], *rest):
+                await asyncio.sleep(self.rng.uniform(*pause_seconds))
+                self.marks.append((time.monotonic(), fault.__name__.strip("_").replace("_", " ")))
+                await fault()
 
     def may_cut(self, begin: float, end: float) -> bool:
         """Whether a request that was open from `begin` to `end` may have been cut short."""

@@ -4,7 +4,8 @@ python -m bench.overload [--model FOLDER] [--times 10] [--seconds 30] [--out FOL
 
 Its peak is measured first, by clients that ask again when they are answered, then the load of requests that come at
 random, whatever became of those before. The client has a core of its own. The exit status is 1 where a request had
-neither an answer nor a 429, where more waited than may, or where the memory of a process grew (see soak.py). Goodput
+neither an answer nor a 429, where more waited than may, or where a process had more memory after a second such load than
+after the first. Goodput
 and the time of refusals are told, and judged with --check: 90 % of the peak, and 50 ms at the 99th percentile.
 """
 
@@ -43,7 +44,7 @@ _SAMPLE_SECONDS = 0.5
 async def overload(
     service: Service, crowd: Crowd, plan: Plan, *, times: float
 ) -> tuple[list[Figures], Watch, list[str]]:
-    """The peak and the overload, what was sampled in the latter, and what was wrong."""
+    """The peak and the overload, twice, what was sampled in the latter, and what was wrong."""
 
     async def measure(level: Level) -> Figures:
         tallies, interrupted = await asyncio.to_thread(crowd.measure, level)
@@ -55,13 +56,19 @@ async def overload(
         peak = await measure(Level("closed", 2 * num_rows))
         watch = Watch(service, observer)
         watching = asyncio.create_task(watch.run(_SAMPLE_SECONDS))
-        crowded = await measure(Level("open", times * peak.requests_per_second))
+        crowded, after = [], []
+        for _ in range(2):
+            crowded.append(await measure(Level("open", times * peak.requests_per_second)))
+            after.append(await watch.idle())
         watching.cancel()
         (ended,) = await asyncio.gather(watching, return_exceptions=True)
-        after = await watch.idle()
     faults = [] if isinstance(ended, asyncio.CancelledError) else [f"the service could not be watched: {ended!r}"]
-    faults += [f"{count} x {error}" for row in (peak, crowded) for error, count in row.errors.items() if error != "429"]
-    faults += growth_faults(watch.growths())
+    faults += [f"{count} x {error}" for row in (peak, *crowded) for error, count in row.errors.items() if error != "429"]
+    faults += [
+        f"{name}: {grown:.1f} MiB more after the second load than after the first"
+        for name, memory in after[0].memory_mib.items()
+        if (grown := after[1].memory_mib[name] - memory) > MAX_GROWTH_MIB
+    ]
     faults += [
         f"{name} is {getattr(after, name):g} in the end"
         for name in ("waiting", "queued_tokens")

@@ -27,7 +27,8 @@ def drain(settings: Settings, *, seconds: float | None) -> int:
     try:
         connection.connect()
         state = _ask(connection, "/admin/drain")
-        assert connection.sock is not None
+        if connection.sock is None:  # it closes its connections
+            raise ConnectionError("the service is about to end")
         connection.sock.settimeout(max(seconds, state["unready_seconds"]) + _ANSWER_SECONDS)
         state = _ask(connection, f"/admin/drain?wait_seconds={seconds:g}")
     except (OSError, http.client.HTTPException, ValueError) as error:

@@ -4,11 +4,13 @@ A peer that is gone without a word sends nothing that could be heard, and one th
 the kernel alone tells both in time. What is set on the listening socket, accepted ones inherit.
 """
 
+import contextlib
 import logging
 import math
 import os
 import resource
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 log = logging.getLogger(__name__)
@@ -88,6 +90,17 @@ def open_admin(port: int | None, path: Path | None) -> list[socket.socket]:
             os.umask(umask)
         log.info("admin routes are on the unix socket %s", path)
     return listeners
+
+
+@contextlib.contextmanager
+def removed_in_the_end(path: Path | None) -> Iterator[None]:
+    """Remove this unix socket afterwards, but not one that another service has put in its place meanwhile."""
+    ours = None if path is None else path.stat().st_ino
+    try:
+        yield
+    finally:
+        if path is not None and path.exists() and path.stat().st_ino == ours:
+            path.unlink(missing_ok=True)
 
 
 def _remove_stale(path: Path) -> None:

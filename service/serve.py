@@ -29,7 +29,7 @@ from service.api.protocol import HttpLimits
 from service.api.tls import TlsConfig, check_tls
 from service.engine.backlog import QueueLimits
 from service.engine.config import EngineConfig
-from service.listening import ListenError, connections_within, open_admin, open_listener
+from service.listening import ListenError, connections_within, open_admin, open_listener, removed_in_the_end
 from service.logs import configure_logging
 from service.settings import Settings
 from service.version import VERSION
@@ -99,6 +99,7 @@ class Supervisor:
                 max_connections=settings.max_connections,
                 header_seconds=settings.header_seconds,
                 body_seconds=settings.body_seconds,
+                send_seconds=settings.send_seconds,
             ),
             access=access_config(settings),
             cors_origins=settings.cors_origins,
@@ -158,8 +159,9 @@ class Supervisor:
     def _on_api_end(self) -> None:
         assert self._api is not None
         asyncio.get_running_loop().remove_reader(self._api.sentinel)
-        if not self._stopping:
-            log.critical("the API process ended by itself (exit code %s)", _exit_code(self._api))
+        code = _exit_code(self._api)
+        if not self._stopping or code:
+            log.critical("the API process ended by itself (exit code %s)", code)
             self._exit_code = 1
         self._ended.set()
 
@@ -315,8 +317,5 @@ def serve(settings: Settings) -> int:
             log.info("%s can be reached from other machines, and asks for keys", url)
         else:
             log.warning("%s can be reached from other machines, and nobody is asked for a key", url)
-    try:
+    with removed_in_the_end(settings.admin_socket):
         return asyncio.run(Supervisor(settings, listener, admin_listeners).run())
-    finally:
-        if settings.admin_socket is not None:
-            settings.admin_socket.unlink(missing_ok=True)

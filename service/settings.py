@@ -49,7 +49,7 @@ def split_names(value: object) -> object:
 
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
-Seconds = Annotated[float, Field(gt=0)]
+Seconds = Annotated[float, Field(gt=0, le=10**6, allow_inf_nan=False)]
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(split_names)]
 Secrets = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(split_names)]
 
@@ -136,7 +136,7 @@ class Settings(BaseSettings):
     header_seconds: Seconds = Field(20, description="For a request's head to arrive.")
     body_seconds: Seconds = Field(120, description="For a request's body to arrive.")
     send_seconds: Seconds = Field(60, description="A client that takes nothing of its answer for so long is cut off.")
-    stream_keep_alive_seconds: float = Field(15, gt=0, description="A silent stream gets a comment line this often.")
+    stream_keep_alive_seconds: Seconds = Field(15, description="A silent stream gets a comment line this often.")
     max_event_interval_ms: float = Field(
         16,
         ge=0,
@@ -144,13 +144,15 @@ class Settings(BaseSettings):
         description="How long a busy service may hold a stream's tokens, to send them in one event; 0: not at all.",
     )
     http_keep_alive_seconds: int = Field(75, ge=1, description="How long an idle HTTP connection is kept.")
-    drain_seconds: float = Field(60, ge=0, description="After SIGTERM, how long running requests may go on.")
+    drain_seconds: float = Field(60, ge=0, le=10**6, description="After SIGTERM, how long running requests may go on.")
     unready_seconds: float = Field(
-        0, ge=0, description="How long the port stays open at least after a drain began, for balancers to notice."
+        0,
+        ge=0,
+        le=10**6,
+        description="How long the port stays open at least after a drain began, for balancers to notice.",
     )
-    stall_seconds: float = Field(
+    stall_seconds: Seconds = Field(
         30,
-        gt=0,
         description="An engine with open work that is silent this long is restarted.",
     )
     max_restarts: int = Field(
@@ -158,7 +160,7 @@ class Settings(BaseSettings):
         ge=0,
         description="Engine restarts within the window before the service gives up.",
     )
-    restart_window_seconds: float = Field(600, gt=0, description="The window that max_restarts counts in.")
+    restart_window_seconds: Seconds = Field(600, description="The window that max_restarts counts in.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
     log_format: Literal["auto", "text", "json"] = Field(
         "auto",

@@ -28,7 +28,6 @@ MAX_BEAMS = 32
 # Of its likeliest tokens, a beam brings what all that stay open may be, a stop token, and one that may be banned.
 NUM_MORE_CANDIDATES = 2
 # Of the steps after the first: what has begun goes on, before others take the blocks that it shares.
-_BEFORE_THE_QUEUE = -1_000_000  # so far below what a request may ask for that waiting does not make up for it
 Candidates = Iterable[tuple[int, float]]  # token ids with their log-probabilities, likeliest first
 
 
@@ -160,7 +159,10 @@ async def search_beams(
                     continue
                 search.advance([candidates(request) for request in group])
                 if search.open:
-                    group, found = requests(_BEFORE_THE_QUEUE), {}
+                    group, found = (
+                        requests(caller.priority(0) - 1),
+                        {},
+                    )  # before others, until these have waited for long
                     stream.go_on(group)
             best = search.best()
             for hypothesis in best:

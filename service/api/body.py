@@ -19,7 +19,8 @@ _Schema = TypeVar("_Schema", bound=BaseModel)
 _Result = TypeVar("_Result")
 _LONG_BODY_BYTES = 8192  # from here on a body is read in a thread, so that the event loop goes on
 _MAX_PROBLEMS = 10  # told in one message
-_OPEN_BODIES = 32  # of the largest size, before all of a body has arrived
+_OPEN_BODIES = 32  # of the largest size, of requests that are not answered yet
+_SMALL_BODY = 1 / 128  # of the largest size counts for nothing: connections bound it, and large ones do not keep it out
 _ABOUT = frozenset({"anyOf", "title", "description", "default", "examples"})  # of a field, not of its form
 
 
@@ -58,6 +59,7 @@ class BodyLimits:
 
     def __init__(self, max_body_bytes: int) -> None:
         self.max_bytes = max_body_bytes
+        self.small_bytes = int(_SMALL_BODY * max_body_bytes)
         self.max_open_bytes = _OPEN_BODIES * max_body_bytes
         self.num_open_bytes = 0
 
@@ -81,11 +83,12 @@ class BoundedBody:
         if message["type"] == "http.request":
             num_bytes = len(message.get("body", b""))
             self._num_bytes += num_bytes
-            self._num_open_bytes += num_bytes
-            limits.num_open_bytes += num_bytes
             if self._num_bytes > limits.max_bytes:
                 raise self._too_large()
-            if limits.num_open_bytes > limits.max_open_bytes:
+            counted = max(0, self._num_bytes - limits.small_bytes) - self._num_open_bytes
+            self._num_open_bytes += counted
+            limits.num_open_bytes += counted
+            if counted and limits.num_open_bytes > limits.max_open_bytes:
                 raise ApiError(
                     503,
                     "Too many requests with large bodies are open; try again later",

@@ -97,11 +97,13 @@ class EventStream(Response):
             if not self._started:
                 raise answer from error
             last = b"data: %b\n\n" % json.dumps(answer.body).encode() + DONE
+        except asyncio.CancelledError:
+            if self._comment is not None:
+                self._comment.cancel()
+            raise
         finally:
             if self._timer is not None:
                 self._timer.cancel()
-            if self._comment is not None:
-                self._comment.cancel()
         await self._send(send, last, more_body=False)
 
     def _keep_alive(self, send: Send) -> None:

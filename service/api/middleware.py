@@ -1,5 +1,6 @@
 """Around every request: who asks, its id, bounds on its body, one log line, its counts, an answer to any exception."""
 
+import asyncio
 import logging
 import re
 import secrets
@@ -13,7 +14,7 @@ from service.api.body import BodyLimits, BoundedBody
 from service.api.errors import response_to, unauthorized
 from service.api.keys import UNKNOWN
 from service.api.metrics import Metrics
-from service.engine.client import EngineClient
+from service.engine.client import EngineClient, EngineDraining
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +70,12 @@ class RequestMiddleware:
                 raise unauthorized()
             with caller.held():
                 await self._app(scope, body.receive, send_with_id)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if status or not self._client.draining or task is None:
+                raise
+            task.uncancel()  # the server gives up what no drain waits for: a body on its way, a text that is encoded
+            await response_to(EngineDraining("the service is shutting down"), scope)(scope, receive, send_with_id)
         except Exception as error:
             answer = response_to(error, scope)
             if status:  # too late for an answer; the server breaks the connection off

@@ -22,6 +22,7 @@ from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from service.api.errors import ApiError
+from service.api.transport import GatheredWrites
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ _WATCH = "megatron_gpt2.watch"
 _MAX_PIPELINED = 32  # requests of one connection that wait for the one before them to be answered
 _LINGER_SECONDS = 2.0  # between a refusal and the end: closed at once, what still arrives would wipe it out
 _READ_BYTES = 65536
+_LEAST_RATE = 16_384  # bytes a second that a reader takes of what waits in memory for it
 _NEVER = math.inf
 
 
@@ -46,6 +48,7 @@ class HttpLimits:
     max_connections: int = 4096
     header_seconds: float = 20.0
     body_seconds: float = 120.0
+    send_seconds: float = 60.0
 
 
 def write_of(scope: Scope) -> Write:
@@ -74,41 +77,6 @@ def _cannot_watch(_left: Left | None) -> None:
     pass
 
 
-class _GatheredWrites:
-    """A transport that writes once for all that one turn of the event loop has to say.
-
-    That is fewer system calls, and cheaper ones: when hundreds of streams get tokens in one turn, Python's work for
-    all of them comes first and the kernel's after it, so that neither throws the other out of the processor's caches.
-    """
-
-    def __init__(self, transport: asyncio.Transport) -> None:
-        self._transport = transport
-        self._loop = asyncio.get_running_loop()
-        self._waiting: list[bytes] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transport, name)
-
-    def write(self, data: bytes) -> None:
-        if not self._waiting:
-            self._loop.call_soon(self._flush)
-        self._waiting.append(data)
-
-    def close(self) -> None:
-        self._flush()
-        self._transport.close()
-
-    def write_eof(self) -> None:
-        self._flush()
-        self._transport.write_eof()
-
-    def _flush(self) -> None:
-        if self._waiting:
-            data = b"".join(self._waiting)
-            self._waiting.clear()
-            self._transport.write(data)
-
-
 class _Stage(enum.Enum):
     """What of the connection's next request has arrived."""
 
@@ -132,6 +100,7 @@ class EnvelopeProtocol(HttpToolsProtocol):
     _due = _NEVER  # loop time by which the stage must be over
     _timer: asyncio.TimerHandle | None = None  # at or before `_due`: most often it finds that all has arrived
     _answering: RequestResponseCycle | None = None  # what was handed to the app last; uvicorn's own is the newest
+    _reader_timer: asyncio.TimerHandle | None = None  # while more waits for the reader than a little
     _refusal: ApiError | None = None  # to be said when all before it is answered
     _left: Left | None = None  # of the one request that is being answered
     _is_lost = False
@@ -140,7 +109,7 @@ class EnvelopeProtocol(HttpToolsProtocol):
         if len(self.connections) >= self.limits.max_connections:
             self._turn_away(transport)
             return
-        super().connection_made(cast(asyncio.Transport, _GatheredWrites(transport)))
+        super().connection_made(cast(asyncio.Transport, GatheredWrites(transport)))
         self._wait(self.limits.header_seconds)
 
     def data_received(self, data: bytes) -> None:
@@ -156,6 +125,8 @@ class EnvelopeProtocol(HttpToolsProtocol):
                 continue
             except httptools.HttpParserError as error:
                 reason = error.__context__
+                if not isinstance(reason, ApiError | ValueError | None):  # a bug of a callback
+                    log.error("unexpected error", exc_info=reason)
                 self._refuse(reason if isinstance(reason, ApiError) else _no_http())
                 return
             break
@@ -181,7 +152,9 @@ class EnvelopeProtocol(HttpToolsProtocol):
                 raise ApiError(405, "The service is no proxy.", code="method_not_allowed", headers=allowed)
             return
         if len(self.pipeline) >= _MAX_PIPELINED:
-            raise ApiError(429, "Too many requests wait on this connection.", type="overloaded_error")
+            message = "Too many requests wait on this connection."
+            again = {"Retry-After": "1"}
+            raise ApiError(429, message, type="overloaded_error", code="too_many_pipelined", headers=again)
         super().on_headers_complete()
         self.headers = []  # for trailers: the request has its own
         self._begin(_Stage.BODY)
@@ -209,8 +182,9 @@ class EnvelopeProtocol(HttpToolsProtocol):
             return
         super().connection_lost(exc)
         self._unset_keepalive_if_required()
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in (self._timer, self._reader_timer):
+            if timer is not None:
+                timer.cancel()
         self.pipeline.clear()
         if self._answering is not None:
             _disconnect(self._answering)
@@ -220,6 +194,26 @@ class EnvelopeProtocol(HttpToolsProtocol):
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         self._answering = cycle
         super()._start_asgi_task(cycle, app)
+
+    # Who reads the answers
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._check_reader(math.inf)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._reader_timer is not None:
+            self._reader_timer.cancel()
+
+    def _check_reader(self, num_before: float) -> None:
+        """Cut a reader off that has taken too little since there were so many bytes for it, or look again."""
+        seconds = self.limits.send_seconds
+        num_unsent = self.transport.get_write_buffer_size()
+        if num_before - num_unsent < _LEAST_RATE * seconds:
+            self.transport.abort()
+        else:
+            self._reader_timer = self.loop.call_later(seconds, self._check_reader, num_unsent)
 
     # Who listens
 

@@ -50,16 +50,21 @@ class Entry:
 
 
 @dataclass(eq=False, slots=True)
-class _Client:
-    """What of one client's waits, the oldest first."""
-
-    entries: dict[Entry, None] = field(default_factory=dict)
+class _Load:
     num_requests: int = 0
     num_tokens: int = 0
 
     def grow(self, num_requests: int, num_tokens: int) -> None:
         self.num_requests += num_requests
         self.num_tokens += num_tokens
+
+
+@dataclass(eq=False, slots=True)
+class _Client:
+    """What of one client's waits, the oldest first."""
+
+    load: _Load = field(default_factory=_Load)
+    entries: dict[Entry, None] = field(default_factory=dict)
 
 
 class _Rate:
@@ -107,7 +112,7 @@ class Backlog:
         self._limits = limits
         self._clock = clock
         self._clients: dict[str, _Client] = {}
-        self._all = _Client()
+        self._all = _Load()
         self._rate = _Rate()
 
     @property
@@ -141,13 +146,14 @@ class Backlog:
         self._rate.run(self._clock())
         client = self._clients.setdefault(entry.client, _Client())
         client.entries[entry] = None
-        for each in (client, self._all):
-            each.grow(entry.num_requests, entry.num_tokens)
+        for load in (client.load, self._all):
+            load.grow(entry.num_requests, entry.num_tokens)
 
-    def shrink(self, entry: Entry, *, num_requests: int, num_tokens: int) -> None:
-        """Some of the group has left the queue for the engine."""
-        self._rate.leave(self._clock(), num_tokens)
-        entry.begun = True
+    def shrink(self, entry: Entry, *, num_requests: int, num_tokens: int, served: bool) -> None:
+        """Some of the group has left the queue: for the engine (`served`), or since it has ended."""
+        if served:
+            self._rate.leave(self._clock(), num_tokens)
+            entry.begun = True
         entry.num_requests -= num_requests
         entry.num_tokens -= num_tokens
         self._take(entry, num_requests, num_tokens)
@@ -162,8 +168,8 @@ class Backlog:
 
     def _take(self, entry: Entry, num_requests: int, num_tokens: int) -> None:
         client = self._clients[entry.client]
-        for each in (client, self._all):
-            each.grow(-num_requests, -num_tokens)
+        for load in (client.load, self._all):
+            load.grow(-num_requests, -num_tokens)
         if not entry.num_requests:
             del client.entries[entry]
             if not client.entries:
@@ -177,20 +183,22 @@ class Backlog:
         Nobody is left with less than the client of `entry` then has. What has begun stays, and what is more urgent.
         """
         limits = self._limits
-        rest = _Client({}, self.num_requests, self.num_tokens)
+        rest = _Load(self.num_requests, self.num_tokens)
         victims: list[Entry] = []
-        most: list[tuple[float, str, _Client, Iterator[Entry]]] = []  # a heap, the greatest share first
+        most: list[tuple[float, str, _Load, Iterator[Entry]]] = []  # a heap, the greatest share first
         while rest.num_requests and (
             rest.num_requests + entry.num_requests > limits.max_requests
             or rest.num_tokens + entry.num_tokens > limits.max_tokens
         ):
             if not victims:
                 own = self._clients.get(entry.client, _Client())
-                least = self._share(own.num_requests + entry.num_requests, own.num_tokens + entry.num_tokens)
+                least = self._share(
+                    _Load(own.load.num_requests + entry.num_requests, own.load.num_tokens + entry.num_tokens)
+                )
                 most = [
-                    (-share, name, _Client({}, client.num_requests, client.num_tokens), reversed(client.entries))
+                    (-share, name, _Load(client.load.num_requests, client.load.num_tokens), reversed(client.entries))
                     for name, client in self._clients.items()
-                    if (share := self._share(client.num_requests, client.num_tokens)) >= least and client is not own
+                    if client is not own and (share := self._share(client.load)) >= least
                 ]
                 heapify(most)
             victim = self._newest(entry, least, most)
@@ -201,22 +209,22 @@ class Backlog:
         return victims
 
     def _newest(
-        self, entry: Entry, least: float, most: list[tuple[float, str, _Client, Iterator[Entry]]]
+        self, entry: Entry, least: float, most: list[tuple[float, str, _Load, Iterator[Entry]]]
     ) -> Entry | None:
         """The next that gives way, taken off its client in the heap; a client that has none leaves the heap."""
         while most:
-            _, name, client, entries = heappop(most)
+            _, name, load, entries = heappop(most)
             for victim in entries:
                 if victim.begun or victim.priority < entry.priority:
                     continue
-                client.grow(-victim.num_requests, -victim.num_tokens)
-                share = self._share(client.num_requests, client.num_tokens)
+                load.grow(-victim.num_requests, -victim.num_tokens)
+                share = self._share(load)
                 if share < least:
                     break
-                heappush(most, (-share, name, client, entries))
+                heappush(most, (-share, name, load, entries))
                 return victim
         return None
 
-    def _share(self, num_requests: int, num_tokens: int) -> float:
+    def _share(self, load: _Load) -> float:
         """Of the bounds: the greater of the shares of requests and of tokens."""
-        return max(num_requests / self._limits.max_requests, num_tokens / self._limits.max_tokens)
+        return max(load.num_requests / self._limits.max_requests, load.num_tokens / self._limits.max_tokens)

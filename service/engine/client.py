@@ -53,6 +53,9 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 
+_MAX_UNSENT_BYTES = 64 * 2**20  # of messages to an engine that reads nothing: some twenty of the largest
+
+
 class EngineUnavailable(Exception):
     """The engine takes no requests now."""
 
@@ -177,17 +180,19 @@ class EngineClient:
         """Hand `requests` to the engine as one group, drawn by `params`. Raises EngineUnavailable and QueueFull.
 
         `completing_ids`, `patient` and `client` are Submit's. All must have finished after `timeout_seconds`, and have
-        started after `queue_timeout_seconds`, where the service's own limits are not less. Both are counted from
-        `arrived_at`, in monotonic seconds; None is now.
+        started after `queue_timeout_seconds`, where the service's own limits are not less. The one is counted from
+        `arrived_at`, in monotonic seconds, the other from now; None is now too.
         """
         self.check_ready()
+        if self._writer is not None and self._writer.transport.get_write_buffer_size() > _MAX_UNSENT_BYTES:
+            raise QueueFull("the engine reads nothing now; try again later", retry_after_seconds=5)
         submit = Submit(tuple(requests), params, completing_ids, patient, client)
         arrived_at = time.monotonic() if arrived_at is None else arrived_at
         stream = Stream(
             self,
             submit,
             deadline=_deadline(arrived_at, timeout_seconds, self._request_timeout_seconds),
-            queue_deadline=_deadline(arrived_at, queue_timeout_seconds, self._queue.timeout_seconds),
+            queue_deadline=_deadline(time.monotonic(), queue_timeout_seconds, self._queue.timeout_seconds),
         )
         self.backlog.add(stream._entry)
         self._hand_over(stream, submit)

@@ -45,12 +45,14 @@ class Stream:
         self._arrival: asyncio.Future[None] | None = None  # what the reader waits for
         self._num_unread = 0  # of _MAX_UNREAD
         self._unstarted = {request.id: request for request in requests}
+        # The tokens of each sequence that counts in the backlog; samples share a prompt.
+        self._queued = {
+            (request.id, choice): submit.params.max_tokens + (0 if choice else len(request.prompt))
+            for request in requests
+            for choice in range(request.n)
+        }
         self._entry = Entry(
-            submit.client,
-            requests[0].priority,
-            sum(request.n for request in requests),
-            sum(map(self._count_tokens, requests)),
-            self._refuse,
+            submit.client, requests[0].priority, len(self._queued), sum(self._queued.values()), self._refuse
         )
         self._refused: QueueFull | None = None
         self._resubmitted = False
@@ -119,8 +121,9 @@ class Stream:
         if (request_id, choice) in self._open:
             self._close((request_id, choice))
             self._client._abort(request_id, choice)
-            if not any(open_id == request_id for open_id, _ in self._open):
-                self._leave_queue(request_id)  # nobody waits for its start
+            self._leave_queue((request_id, choice), served=False)
+            if request_id in self._unstarted and not any(open_id == request_id for open_id, _ in self._open):
+                del self._unstarted[request_id]  # nobody waits for its start
         self._mailbox.pop((request_id, choice), None)
         self._arrived()
 
@@ -128,7 +131,8 @@ class Stream:
         key = (delta.request_id, delta.choice)
         if key not in self._open:
             return
-        self._leave_queue(delta.request_id)
+        self._unstarted.pop(delta.request_id, None)
+        self._leave_queue(key, served=delta.finish not in (Finish.ERROR, Finish.ABORT))
         if delta.finish is not None:
             self._close(key)
         self._num_unread += len(delta.token_ids) + (0 if delta.logprobs is None else len(delta.logprobs.top) // 4)
@@ -154,20 +158,15 @@ class Stream:
             self._client._settled(self)
 
     def _mark_started(self, request_id: int) -> None:
-        if self._leave_queue(request_id):
+        if self._unstarted.pop(request_id, None) is not None and not self._has_gone_on:
             self.started_at[request_id] = time.monotonic()
+            self._leave_queue((request_id, 0), served=True)  # its samples are let in in their order
 
-    def _leave_queue(self, request_id: int) -> bool:
-        """The request waits no more; whether it did, as one of those that the group began with."""
-        request = self._unstarted.pop(request_id, None)
-        if request is None or self._has_gone_on:
-            return False
-        num_tokens = self._count_tokens(request)
-        self._client.backlog.shrink(self._entry, num_requests=request.n, num_tokens=num_tokens)
-        return True
-
-    def _count_tokens(self, request: Request) -> int:
-        return len(request.prompt) + request.n * self._submit.params.max_tokens
+    def _leave_queue(self, key: tuple[int, int], *, served: bool) -> None:
+        """The sequence waits no more, if it did: it has begun (`served`), or ended."""
+        num_tokens = self._queued.pop(key, None)
+        if num_tokens is not None:
+            self._client.backlog.shrink(self._entry, num_requests=1, num_tokens=num_tokens, served=served)
 
     def _refuse(self, error: QueueFull) -> None:
         """The group, of which nothing has begun, gives its place in the queue to others."""
@@ -178,8 +177,7 @@ class Stream:
     def _engine_lost(self, error: str) -> None:
         """End what the lost engine had begun. What it had not begun stays, to be submitted again, once."""
         if self._resubmitted:
-            for request_id in list(self._unstarted):
-                self._leave_queue(request_id)
+            self._unstarted.clear()
         self._end(Finish.ERROR, error, kept=self._unstarted)
 
     def _end(self, finish: Finish, error: str, *, kept: Collection[int] = ()) -> None:

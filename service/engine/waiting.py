@@ -27,7 +27,8 @@ class Waiting:
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._lines: dict[int, _Line] = {}
+        self._all_lines: dict[int, _Line] = {}  # by priority
+        self._lines: dict[int, _Line] = {}  # in which somebody waits
         self._num_waiting = 0
 
     def __len__(self) -> int:
@@ -36,16 +37,13 @@ class Waiting:
     def add(self, sequence: Sequence) -> None:
         """A sequence that comes gets its turn."""
         sequence.arrived_at = self._clock()
-        line = self._lines.setdefault(sequence.request.priority, _Line(0))
-        line.give_turn(sequence)
-        self._put(sequence, line)
+        self._all_lines.setdefault(sequence.request.priority, _Line()).give_turn(sequence)
+        self.put_back(sequence)
 
     def put_back(self, sequence: Sequence) -> None:
         """One that had been let in keeps its turn."""
-        line = self._lines.setdefault(sequence.request.priority, _Line(sequence.turn[0]))
-        self._put(sequence, line)
-
-    def _put(self, sequence: Sequence, line: _Line) -> None:
+        priority = sequence.request.priority
+        self._lines[priority] = line = self._all_lines[priority]
         line.put(sequence)
         self._num_waiting += 1
 
@@ -68,10 +66,12 @@ class Waiting:
 class _Line:
     """Those of one priority."""
 
-    def __init__(self, now: int) -> None:
+    def __init__(self) -> None:
         self.sequences: list[Sequence] = []  # by turn
-        self._arrivals: deque[Sequence] = deque()  # the same and some that have left, by arrival
-        self._now = now  # the turn that was served last
+        self._arrivals: deque[Sequence] = (
+            deque()
+        )  # the same and some that have left; the first that waits is the oldest
+        self._now = 0  # the turn that was served last
         self._ends: dict[str, int] = {}  # by client, where the tokens that it has asked for end; who asked last is last
 
     @property
@@ -103,3 +103,7 @@ class _Line:
         del self.sequences[bisect_left(self.sequences, sequence.turn, key=_TURN)]
         if served:
             self._now = max(self._now, sequence.turn[0])
+        elif (end := self._ends.get(client := sequence.group.client)) is not None:
+            self._ends[client] = max(self._now, end - sequence.cost)  # it has not got these
+        if not self.sequences:
+            self._ends.clear()

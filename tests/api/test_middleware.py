@@ -78,6 +78,7 @@ async def test_bodies_of_open_requests_have_a_bound_together(start: Start, missi
     assert answer is not None
     assert (503, "too_many_bodies") == (answer.status, answer.error["code"])
     assert "1" == answer.headers["retry-after"]
+    assert 400 == (await api.http.post("/v1/completions", content=b"{")).status_code  # small ones are not kept out
     for connection in connections:
         connection.writer.close()
     await api.wait_metric('megatron_gpt2_http_responses_total{method="POST",route="/v1/completions",status="499"}', 32)

@@ -1,7 +1,9 @@
 """What is no HTTP request, over a raw socket; bounds on what is one, in size, time and number."""
 
 import asyncio
+import contextlib
 import json
+import socket
 
 import pytest
 
@@ -227,3 +229,43 @@ async def test_a_connection_too_many_is_turned_away(start: Start) -> None:
     assert 200 == answer.status
     for connection in connections:
         connection.writer.close()
+
+
+# Who reads
+
+
+@pytest.mark.parametrize(("num_bytes", "whole"), [(30, False), (1_000_000, True)], ids=["a trickle", "enough"])
+async def test_a_reader_must_take_some_of_what_waits_for_it(start: Start, num_bytes: int, whole: bool) -> None:
+    """One that takes a little now and then would keep a large answer in memory for days: it is cut off."""
+    api: Service = await start(limits=HttpLimits(send_seconds=0.4))
+    body = b'{"prompt": "x", "max_tokens": 900, "n": 8, "logprobs": 5, "ignore_eos": true}'
+    loop = asyncio.get_running_loop()
+    with socket.socket() as reader:
+        reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        reader.setblocking(False)
+        await loop.sock_connect(reader, ("127.0.0.1", int(api.url.rpartition(":")[2])))
+        head = b"POST /v1/completions HTTP/1.0\r\nContent-Length: %d\r\n\r\n" % len(body)
+        await loop.sock_sendall(reader, head + body)
+        answer = b""
+        with contextlib.suppress(ConnectionResetError):
+            while piece := await loop.sock_recv(reader, num_bytes):
+                answer += piece
+                await asyncio.sleep(0.01)
+    _, _, text = answer.partition(b"\r\n\r\n")
+    assert text.startswith(b'{"id":')
+    assert whole == text.endswith(b"}}")
+    await api.complete(prompt="x", max_tokens=1)
+
+
+async def test_too_many_pipelined_requests_are_told_when_to_come_again(api: Service) -> None:
+    """As every 429."""
+    api.engine.gate.clear()
+    connection = await connect(api)
+    post = b'POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 15\r\n\r\n{"prompt": "x"}'
+    connection.writer.write(post * 40)
+    await api.engine.wait_for(lambda: bool(api.engine.submitted))
+    api.engine.gate.set()
+    *answers, refusal = await connection.answers()
+    assert {200} == {answer.status for answer in answers}
+    assert (429, "too_many_pipelined", "1") == (refusal.status, refusal.error["code"], refusal.headers["retry-after"])
+    connection.writer.close()

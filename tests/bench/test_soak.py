@@ -1,5 +1,6 @@
 """What the soak finds: memory that grows, and answers that are not what was asked for."""
 
+import json
 import random
 from collections import Counter
 from typing import Any
@@ -55,6 +56,17 @@ def test_a_leak_is_beyond_the_bound_and_unevenness_is_not(base: float, bound: fl
 )
 def test_what_is_no_line_of_the_log_is_a_fault(line: str, fault: bool) -> None:
     assert fault == is_fault(line)
+
+
+@pytest.mark.parametrize(
+    ("message", "explained"),
+    [("the engine ended (exit code -9); restarting it in 0 s", True), ("a step failed", False), ("unexpected", False)],
+)
+def test_faults_explain_what_is_said_of_an_engine(message: str, explained: bool) -> None:
+    """And nothing else."""
+    line = json.dumps({"level": "ERROR", "message": message})
+    assert is_fault(line)
+    assert explained != is_fault(line, injected=True)
 
 
 def test_a_mixture_has_every_kind_streamed_and_not_and_is_the_same_again() -> None:

@@ -56,7 +56,7 @@ def test_both_bounds_hold(num_requests: int, num_tokens: int) -> None:
     )
     queue.backlog.remove(entries[0])
     assert not queue.is_full("", num_requests, num_tokens)
-    queue.backlog.shrink(entries[1], num_requests=num_requests, num_tokens=num_tokens)
+    queue.backlog.shrink(entries[1], num_requests=num_requests, num_tokens=num_tokens, served=True)
     for entry in entries:
         queue.backlog.remove(entry)  # also what is not there any more
     assert (0, 0) == (queue.backlog.num_requests, queue.backlog.num_tokens)
@@ -90,7 +90,7 @@ def test_what_has_begun_does_not_give_way() -> None:
     """Some of the group may have been sent already."""
     queue = Queue()
     begun = queue.add("many", 10, 100)
-    queue.backlog.shrink(begun, num_requests=1, num_tokens=10)
+    queue.backlog.shrink(begun, num_requests=1, num_tokens=10, served=True)
     queue.add("few")
     assert queue.is_full("few")
     assert not queue.refused
@@ -146,7 +146,7 @@ def test_retry_after_is_how_long_the_backlog_takes() -> None:
     running = queue.add("", 9, 900)
     for _ in range(9):  # 50 tokens a second
         queue.now += 2
-        queue.backlog.shrink(running, num_requests=1, num_tokens=100)
+        queue.backlog.shrink(running, num_requests=1, num_tokens=100, served=True)
     assert 1 == queue.backlog.retry_after_seconds
     queue.add("", 1, 1000)
     assert 20 == pytest.approx(queue.backlog.retry_after_seconds, rel=0.2)
@@ -162,7 +162,7 @@ def test_time_without_a_queue_says_nothing_of_its_rate() -> None:
         entry = queue.add("", 10, 1000)
         for _ in range(10):
             queue.now += 0.01
-            queue.backlog.shrink(entry, num_requests=1, num_tokens=100)
+            queue.backlog.shrink(entry, num_requests=1, num_tokens=100, served=True)
         assert 0 == queue.backlog.num_tokens
         queue.now += 3600
     queue.add("", 1, 100_000)
