@@ -5,7 +5,7 @@ python -m bench.soak [--model FOLDER] [--seconds 300] [--no-faults] [--out FOLDE
 The exit status is 1 where an answer was wrong or missing, where one was cut short and no fault was the reason, where
 the service was not ready again after a fault, where the log has an error that no fault explains, where blocks or
 connections were still held when all was idle, or where the memory of a process or the GPU grew in the last half by more
-than 5 %, but at least 32 MiB and at most 64. An engine that is restarted begins anew: --no-faults judges its growth too.
+than 5 %, but at least 32 MiB and at most 64. An engine that is restarted begins anew; --no-faults judges its growth.
 """
 
 import argparse
@@ -165,7 +165,7 @@ async def soak(
 
 
 def is_fault(line: str, *, injected: bool = False) -> bool:
-    """Of the log: an error, or what is none of its lines. Faults that are `injected` explain what is said of an engine."""
+    """Of the log: an error, or what is none of its lines. Faults that were `injected` explain those of engines."""
     try:
         record = json.loads(line)
         explained = injected and record["message"].startswith(_EXPLAINED)

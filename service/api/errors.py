@@ -125,8 +125,8 @@ _DESCRIPTIONS: Mapping[int, str] = {
     413: "The body is over the limit.",
     429: "The queue is full, not begun in time, or over a key's quota; Retry-After says when to try again.",
     500: "A fault of the server; the request has ended.",
-    503: "Loading, restarting or shutting down; Retry-After says when to try again.",
-    504: "Not finished within timeout_seconds.",
+    503: "Loading, restarting, shutting down, or too much is open; Retry-After says when to try again.",
+    504: "Not finished within timeout_seconds, or within the service's own limit.",
 }
 
 

@@ -12,6 +12,8 @@ import logging
 import math
 import os
 import secrets
+import socket
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -35,6 +37,7 @@ _WATCH = "megatron_gpt2.watch"
 _MAX_PIPELINED = 32  # requests of one connection that wait for the one before them to be answered
 _LINGER_SECONDS = 2.0  # between a refusal and the end: closed at once, what still arrives would wipe it out
 _READ_BYTES = 65536
+_AT_ONCE = struct.pack("ii", 1, 0)  # for SO_LINGER: what the kernel holds goes too
 _LEAST_RATE = 16_384  # bytes a second that a reader takes of what waits in memory for it
 _NEVER = math.inf
 
@@ -211,6 +214,7 @@ class EnvelopeProtocol(HttpToolsProtocol):
         seconds = self.limits.send_seconds
         num_unsent = self.transport.get_write_buffer_size()
         if num_before - num_unsent < _LEAST_RATE * seconds:
+            self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _AT_ONCE)
             self.transport.abort()
         else:
             self._reader_timer = self.loop.call_later(seconds, self._check_reader, num_unsent)

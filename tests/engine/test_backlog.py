@@ -215,6 +215,19 @@ async def test_what_has_begun_counts_no_more(client: EngineClient, attach: Attac
     client.check_room("")
 
 
+async def test_samples_are_counted_until_each_has_begun(client: EngineClient, attach: Attach) -> None:
+    """Three of a request wait while the first runs: with their tokens, and without the prompt that they share."""
+    gate = threading.Semaphore(1)
+    await attach(max_num_seqs=1, before_step=gate.acquire)
+    with closing(client.submit([request(client, n=4)], LONG)) as stream:
+        assert (4, 3 + 4 * 100) == (client.backlog.num_requests, client.backlog.num_tokens)
+        await until(lambda: bool(stream.started_at))
+        assert (3, 3 * 100) == (client.backlog.num_requests, client.backlog.num_tokens)
+        gate.release(10_000)
+        await collect(stream)
+        assert (0, 0) == (client.backlog.num_requests, client.backlog.num_tokens)
+
+
 @pytest.mark.parametrize("how", ["leaves", "aborts", "times out", "engine dies", "abandoned"])
 async def test_whatever_ends_a_request_it_is_counted_no_more(client: EngineClient, attach: Attach, how: str) -> None:
     gate = threading.Semaphore(1)

@@ -175,3 +175,26 @@ def test_what_has_left_is_forgotten() -> None:
         for line in queue.waiting._lines.values():
             assert len(line._ends) <= len(line.sequences) + _SPARE + 1
             assert len(line._arrivals) <= len(line.sequences) + _SPARE + 1
+
+
+def test_who_comes_back_to_an_empty_line_does_not_wait_for_those_that_came_later() -> None:
+    """The scale of turns outlives the line: newcomers begin where it stands."""
+    queue = Queue()
+    for _ in range(1000):
+        queue.add("long ago", cost=500)
+    *_, preempted = queue.serve_all()
+    queue.waiting.put_back(preempted)
+    newcomers = [queue.add(client, cost=100) for client in "ab" * 50]
+    assert [preempted, *newcomers] == queue.serve_all()
+
+
+def test_what_a_client_did_not_get_is_not_held_against_it() -> None:
+    """A thousand requests that were given up, or refused, are no reason to wait."""
+    queue = Queue()
+    given_up = [queue.add("impatient", cost=500) for _ in range(1000)]
+    for client in "ab" * 50:
+        queue.add(client, cost=100)
+    for sequence in given_up:
+        queue.waiting.remove(sequence, served=False)
+    again = queue.add("impatient", cost=500)
+    assert again in [queue.serve() for _ in range(3)]
