@@ -26,7 +26,7 @@ check: lint types test  ## what CI runs
 clients: .venv/ready .venv-clients/ready  ## packages that people use as clients, against a running service
 	.venv-clients/bin/pytest tests/clients -W default $(ARGS)
 
-faults: .venv/ready  ## each fault of docs/reliability.md, injected into a running service
+faults: .venv/ready  ## faults injected into a running service, and short overloads (docs/reliability.md)
 	.venv/bin/pytest tests/faults --timeout 240 $(ARGS)
 
 bench: .venv/ready  ## milliseconds a step of the bare runner beside transformers, on this machine
