@@ -79,14 +79,19 @@ def random_server(random_folder: Path) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="session")
-def small_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def small_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny GPT-2 of a short context: whatever is asked of it costs little."""
     folder = tmp_path_factory.mktemp("small")
     torch.manual_seed(0)
     GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, n_positions=32)).save_pretrained(folder)
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(DEMO / name, folder)
-    yield from until_drained(Server(str(folder), "--kv-memory", "64MiB"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_server(small_folder: Path) -> Iterator[Server]:
+    yield from until_drained(Server(str(small_folder), "--kv-memory", "64MiB"))
 
 
 def post(server: Server, **body: Any) -> httpx.Response:

@@ -1,16 +1,18 @@
 """schemathesis: requests made up from /openapi.json get no 5xx and no status that the schema does not list."""
 
+import contextlib
 import json
 import subprocess
 import sys
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from tests.clients.conftest import Server
+from tests.service.server import Server, until_drained
 
 _SCHEMATHESIS = Path(sys.executable).with_name("schemathesis")
 _DEADLINE = "timeout_seconds"  # a request may ask for a 504
@@ -74,29 +76,50 @@ _BODIES = {
 _SOON = 1e-6  # seconds
 
 
-def test_refusals_that_chance_seldom_finds_are_documented(small_server: Server) -> None:
-    """Each status of each route that takes a body, but those of a service that is not ready or has a bug."""
-    asked: dict[str, dict[int, bytes]] = {
-        path: {
-            200: json.dumps(body).encode(),
-            400: b"{",
-            404: json.dumps(body | {"model": "gpt-4"}).encode(),
-            413: b" " * (9 << 20),
-        }
-        for path, body in _BODIES.items()
-    }
-    del asked["/api"][404]  # it names no model
-    for path in ("/v1/completions", "/v1/score"):
-        asked[path][504] = json.dumps(_BODIES[path] | {"timeout_seconds": _SOON}).encode()
-    asked["/v1/completions"][429] = json.dumps(_BODIES["/v1/completions"] | {"queue_timeout_seconds": _SOON}).encode()
+@pytest.fixture(scope="module")
+def impatient_servers(small_folder: Path) -> Iterator[dict[int, Server]]:
+    """By status, a server that answers so whatever needs the engine: its deadline has passed before a step is done."""
+    with contextlib.ExitStack() as stack:
+        servers = {}
+        for status, setting in ((429, "--queue-timeout-seconds"), (504, "--request-timeout-seconds")):
+            server = Server(str(small_folder), "--kv-memory", "64MiB", setting, str(_SOON))
+            servers[status] = stack.enter_context(contextlib.contextmanager(until_drained)(server))
+        yield servers
+
+
+def test_refusals_that_chance_seldom_finds_are_documented(
+    small_server: Server, impatient_servers: dict[int, Server]
+) -> None:
+    """Each status of each route that takes a body, but those of a service that is not ready or has a bug.
+
+    Without keys 401 is none of them.
+    """
     documented = _documented(small_server)
-    assert asked.keys() == {name.removeprefix("POST ") for name in documented if name.startswith("POST ")}
-    for path, bodies in asked.items():
-        for status, body in bodies.items():
-            response = httpx.post(small_server.url + path, content=body, headers={"Content-Type": "application/json"})
+    assert _BODIES.keys() == {name.removeprefix("POST ") for name in documented if name.startswith("POST ")}
+    for path, body in _BODIES.items():
+        right = json.dumps(body).encode()
+        asked = {200: right, 400: b"{", 413: b" " * (9 << 20)}
+        if path != "/api":  # it names no model
+            asked[404] = json.dumps(body | {"model": "gpt-4"}).encode()
+        if path not in ("/tokenize", "/detokenize"):  # the engine is not asked
+            asked |= {429: right, 504: right}
+        for status, content in asked.items():
+            server = impatient_servers.get(status, small_server)
+            response = httpx.post(server.url + path, content=content, headers={"Content-Type": "application/json"})
             assert status == response.status_code, (path, response.text)
             assert status == 200 or {"message", "type", "param", "code"} == response.json()["error"].keys()
-        assert bodies.keys() | {500, 503} == documented[f"POST {path}"], path
+        assert asked.keys() | {500, 503} == documented[f"POST {path}"], path
+
+
+def test_a_request_may_ask_for_its_own_deadlines(small_server: Server) -> None:
+    """Where the service sets none: the same statuses."""
+    for path, field, status in (
+        ("/v1/completions", "timeout_seconds", 504),
+        ("/v1/completions", "queue_timeout_seconds", 429),
+        ("/v1/score", "timeout_seconds", 504),
+    ):
+        response = httpx.post(small_server.url + path, json=_BODIES[path] | {field: _SOON})
+        assert status == response.status_code, response.text
 
 
 def test_answers_while_loading_are_documented() -> None:
