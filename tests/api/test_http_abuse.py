@@ -108,7 +108,7 @@ async def test_what_is_no_request_gets_one_answer(api: Service, data: bytes) -> 
     assert 400 <= answer.status < 500
     assert "close" == answer.headers["connection"]
     assert answer.error["code"] in ("invalid_http", "method_not_allowed")
-    assert [] == api.engine.submitted or "chunk" in data.decode("latin-1")  # whose body is broken far behind its head
+    assert [] == api.engine.submitted
     assert 200 == (await api.http.get("/readyz")).status_code
 
 
