@@ -3,7 +3,7 @@ PYTHON ?= python3
 MODEL ?=
 ARGS ?=
 SECONDS ?= 30
-TARGETS ?= request text to_engine to_api safetensors config index vocabulary merges tokenizer_json pickled release
+TARGETS ?= completion request text to_engine to_api safetensors config index vocabulary merges tokenizer_json pickled release
 .PHONY: run test lint format types check clients faults bench inside load soak overload fuzz image
 
 run: .venv/ready  ## serve MODEL, a folder or a hub id; without one, the embedded demo model

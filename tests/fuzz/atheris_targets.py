@@ -16,11 +16,15 @@ with atheris.instrument_imports(include=["service", "zipfile", "pickle", "pickle
 
 def main() -> None:
     _, target, seconds = sys.argv
+
+    def run(data: bytes) -> None:  # libFuzzer would take what a target returns for an order
+        TARGETS[target](data)
+
     with tempfile.TemporaryDirectory(prefix="fuzz-seeds-") as folder:
         for number, seed in enumerate(seeds()[target]):
             (Path(folder) / str(number)).write_bytes(seed)
         arguments = [f"-max_total_time={seconds}", "-max_len=16384", "-rss_limit_mb=4096", "-timeout=20", folder]
-        atheris.Setup([sys.argv[0], *arguments], TARGETS[target])
+        atheris.Setup([sys.argv[0], *arguments], run)
         atheris.Fuzz()
 
 

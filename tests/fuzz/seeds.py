@@ -1,4 +1,4 @@
-"""Right inputs of each target, to begin from."""
+"""Inputs of each target to begin from: right ones, and some that are wrong in a way which chance seldom finds."""
 
 import io
 import json
@@ -56,7 +56,8 @@ def _release() -> bytes:
     return file.getvalue()
 
 
-def seeds() -> dict[str, list[bytes]]:
+def right() -> dict[str, list[bytes]]:
+    """Those that are taken."""
     encoder = msgspec.msgpack.Encoder()
     files = small_model()
     with tempfile.TemporaryDirectory(prefix="fuzz-") as name:
@@ -65,27 +66,48 @@ def seeds() -> dict[str, list[bytes]]:
             (folder / path).write_bytes(content)
         read_tokenizer(folder).backend.save(str(folder / "tokenizer.json"))
         tokenizer_json = (folder / "tokenizer.json").read_bytes()
-    bodies = [{name: value, "prompt": "a"} for name, value in _FIELDS.items()]
-    bodies += [_FIELDS, {"guided_regex": "a+|b{2}"}, {"guided_choice": ["a", "b"]}, {"guided_json": {"type": "string"}}]
-    bodies += [{"prompts": ["a"], "tokens_to_generate": 3, "top_k_sampling": 2}, {"tokens": [1, 2]}]
-    bodies += [{"items": [{"context": "a", "continuation": [1]}]}, {"prompt": [[1], [2, 3]]}]
+    asks = [{name: value, "prompt": "a"} for name, value in _FIELDS.items()]
+    asks += [_FIELDS, {"guided_regex": "a+|b{2}"}, {"guided_choice": ["a", "b"]}, {"guided_json": {"type": "string"}}]
+    asks += [{"prompt": [[1], [2, 3]]}]
+    others = [{"prompts": ["a"], "tokens_to_generate": 3, "top_k": 2}, {"tokens": [1, 2]}, {"prompt": "a"}]
+    others += [{"items": [{"context": "a", "continuation": "b"}, {"context": [1], "continuation": [2]}]}]
     params = SamplingParams(5, stop_token_ids=(7,), logit_bias=((7, -1.5),), bad_words=((1, 2),), grammar="g")
     messages = [Submit((Request(1, (1, 2), 2),), params, b"\x01"), Abort(1, 0)]
     ended = Delta(1, 0, (5, 6), Finish.LENGTH)
     answers = [Status("load", 0.5), Publish(started=(1,), deltas=(Delta(1, 0, (5,)), ended)), Ready(MODEL)]
+    return {
+        "completion": [json.dumps(ask).encode() for ask in asks],
+        "request": [json.dumps(body).encode() for body in others],
+        "text": [b"a\nb c\0" + bytes(range(60)), b"\0\x00\xdf\x00\x1b"],
+        "to_engine": [frame(message, encoder) for message in messages],
+        "to_api": [frame(message, encoder) for message in answers],
+        "safetensors": [files["model.safetensors"]],
+        "config": [files["config.json"]],
+        "index": [json.dumps({"weight_map": {"wte.weight": "model-1.safetensors"}}).encode()],
+        "vocabulary": [files["vocab.json"]],
+        "merges": [files["merges.txt"]],
+        "tokenizer_json": [tokenizer_json],
+        "pickled": [_torch_file(old=False), _torch_file(old=True)],
+        "release": [_release()],
+    }
+
+
+def wrong() -> dict[str, list[bytes]]:
+    """Those that are refused: nested deeply, or with a head that is gone or changed."""
     nested = b"[" * 2000
     return {
-        "request": [json.dumps(body).encode() for body in bodies] + [b'{"guided_json": ' + nested],
-        "text": [b"a\nb c\0" + bytes(range(60)), b"\0\x00\xdf\x00\x1b"],
-        "to_engine": [frame(message, encoder) for message in messages]
-        + [b"\0\0\x27\x19\x94\xa5abort\x01\xc0" + b"\x91" * 10_000],
-        "to_api": [frame(message, encoder) for message in answers] + [b"\0\0\x27\x10" + b"\x91" * 10_000],
-        "safetensors": [files["model.safetensors"]],
-        "config": [files["config.json"], b'{"model_type": ' + nested],
-        "index": [json.dumps({"weight_map": {"wte.weight": "model-1.safetensors"}}).encode(), nested],
-        "vocabulary": [files["vocab.json"], nested],
-        "merges": [files["merges.txt"]],
-        "tokenizer_json": [tokenizer_json, nested],
-        "pickled": [_torch_file(old=False), _torch_file(old=True)],
-        "release": [_release(), _release()[1:], _release().replace(b"release/", b"\0elease/")],
+        "completion": [b'{"guided_json": ' + nested],
+        "request": [b'{"prompts": ' + nested],
+        "to_engine": [b"\0\0\x27\x19\x94\xa5abort\x01\xc0" + b"\x91" * 10_000],
+        "to_api": [b"\0\0\x27\x10" + b"\x91" * 10_000],
+        "config": [b'{"model_type": ' + nested],
+        "index": [nested],
+        "vocabulary": [nested],
+        "tokenizer_json": [nested],
+        "release": [_release()[1:], _release().replace(b"release/", b"\0elease/")],
     }
+
+
+def seeds() -> dict[str, list[bytes]]:
+    more = wrong()
+    return {target: found + more.get(target, []) for target, found in right().items()}

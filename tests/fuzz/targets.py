@@ -1,5 +1,7 @@
 """What is fuzzed: each target takes any bytes, and fails where they lead to anything but an answer or a refusal.
 
+It returns whether they were taken, that is, whether nothing refused them.
+
 The tests beside this file call them with bytes that are nearly right; atheris_targets.py, with `make fuzz`, with bytes
 that reach code which none before did.
 """
@@ -9,7 +11,6 @@ import json
 import socket
 import tempfile
 from collections.abc import Callable
-from contextlib import suppress
 from functools import cache
 from itertools import chain
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 
 import service.demo
-from service.api import completions, megatron, scoring, tokens
+from service.api import megatron, scoring, tokens
 from service.api.admission import Admitted, admit
 from service.api.body import parse_body
 from service.api.errors import ApiError
@@ -31,7 +32,7 @@ from service.checkpoint.errors import CheckpointError
 from service.checkpoint.tokenizer import read_tokenizer
 from service.engine.channel import Channel, MalformedMessage, frame
 from service.engine.client import EngineClient
-from service.engine.request import ModelInfo, Ready, Request, SamplingParams, Submit, ToEngine
+from service.engine.request import ModelInfo, Ready, Request, SamplingParams, Submit, ToApi, ToEngine
 from service.model.config import ModelConfig
 from tests.api.test_text import naive
 
@@ -48,12 +49,7 @@ MODEL = ModelInfo(
     device="cpu",
 )
 MAX_CHOICES = 64
-SCHEMAS = (
-    *completions.REQUEST_SCHEMAS,
-    *tokens.REQUEST_SCHEMAS,
-    *scoring.REQUEST_SCHEMAS,
-    *megatron.REQUEST_SCHEMAS,
-)
+SCHEMAS = (*tokens.REQUEST_SCHEMAS, *scoring.REQUEST_SCHEMAS, *megatron.REQUEST_SCHEMAS)
 
 
 @cache
@@ -68,24 +64,30 @@ def served() -> ServedModel:
 # --- Requests ---------------------------------------------------------------------------------------------------------
 
 
-def request(body: bytes) -> None:
-    """A body is refused with a 400 by each schema, or read; a completion's also with a 404, or admitted."""
+def completion(body: bytes) -> bool:
+    """A body is refused with a 400, or a 404 for its model, or admitted."""
+    try:
+        admitted = admit(parse_body(body, CompletionRequest), served(), MODEL, max_choices=MAX_CHOICES)
+    except ApiError as error:
+        check_refused(error, 400, 404)
+        return False
+    check_admitted(admitted)
+    return True
+
+
+def request(body: bytes) -> bool:
+    """A body is refused with a 400 by the schema of each other route, or read."""
+    taken = False
     for schema in SCHEMAS:
         try:
-            ask = parse_body(body, schema)
+            parse_body(body, schema)
+            taken = True
         except ApiError as error:
-            refused(error, 400)
-            continue
-        if isinstance(ask, CompletionRequest):
-            try:
-                admitted = admit(ask, served(), MODEL, max_choices=MAX_CHOICES)
-            except ApiError as error:
-                refused(error, 400, 404)
-            else:
-                check_admitted(admitted)
+            check_refused(error, 400)
+    return taken
 
 
-def refused(error: ApiError, *statuses: int) -> None:
+def check_refused(error: ApiError, *statuses: int) -> None:
     assert error.status in statuses
 
 
@@ -119,7 +121,7 @@ def check_admitted(admitted: Admitted) -> None:
 # --- Text -------------------------------------------------------------------------------------------------------------
 
 
-def text(data: bytes) -> None:
+def text(data: bytes) -> bool:
     """Any ids behind any stop strings, a line each: the same text, stop and count as by a naive search."""
     tokenizer = served().tokenizer
     head, _, rest = data.partition(b"\0")
@@ -133,67 +135,72 @@ def text(data: bytes) -> None:
             break
     streamed += stream.finish()
     assert naive(tokenizer, ids, stops, 0) == (streamed, stream.stop, stream.num_tokens)
+    return True
 
 
 # --- Checkpoints ------------------------------------------------------------------------------------------------------
 
 
-def read(data: bytes, file: str, reading: Callable[[Path], object]) -> None:
+def read(data: bytes, file: str, reading: Callable[[Path], object]) -> bool:
     """What `reading` makes of a small model's folder where `file` is `data`; nothing but CheckpointError is raised."""
     with tempfile.TemporaryDirectory(prefix="fuzz-") as name:
         folder = Path(name)
         for path, content in small_model().items():
             (folder / path).write_bytes(content)
         (folder / file).write_bytes(data)
-        with suppress(CheckpointError):
+        try:
             reading(folder)
+        except CheckpointError:
+            return False
+        return True
 
 
-def safetensors(data: bytes) -> None:
+def safetensors(data: bytes) -> bool:
     def reading(folder: Path) -> None:
         state = hub.read_state(folder, hub.read_config(folder), dtype=torch.float32)
         assert (257, 4) == state["token_embedding.weight"].shape
 
-    read(data, "model.safetensors", reading)
+    return read(data, "model.safetensors", reading)
 
 
-def config(data: bytes) -> None:
+def config(data: bytes) -> bool:
     def reading(folder: Path) -> None:
         assert isinstance(hub.read_config(folder), ModelConfig)
 
-    read(data, "config.json", reading)
+    return read(data, "config.json", reading)
 
 
-def index(data: bytes) -> None:
+def index(data: bytes) -> bool:
     def reading(folder: Path) -> None:
         (folder / "model.safetensors").rename(folder / "model-1.safetensors")
         assert [folder / "model-1.safetensors"] == list(hub.weight_files(folder))
 
-    read(data, "model.safetensors.index.json", reading)
+    return read(data, "model.safetensors.index.json", reading)
 
 
-def vocabulary(data: bytes) -> None:
-    read(data, "vocab.json", read_tokenizer)
+def vocabulary(data: bytes) -> bool:
+    return read(data, "vocab.json", read_tokenizer)
 
 
-def merges(data: bytes) -> None:
-    read(data, "merges.txt", read_tokenizer)
+def merges(data: bytes) -> bool:
+    return read(data, "merges.txt", read_tokenizer)
 
 
-def tokenizer_json(data: bytes) -> None:
-    read(data, "tokenizer.json", read_tokenizer)
+def tokenizer_json(data: bytes) -> bool:
+    return read(data, "tokenizer.json", read_tokenizer)
 
 
-def pickled(data: bytes) -> None:
-    read(data, "file.pt", lambda folder: pickles.load(folder / "file.pt"))
+def pickled(data: bytes) -> bool:
+    return read(data, "file.pt", lambda folder: pickles.load(folder / "file.pt"))
 
 
-def release(data: bytes) -> None:
+def release(data: bytes) -> bool:
     def reading(folder: Path) -> None:
-        if archive.is_release(folder / "file.zip"):
-            archive.unpack(folder / "file.zip", folder / "unpacked")
+        if not archive.is_release(folder / "file.zip"):
+            raise CheckpointError("another kind of file")
+        archive.unpack(folder / "file.zip", folder / "unpacked")
 
-    read(data, "file.zip", reading)
+    return read(data, "file.zip", reading)
 
 
 @cache
@@ -225,26 +232,39 @@ def small_model() -> dict[str, bytes]:
 # --- Between the processes --------------------------------------------------------------------------------------------
 
 
-def to_engine(data: bytes) -> None:
+def to_engine(data: bytes) -> bool:
     """The engine's end of the channel: messages, or MalformedMessage."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
         channel = Channel(ours, ToEngine)
         theirs.sendall(data[:100_000])
-        with suppress(MalformedMessage):
-            for message in channel.receive():
-                assert isinstance(message, ToEngine)
+        try:
+            messages = list(channel.receive())
+        except MalformedMessage:
+            return False
+    assert all(isinstance(message, ToEngine) for message in messages)
+    return bool(messages)
 
 
-def to_api(data: bytes) -> None:
+def to_api(data: bytes) -> bool:
     """The API's end: open requests end with the channel, whatever came over it, and a new engine is listened to."""
-    asyncio.run(_to_api(data))
+    return asyncio.run(_to_api(data))
 
 
-async def _to_api(data: bytes) -> None:
+class _Counting(EngineClient):
+    """A client that counts the messages which it takes."""
+
+    num_taken = 0
+
+    def _take(self, message: ToApi) -> None:
+        super()._take(message)
+        self.num_taken += 1
+
+
+async def _to_api(data: bytes) -> bool:
     faults: list[object] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: faults.append(context))
-    client = EngineClient(api_number=0, stall_seconds=60, on_stall=lambda: None)
+    client = _Counting(api_number=0, stall_seconds=60, on_stall=lambda: None)
     encoder = msgspec.msgpack.Encoder()
     ours, theirs = socket.socketpair()
     with theirs:
@@ -263,12 +283,13 @@ async def _to_api(data: bytes) -> None:
         assert not client.ready
         await client.close()
     assert [] == faults
+    return client.num_taken > 1
 
 
-TARGETS: dict[str, Callable[[bytes], None]] = {
+TARGETS: dict[str, Callable[[bytes], bool]] = {
     target.__name__: target
     for target in (
-        *(request, text, to_engine, to_api),
+        *(completion, request, text, to_engine, to_api),
         *(safetensors, config, index, vocabulary, merges, tokenizer_json, pickled, release),
     )
 }
