@@ -7,6 +7,7 @@ From the first moment requests are refused and readiness is false; what is open 
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 
 from service.engine.client import EngineClient
 
@@ -14,24 +15,27 @@ log = logging.getLogger(__name__)
 
 
 class Drain:
-    """Belongs to the event loop's thread, as the client does."""
+    """Belongs to the event loop's thread, as the client does. `clock` gives seconds."""
 
-    def __init__(self, client: EngineClient, *, unready_seconds: float) -> None:
+    def __init__(
+        self, client: EngineClient, *, unready_seconds: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._client = client
         self._unready_seconds = unready_seconds
-        self._began_at: float | None = None  # monotonic
+        self._clock = clock
+        self._began_at: float | None = None
 
     @property
     def unready_seconds_left(self) -> float:
         """How much longer the port has to stay open."""
         if self._began_at is None:
             return self._unready_seconds
-        return max(0.0, self._began_at + self._unready_seconds - time.monotonic())
+        return max(0.0, self._began_at + self._unready_seconds - self._clock())
 
     def begin(self) -> None:
         """Take no more requests. It has begun but once."""
         if self._began_at is None:
-            self._began_at = time.monotonic()
+            self._began_at = self._clock()
             self._client.drain()
             log.info("draining: %d requests are open; new ones are refused", self._client.num_open)
 

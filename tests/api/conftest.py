@@ -2,7 +2,7 @@
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 import uvicorn
+from starlette.routing import Route
 
 import service.demo
 from service.api.access import Access, AccessConfig
@@ -46,6 +47,18 @@ class Service:
         assert response.status_code == 200, response.text
         answer: dict[str, Any] = response.json()
         return answer
+
+    def routes(self) -> list[Route]:
+        """Every route of the application, those of included routers too."""
+
+        def walk(routes: Iterable[Any]) -> Iterator[Route]:
+            for route in routes:
+                if isinstance(route, Route):
+                    yield route
+                else:
+                    yield from walk(route.original_router.routes)
+
+        return list(walk(self.app.routes))
 
     async def restart(self) -> FakeEngine:
         """Attach a new engine, which is not ready yet."""

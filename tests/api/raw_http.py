@@ -2,6 +2,9 @@
 
 import asyncio
 import json
+import socket
+import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -60,6 +63,17 @@ class Connection:
         while (answer := await self.answer()) is not None:
             answers.append(answer)
         return answers
+
+
+def request(body: bytes | Mapping[str, Any], route: str = "POST /v1/completions") -> bytes:
+    """A request with a body, which is JSON where it is not bytes."""
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return f"{route} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n".encode() + content
+
+
+def reset_on_close(connection: Any) -> None:
+    """Its close is a RST, as of a process that dies with data unread."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
 async def connect(api: Service) -> Connection:

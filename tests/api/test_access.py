@@ -3,19 +3,19 @@
 import asyncio
 import logging
 import re
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from starlette.routing import Route
 
 from service.api.access import Access, AccessConfig, Caller
 from service.api.keys import AccessError, Key, named_keys
+from tests.api.clock import Clock
 from tests.api.conftest import Service, Start
-from tests.api.test_keys import Clock, sha256
+from tests.api.test_keys import sha256
 from tests.api.test_metrics import scrape
 
 SECRET = "mgpt-the-key-of-alice"
@@ -44,21 +44,10 @@ async def guarded(start: Start) -> Service:
 # Routes
 
 
-def leaves(routes: Iterable[Any]) -> Iterator[Route]:
-    """Every route, also those of included routers."""
-    for route in routes:
-        if isinstance(route, Route):
-            yield route
-        else:
-            yield from leaves(route.original_router.routes)
-
-
 def paths(api: Service) -> list[tuple[str, str]]:
     """Each method and path of the app, a path's parameters filled in; and some that are not there."""
     routes = [
-        (method, re.sub(r"\{[^}]*\}", "demo", route.path))
-        for route in leaves(api.app.routes)
-        for method in route.methods or ()
+        (method, re.sub(r"\{[^}]*\}", "demo", route.path)) for route in api.routes() for method in route.methods or ()
     ]
     assert len(routes) > 25
     unknown = ["/", "/nothing", "/v1/chat/completions", "/livez/", "/LIVEZ", "/livez%00", "/docs/x", "/admin/drain"]

@@ -2,28 +2,27 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from starlette.routing import Route, Router
 
-from service.api.access import Access, AccessConfig
 from service.api.admin import create_admin
-from service.api.app import create_app
 from service.api.drain import Drain
-from service.api.metrics import Metrics
-from service.engine.client import EngineClient
+from tests.api.clock import Clock
 from tests.api.conftest import Service
 
 STATE = {"status": "draining", "phase": "drain", "requests_open": 0, "running": 0, "waiting": 0}
 
 
-def admin_of(api: Service, *, unready_seconds: float = 0) -> httpx.AsyncClient:
+def admin_of(
+    api: Service, *, unready_seconds: float = 0, clock: Callable[[], float] = time.monotonic
+) -> httpx.AsyncClient:
     """A client of the admin application over the service's own engine client."""
-    app = create_admin(Drain(api.client, unready_seconds=unready_seconds), api.client)
+    app = create_admin(Drain(api.client, unready_seconds=unready_seconds, clock=clock), api.client)
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     return httpx.AsyncClient(transport=transport, base_url="http://admin")
 
@@ -41,14 +40,6 @@ async def drained(admin: httpx.AsyncClient, **query: Any) -> dict[str, Any]:
     state: dict[str, Any] = response.json()
     assert {*STATE, "waited_seconds", "unready_seconds"} == set(state)
     return state
-
-
-def paths_of(router: Router) -> set[str]:
-    """Those of its routes, and of the routers in it."""
-    paths = set()
-    for route in router.routes:
-        paths |= {route.path} if isinstance(route, Route) else paths_of(route.original_router)  # type: ignore[attr-defined]
-    return paths
 
 
 async def test_it_answers_at_once_and_again(api: Service, admin: httpx.AsyncClient) -> None:
@@ -107,14 +98,21 @@ async def test_it_waits_no_longer_than_it_was_asked_to(api: Service, admin: http
 
 async def test_a_wait_gives_balancers_time(api: Service) -> None:
     """With nothing open too; the time counts from the drain's beginning, once."""
-    async with admin_of(api, unready_seconds=0.3) as admin:
-        assert 0 < (await drained(admin))["unready_seconds"] <= 0.3
+    clock = Clock()
+    async with admin_of(api, unready_seconds=1000, clock=clock) as admin:
+        assert 1000 == (await drained(admin))["unready_seconds"]
+        clock.now += 400
+        assert 600 == (await drained(admin))["unready_seconds"]
+        waiting = asyncio.ensure_future(drained(admin, wait_seconds=0))
+        assert 600 == (await drained(admin))["unready_seconds"]
+        assert not waiting.done()
+        waiting.cancel()
+        clock.now += 599.9
         state = await drained(admin, wait_seconds=0)
-        assert 0 == state["unready_seconds"]
-        assert 0 < state["waited_seconds"]
-        before = asyncio.get_running_loop().time()
-        assert 0 == (await drained(admin, wait_seconds=0))["unready_seconds"]
-        assert asyncio.get_running_loop().time() - before < 0.3
+        assert 0.1 <= state["waited_seconds"]
+        clock.now += 1
+        for _ in range(2):
+            assert 0 == (await drained(admin, wait_seconds=0))["unready_seconds"]
 
 
 @pytest.mark.parametrize("value", ["-1", "nan", "inf", "86401", "soon", ""])
@@ -150,19 +148,7 @@ async def test_there_is_nothing_else(api: Service, admin: httpx.AsyncClient) -> 
 
 async def test_the_public_application_has_no_admin_route(api: Service) -> None:
     """Not among its routes, nor by asking for it in any way."""
-    client = EngineClient(api_number=0, stall_seconds=60, on_stall=lambda: None)
-    app = create_app(
-        client=client,
-        metrics=Metrics(client, version="1"),
-        access=Access(AccessConfig()),
-        model_names=["demo"],
-        max_body_bytes=1000,
-        max_choices=1,
-        stream_keep_alive_seconds=1,
-        version="1",
-        load_tokenizer=lambda _: api.tokenizer,
-    )
-    paths = paths_of(app._app.router)  # type: ignore[attr-defined]
+    paths = {route.path for route in api.routes()}
     assert {"/v1/completions", "/v1/score", "/api", "/tokenize", "/readyz", "/docs", "/openapi.json"} <= paths
     assert set() == {path for path in paths if "admin" in path or "drain" in path}
     for path in ("/admin/drain", "/admin/drain/", "/v1/admin/drain", "//admin/drain", "/admin%2Fdrain", "/drain"):

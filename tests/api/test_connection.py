@@ -15,17 +15,15 @@ from uvicorn.server import ServerState
 from service.api.connection import EventStream, while_connected
 from service.api.protocol import EnvelopeProtocol
 from tests.api.conftest import Service, Start
+from tests.api.raw_http import connect, request
 
 
 async def send(api: Service, *, stream: bool, n: int = 1) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     """A request over a bare connection, which a test can drop at any moment."""
-    host, port = api.url.removeprefix("http://").split(":")
-    reader, writer = await asyncio.open_connection(host, int(port))
-    body = json.dumps({"prompt": ["a", "b"], "n": n, "max_tokens": 500, "stream": stream}).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(body)}\r\n\r\n"
-    writer.write(head.encode() + body)
+    connection = await connect(api)
+    connection.writer.write(request({"prompt": ["a", "b"], "n": n, "max_tokens": 500, "stream": stream}))
     await api.engine.wait_for(lambda: 2 == len(api.engine.submitted))
-    return reader, writer
+    return connection.reader, connection.writer
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -95,12 +93,8 @@ async def test_a_stream_cancelled_before_its_first_event_is_closed() -> None:
 async def test_a_client_that_leaves_with_requests_in_its_pipeline(api: Service) -> None:
     """The one that is being answered ends in the engine, though the one that waits behind it was read after it."""
     api.engine.gate.clear()
-    host, port = api.url.removeprefix("http://").split(":")
-    _, writer = await asyncio.open_connection(host, int(port))
-    body = b'{"prompt": "a", "max_tokens": 500}'
-    writer.write(
-        (f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body) * 2
-    )
+    writer = (await connect(api)).writer
+    writer.write(request({"prompt": "a", "max_tokens": 500}) * 2)
     await api.engine.wait_for(lambda: 1 == len(api.engine.submitted))
     writer.close()
     await api.engine.wait_for(lambda: 1 == len(api.engine.aborted))
@@ -112,12 +106,12 @@ async def test_a_client_that_leaves_with_requests_in_its_pipeline(api: Service) 
 async def test_a_client_that_leaves_after_a_large_body(api: Service, stream: bool, num_rest: int) -> None:
     """However much of it came at once: the server stops reading a connection from which it has read a lot."""
     api.engine.gate.clear()
-    host, port = api.url.removeprefix("http://").split(":")
-    _, writer = await asyncio.open_connection(host, int(port))
-    body = json.dumps({"prompt": "a", "max_tokens": 500, "stream": stream, "user": "x" * num_rest}).encode()
-    writer.write(f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n{{".encode())
+    writer = (await connect(api)).writer
+    content = request({"prompt": "a", "max_tokens": 500, "stream": stream, "user": "x" * num_rest})
+    num_first = content.index(b"{") + 1
+    writer.write(content[:num_first])
     await asyncio.sleep(0.05)
-    writer.write(body[1:])
+    writer.write(content[num_first:])
     await api.engine.wait_for(lambda: 1 == len(api.engine.submitted))
     writer.close()
     await api.engine.wait_for(lambda: 1 == len(api.engine.aborted))

@@ -2,7 +2,6 @@
 
 import asyncio
 import socket
-import struct
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -10,7 +9,7 @@ from hypothesis import strategies as st
 
 from service.api.protocol import HttpLimits
 from tests.api.conftest import Service, Start
-from tests.api.raw_http import connect, exchange
+from tests.api.raw_http import connect, exchange, reset_on_close
 
 # What follows a request that is refused must not be taken for another one.
 SMUGGLED = b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -268,8 +267,7 @@ async def test_a_reset_at_every_byte(api: Service) -> None:
     for end in range(len(data)):
         connection = await connect(api)
         connection.writer.write(data[:end])
-        sock = connection.writer.get_extra_info("socket")
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close is a reset
+        reset_on_close(connection.writer.get_extra_info("socket"))
         connection.writer.close()
     await api.engine.wait_for(lambda: len(api.engine.submitted) == len(api.engine.aborted))
     api.engine.gate.set()

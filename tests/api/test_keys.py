@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.api.keys import MAX_KEYS, AccessError, Key, Keys, named_keys, parse_keys, read_keys
+from tests.api.clock import Clock
 
 SECRET = "mgpt-the-secret-of-nobody"
 FILE = Path("keys.yaml")
@@ -120,16 +121,6 @@ def test_keys_of_the_setting() -> None:
 
 
 # A file that changes
-
-
-class Clock:
-    """Monotonic seconds that a test moves."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture

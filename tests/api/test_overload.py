@@ -4,6 +4,7 @@ import asyncio
 import json
 from typing import Any
 
+import httpx
 import pytest
 
 from service.engine.backlog import QueueLimits
@@ -82,20 +83,44 @@ async def test_a_stream_says_that_it_waits(start: Start) -> None:
     assert "queue_timeout" == json.loads(error.removeprefix("data: "))["error"]["code"]
 
 
-async def test_ten_times_as_many_as_fit_are_all_answered(start: Start) -> None:
-    """Each with a 200 or a 429, bounds hold throughout, and nothing is held in the end."""
-    service = await crowded(start, max_requests=20)
-    crowd = [
-        asyncio.create_task(
-            service.http.post("/v1/completions", json={"prompt": "a", "max_tokens": 4, "stream": number % 2 == 0})
-        )
-        for number in range(200)
-    ]
+async def test_ten_times_as_many_as_fit_are_all_answered(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each with a 200 or a 429, bounds hold throughout, and nothing is held in the end.
+
+    Waves of requests come while the queue is full, and while it empties; whenever one is let in, the bounds hold.
+    """
+    service = await crowded(start, max_requests=20, max_tokens=70)
+    backlog, add = service.client.backlog, service.client.backlog.add
+    seen: list[tuple[int, int]] = []
+
+    def add_and_look(entry: Any) -> None:
+        try:
+            add(entry)
+        finally:
+            seen.append((backlog.num_requests, backlog.num_tokens))
+
+    monkeypatch.setattr(backlog, "add", add_and_look)
+
+    def wave() -> list["asyncio.Task[httpx.Response]"]:
+        """Sequences of 2 to 5 tokens, so that either bound is met first now and then."""
+        return [
+            asyncio.create_task(
+                service.http.post(
+                    "/v1/completions", json={"prompt": "a", "max_tokens": 1 + number % 4, "stream": number % 2 == 0}
+                )
+            )
+            for number in range(100)
+        ]
+
+    crowd = wave()
     await asyncio.wait(crowd, return_when=asyncio.FIRST_COMPLETED)
-    assert service.client.backlog.num_requests <= 20
-    assert len(service.engine.submitted) <= 20
+    shut = len(seen)
     service.engine.gate.set()
+    crowd += wave()
     statuses = [response.status_code for response in await asyncio.gather(*crowd)]
     assert {200, 429} == set(statuses)
     assert statuses.count(200) >= 20
-    assert 0 == service.client.backlog.num_requests == service.client.backlog.num_tokens == service.engine.num_open
+    assert shut < len(seen), "some came after the gate had opened"
+    most_requests, most_tokens = (max(figures) for figures in zip(*seen, strict=True))
+    assert 15 <= most_requests <= 20, "it has been full"
+    assert 60 <= most_tokens <= 70
+    assert 0 == backlog.num_requests == backlog.num_tokens == service.engine.num_open

@@ -9,7 +9,7 @@ import pytest
 
 from service.api.protocol import HttpLimits, write_of
 from tests.api.conftest import Service, Start
-from tests.api.raw_http import Answer, Connection, connect, exchange
+from tests.api.raw_http import Answer, Connection, connect, exchange, request
 
 POST = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
 
@@ -53,8 +53,7 @@ async def test_what_one_turn_has_to_say_comes_in_one_piece(api: Service) -> None
     host, port = api.url.removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     body = b'{"prompt": [1], "max_tokens": 1, "stream": true, "stream_options": {"include_usage": true}}'
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
-    writer.write(head.encode() + body)
+    writer.write(request(body))
     pieces = await reader.read(100_000)
     writer.close()
     assert pieces.startswith(b"HTTP/1.1 200 OK\r\n")
@@ -200,8 +199,7 @@ async def test_time_for_a_request_is_not_of_the_answers_before_it(start: Start) 
     api: Service = await start(limits=HttpLimits(header_seconds=0.1, body_seconds=0.1))
     api.engine.gate.clear()
     body = b'{"prompt": "' + b"a" * 200_000 + b'", "truncate_prompt_tokens": 3, "max_tokens": 1}'
-    request = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body
-    asking = asyncio.create_task(exchange(api, request + request + b"GET /livez HTTP/1.0\r\n\r\n"))
+    asking = asyncio.create_task(exchange(api, 2 * request(body) + b"GET /livez HTTP/1.0\r\n\r\n"))
     await api.engine.wait_for(lambda: bool(api.engine.submitted))
     await asyncio.sleep(0.3)
     api.engine.gate.set()

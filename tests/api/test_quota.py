@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from service.api.errors import ApiError
 from service.api.keys import Key
 from service.api.quota import Quota
-from tests.api.test_keys import Clock
+from tests.api.clock import Clock
 
 
 def key(**limits: int) -> Key:

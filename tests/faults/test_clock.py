@@ -2,7 +2,6 @@
 
 import asyncio
 import time
-from collections.abc import Callable
 from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -10,9 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.faults.conftest import Watching
 from tests.faults.trigger import Triggers
 from tests.service.scripted_model import ScriptedModel
-from tests.service.server import Server, Streamed
-
-Start = Callable[..., Server]
+from tests.service.server import Start, Streamed
 
 
 async def test_a_wall_clock_that_jumps(

@@ -2,7 +2,7 @@
 
 import os
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,10 +12,7 @@ from tests.checkpoint.megatron_files import Layout
 from tests.faults.conftest import Watching
 from tests.faults.trigger import Triggers
 from tests.service.scripted_model import ScriptedModel
-from tests.service.server import COMMAND, Client, Server
-
-Connect = Callable[[Server], Client]
-Start = Callable[..., Server]
+from tests.service.server import COMMAND, Connect, Start
 
 _DISK_BYTES = 2**20  # a sixth of what the checkpoint is converted to
 

@@ -1,18 +1,13 @@
 """Engine processes that die or freeze: who asked is told, who waited is answered, and nobody is left behind."""
 
 import asyncio
-import json
 import shutil
-import socket
-from collections.abc import Callable
 from pathlib import Path
 
+from tests.api.raw_http import request
 from tests.faults.conftest import Watching
 from tests.service.scripted_model import ScriptedModel
-from tests.service.server import Client, Server, eventually, survivors
-
-Connect = Callable[[Server], Client]
-Start = Callable[..., Server]
+from tests.service.server import Connect, Server, Start, eventually, survivors
 
 _FOUR = ("--max-num-seqs", "4")
 
@@ -152,15 +147,12 @@ async def test_a_reader_that_stops_reading_is_no_fault_of_the_engine(
     name = "n" * 8000  # in every event, so that a few hundred are more than sockets hold
     server = start(str(scripted_model.folder), "--stall-seconds", "1", "--served-model-name", name)
     client = connect(server)
-    port = int(server.url.rpartition(":")[2])
-    with socket.socket() as reader:
-        reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        reader.connect(("127.0.0.1", port))
-        body = json.dumps({"prompt": "", "max_tokens": 250, "ignore_eos": True, "n": 4, "stream": True})
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
-        reader.sendall((head + body).encode())
+    body = {"prompt": "", "max_tokens": 250, "ignore_eos": True, "n": 4, "stream": True}
+    with server.open_connection(receive_bytes=4096) as reader:
+        reader.sendall(request(body))
         await client.wait_metric("requests_running", 4)
         await client.wait_metric("requests_running", 0, seconds=60)
         await asyncio.sleep(2.5)
         assert await client.metric("engine_restarts_total") == 0
         assert await client.status("/readyz") == 200
+        assert await client.metric("requests_open") == 1, "it was to be unread all the while"

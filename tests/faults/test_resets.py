@@ -1,13 +1,11 @@
 """Clients that reset their connections, at every stage of a request: its work ends, and nobody else notices."""
 
 import asyncio
-import json
-import socket
-import struct
 from typing import Any
 
 import pytest
 
+from tests.api.raw_http import request, reset_on_close
 from tests.faults.conftest import Watching
 from tests.faults.watch import LONG
 from tests.service.server import Server, eventually
@@ -32,7 +30,7 @@ class Leaver:
     """A client that sends `content` and then leaves without a word."""
 
     def __init__(self, server: Server, content: bytes) -> None:
-        self.socket = socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])))
+        self.socket = server.open_connection()
         self.socket.sendall(content)
 
     def hear(self) -> None:
@@ -41,21 +39,14 @@ class Leaver:
         assert self.socket.recv(1)
 
     def reset(self) -> None:
-        """Close with RST, as a process that dies does with data unread."""
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        reset_on_close(self.socket)
         self.socket.close()
-
-
-def message(route: str, body: dict[str, Any], *, num_bytes: int | None = None) -> bytes:
-    content = json.dumps(body).encode()
-    head = f"{route} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
-    return (head.encode() + content)[:num_bytes]
 
 
 @pytest.mark.parametrize("num_bytes", [0, 30, 100_000], ids=["connected", "head", "body"])
 async def test_a_reset_before_there_is_a_request(shared_server: Server, watching: Watching, num_bytes: int) -> None:
     """In the midst of its head or of its body."""
-    content = message(_COMPLETIONS, {"prompt": _BLOCKS * 4}, num_bytes=num_bytes)
+    content = request({"prompt": _BLOCKS * 4})[:num_bytes]
     assert num_bytes == len(content)
     async with watching(shared_server) as watch:
         beside = watch.ask(stream=True, max_tokens=100)
@@ -69,7 +60,7 @@ async def test_a_reset_before_there_is_a_request(shared_server: Server, watching
 @pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
 async def test_a_reset_in_the_queue(shared_server: Server, watching: Watching, stream: bool) -> None:
     """What waits leaves the queue."""
-    content = message(_COMPLETIONS, {"prompt": "", "max_tokens": 20, "n": 2, "stream": stream})
+    content = request({"prompt": "", "max_tokens": 20, "n": 2, "stream": stream})
     async with watching(shared_server) as watch:
         aborted = await watch.client.metric("requests_aborted_total")
         beside = watch.ask(stream=True, n=4)
@@ -93,7 +84,7 @@ async def test_a_reset_while_it_is_worked_on(shared_server: Server, watching: Wa
         await watch.client.wait_metric("requests_running", 1)
         for _ in range(_TIMES):
             aborted = await watch.client.metric("requests_aborted_total")
-            leaver = await asyncio.to_thread(Leaver, shared_server, message(route, body))
+            leaver = await asyncio.to_thread(Leaver, shared_server, request(body, route))
 
             async def runs() -> bool:
                 return await watch.client.metric("requests_running") > 1

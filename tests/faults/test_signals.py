@@ -11,10 +11,7 @@ import pytest
 from tests.faults.conftest import Watching
 from tests.faults.trigger import Triggers
 from tests.service.scripted_model import ScriptedModel
-from tests.service.server import Client, Server, eventually, survivors
-
-Connect = Callable[[Server], Client]
-Start = Callable[..., Server]
+from tests.service.server import Connect, Server, Start, eventually, survivors
 
 _FOUR = ("--max-num-seqs", "4")
 _AT_ONCE_SECONDS = 3.0

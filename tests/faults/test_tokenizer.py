@@ -1,14 +1,11 @@
 """A tokenizer that raises what no check has foreseen: as it is loaded, at one request, in the midst of an answer."""
 
 import asyncio
-from collections.abc import Callable
 
 from tests.faults.conftest import Watching
 from tests.faults.trigger import Triggers
 from tests.service.scripted_model import ScriptedModel
-from tests.service.server import Server
-
-Start = Callable[..., Server]
+from tests.service.server import Server, Start
 
 _TIMES = 6
 

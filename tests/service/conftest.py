@@ -1,6 +1,6 @@
 """Servers and clients of them. A server that a test does not break is shared by the session."""
 
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 import service.demo
 from service.api.text import Tokenizer, load_tokenizer
 from tests.service.scripted_model import ScriptedModel, write_scripted_model
-from tests.service.server import Client, Server, until_drained
+from tests.service.server import Client, Connect, Server, Start, until_drained
 
 DEMO = Path(service.demo.__file__).parent / "model"
 
@@ -44,7 +44,7 @@ def scripted_server(scripted_model: ScriptedModel) -> Iterator[Server]:
 
 
 @pytest.fixture
-def start() -> Iterator[Callable[..., Server]]:
+def start() -> Iterator[Start]:
     """Start a server for one test, which may break it: what is left of it is killed."""
     servers: list[Server] = []
 
@@ -62,12 +62,12 @@ def start() -> Iterator[Callable[..., Server]]:
 
 
 @pytest.fixture
-async def connect() -> AsyncIterator[Callable[[Server], Client]]:
+async def connect() -> AsyncIterator[Connect]:
     """A client of a server."""
     clients: list[Client] = []
 
     def make(server: Server) -> Client:
-        clients.append(Client(server.url))
+        clients.append(Client(server.url, verify=server.verify))
         return clients[-1]
 
     yield make
@@ -76,12 +76,12 @@ async def connect() -> AsyncIterator[Callable[[Server], Client]]:
 
 
 @pytest.fixture
-def demo(demo_server: Server, connect: Callable[[Server], Client]) -> Client:
+def demo(demo_server: Server, connect: Connect) -> Client:
     return connect(demo_server)
 
 
 @pytest.fixture
-async def scripted(scripted_server: Server, connect: Callable[[Server], Client]) -> Client:
+async def scripted(scripted_server: Server, connect: Connect) -> Client:
     """A client of the scripted server, which may first have to get over what the test before did to it."""
     client = connect(scripted_server)
     await client.wait_status("/readyz", 200)

@@ -6,13 +6,16 @@ Its text is known beforehand, so a test can say what an answer must be, in any s
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from service.api.text import Tokenizer
+from tests.service.server import Streamed
 
 CONTEXT = 1024
+LONGEST: dict[str, Any] = {"prompt": "", "max_tokens": CONTEXT - 1, "ignore_eos": True}  # seconds of work
 _HIDDEN = 64
 _LAYERS = 24  # of zeros: they make a step take milliseconds, so that there is time to do harm
 _TEXT = (
@@ -44,6 +47,13 @@ class ScriptedModel:
         """The answer of `num_tokens` tokens; a character cut off at its end is U+FFFD."""
         start = num_prompt_tokens - 1
         return self.tokenizer.decode(self.token_ids[start : start + num_tokens])
+
+    def is_broken_off(self, streamed: Streamed) -> bool:
+        """It said what was right so far, then an error and [DONE], and never that a choice has finished."""
+        assert streamed.error is not None
+        assert {"message", "type", "param", "code"} == set(streamed.error)
+        assert self.text(CONTEXT).startswith(streamed.text())
+        return streamed.done and not streamed.finish_reasons
 
 
 def write_scripted_model(folder: Path, tokenizer: Tokenizer, tokenizer_folder: Path) -> ScriptedModel:

@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import ssl
 import subprocess
 import sys
@@ -116,6 +117,15 @@ class Server:
     def _spawned(self) -> list[psutil.Process]:
         return [child for child in self.children if any("spawn_main" in word for word in child.cmdline())]
 
+    def open_connection(self, *, receive_bytes: int | None = None) -> socket.socket:
+        """A connection to its port, for a client that does what none should; it may have little room for answers."""
+        url = httpx.URL(self.url)
+        connection = socket.socket()
+        if receive_bytes is not None:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
+        connection.connect((url.host, url.port))
+        return connection
+
     def signal_group(self, number: signal.Signals) -> None:
         """To every process of the tree, as a terminal sends Ctrl-C."""
         os.killpg(self.process.pid, number)
@@ -191,8 +201,10 @@ class Streamed:
 class Client:
     """HTTP to one server."""
 
-    def __init__(self, url: str) -> None:
-        self.http = httpx.AsyncClient(base_url=url, timeout=100, limits=httpx.Limits(max_connections=200))
+    def __init__(self, url: str, *, verify: ssl.SSLContext | bool = True) -> None:
+        """`verify` is httpx's, for a server with a certificate."""
+        limits = httpx.Limits(max_connections=200)
+        self.http = httpx.AsyncClient(base_url=url, timeout=100, limits=limits, verify=verify)
 
     async def post(self, **body: Any) -> httpx.Response:
         return await self.http.post("/v1/completions", json=body)
@@ -236,3 +248,15 @@ class Client:
             return await self.status(path) == status
 
         await eventually(answered, seconds=seconds)
+
+
+# What the fixtures `start` and `connect` give.
+Start = Callable[..., Server]
+Connect = Callable[[Server], Client]
+
+
+def assert_unavailable(response: httpx.Response) -> None:
+    """503 + Retry-After, in the envelope."""
+    assert response.status_code == 503
+    assert int(response.headers["retry-after"]) > 0
+    assert response.json()["error"]["code"] == "service_unavailable"

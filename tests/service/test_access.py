@@ -5,7 +5,6 @@ import json
 import os
 import re
 import ssl
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,8 @@ import pytest
 import trustme
 
 from tests.service.scripted_model import ScriptedModel
-from tests.service.server import COMMAND, Client, Server, eventually
+from tests.service.server import COMMAND, Connect, Start, eventually
 
-Start = Callable[..., Server]
-Connect = Callable[[Server], Client]
 ALICE, BOB = "mgpt-" + "a" * 43, "mgpt-" + "b" * 43
 
 
@@ -211,34 +208,23 @@ async def test_no_secret_and_no_text_of_a_request_is_in_the_log(
 # TLS
 
 
-async def test_tls(start: Start, authority: tuple[Path, ssl.SSLContext]) -> None:
+async def test_tls(start: Start, connect: Connect, authority: tuple[Path, ssl.SSLContext]) -> None:
     """Plain answers and streams over https, as the log says where; plain HTTP is no way in."""
     folder, context = authority
     files = ("--ssl-certfile", str(folder / "cert.pem"), "--ssl-keyfile", str(folder / "key.pem"))
     server = start(*files, environment={"MGPT_API_KEY": ALICE}, verify=context)
     assert server.url.startswith("https://127.0.0.1:")
-    headers = {"Authorization": f"Bearer {ALICE}"}
-    async with httpx.AsyncClient(base_url=server.url, verify=context, headers=headers, timeout=60) as http:
-        body = {"prompt": "My fellow citizens", "max_tokens": 200, "temperature": 0, "ignore_eos": True}
-        plain = (await http.post("/v1/completions", json=body)).json()
-        texts = []
-        async with http.stream("POST", "/v1/completions", json={**body, "stream": True}) as response:
-            async for line in response.aiter_lines():
-                if line.startswith("data: {"):
-                    texts.append(json.loads(line.removeprefix("data: "))["choices"][0]["text"])
-        assert plain["choices"][0]["text"] == "".join(texts)
-        assert len(texts) > 1
-        leaving = asyncio.ensure_future(http.post("/v1/completions", json={**body, "max_tokens": 1000, "n": 64}))
-        running = "megatron_gpt2_requests_running"
-
-        async def is_running(expected: bool) -> bool:
-            lines = (await http.get("/metrics")).text.splitlines()
-            return any(float(line.split()[1]) > 0 for line in lines if line.startswith(f"{running} ")) == expected
-
-        await eventually(lambda: is_running(True))
-        leaving.cancel()
-        await asyncio.wait([leaving])
-        await eventually(lambda: is_running(False), seconds=5)
+    client = connect(server)
+    client.http.headers["Authorization"] = f"Bearer {ALICE}"
+    body: dict[str, Any] = {"prompt": "My fellow citizens", "max_tokens": 200, "temperature": 0, "ignore_eos": True}
+    streamed = await client.stream(**body)
+    assert (await client.complete(**body))["choices"][0]["text"] == streamed.text()
+    assert len(streamed.pieces[0]) > 1
+    leaving = asyncio.ensure_future(client.post(**body | {"max_tokens": 1000, "n": 8}))
+    await client.wait_metric("requests_running", 8)
+    leaving.cancel()
+    await asyncio.wait([leaving])
+    await client.wait_metric("requests_running", 0, seconds=5)
     async with httpx.AsyncClient(base_url=server.url, timeout=10) as stranger:
         with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
             await stranger.get("/livez")

@@ -8,18 +8,13 @@ import json
 import stat
 import time
 from asyncio.subprocess import PIPE, Process
-from collections.abc import Callable
 from pathlib import Path
 
 import httpx
 import pytest
 
-from tests.service.scripted_model import ScriptedModel
-from tests.service.server import COMMAND, Client, Server
-from tests.service.test_faults import _LONG, assert_unavailable, is_broken_off
-
-Connect = Callable[[Server], Client]
-Start = Callable[..., Server]
+from tests.service.scripted_model import LONGEST, ScriptedModel
+from tests.service.server import COMMAND, Connect, Server, Start, assert_unavailable
 
 
 async def begin(*arguments: str) -> Process:
@@ -118,7 +113,7 @@ async def test_a_command_that_is_killed_takes_nothing_back(
     """Nor does it hold up what follows: SIGTERM ends what is open after drain_seconds."""
     server = start(str(scripted_model.folder), "--admin-port", "0", "--drain-seconds", "1")
     client = connect(server)
-    stream = asyncio.create_task(client.stream(**_LONG, n=4))
+    stream = asyncio.create_task(client.stream(**LONGEST, n=4))
     await client.wait_metric("requests_running", 4)
     server.engine.suspend()
     killed = await begin("--admin-port", admin_port(server))
@@ -129,7 +124,7 @@ async def test_a_command_that_is_killed_takes_nothing_back(
     reader, writer = await asyncio.open_connection("127.0.0.1", int(admin_port(server)))
     writer.write(b"POST /admin/drain?wait_seconds=60 HTTP/1.1\r\nHost: localhost\r\n\r\n")
     server.process.terminate()
-    assert is_broken_off(await stream, scripted_model)
+    assert scripted_model.is_broken_off(await stream)
     server.engine.resume()
     head, _, body = (await reader.read()).partition(b"\r\n\r\n")
     writer.close()
@@ -142,7 +137,7 @@ async def test_a_second_signal_after_the_command(start: Start, connect: Connect,
     """The first SIGTERM after a drain by the command is still the first; the second stops at once."""
     server = start(str(scripted_model.folder), "--admin-port", "0")
     client = connect(server)
-    stream = asyncio.create_task(client.stream(**_LONG, n=4))
+    stream = asyncio.create_task(client.stream(**LONGEST, n=4))
     await client.wait_metric("requests_running", 4)
     server.engine.suspend()
     assert 1 == (await drain("--admin-port", admin_port(server), "--seconds", "0"))[0]
@@ -150,32 +145,8 @@ async def test_a_second_signal_after_the_command(start: Start, connect: Connect,
     assert await client.status("/livez") == 200
     assert not stream.done()
     server.process.terminate()
-    assert is_broken_off(await stream, scripted_model)
+    assert scripted_model.is_broken_off(await stream)
     assert await asyncio.to_thread(server.wait, 10) == 1
-
-
-async def test_an_engine_that_dies_while_it_drains(
-    start: Start, connect: Connect, scripted_model: ScriptedModel
-) -> None:
-    """It is restarted for what it had not begun, which is answered; readiness stays false."""
-    server = start(str(scripted_model.folder), "--max-num-seqs", "1", "--admin-port", "0")
-    client = connect(server)
-    stream = asyncio.create_task(client.stream(**_LONG))
-    await client.wait_metric("requests_running", 1)
-    queued = asyncio.create_task(client.complete(prompt="", max_tokens=7))
-    await client.wait_metric("requests_waiting", 1)
-    engine = server.engine
-    engine.suspend()
-    waiting = await begin("--admin-port", admin_port(server))
-    await client.wait_metric("draining", 1)
-    engine.kill()
-    assert is_broken_off(await stream, scripted_model)
-    assert scripted_model.text(7) == (await queued)["choices"][0]["text"]
-    assert 0 == (await end(waiting))[0]
-    assert await client.status("/readyz") == 503
-    assert await client.metric("engine_restarts_total") == 1
-    server.process.terminate()
-    assert await asyncio.to_thread(server.wait, 10) == 0
 
 
 async def test_readiness_falls_before_the_port_closes(
@@ -207,8 +178,8 @@ async def test_readiness_falls_before_the_port_closes(
         return response.status_code
 
     prober = asyncio.create_task(probe())
-    stream = asyncio.create_task(client.stream(**_LONG, n=4))
-    plain = asyncio.create_task(client.post(**_LONG, n=4))
+    stream = asyncio.create_task(client.stream(**LONGEST, n=4))
+    plain = asyncio.create_task(client.post(**LONGEST, n=4))
     short = asyncio.create_task(client.complete(prompt="", max_tokens=5))
     await client.wait_metric("requests_running", 8)
     await short
@@ -218,7 +189,7 @@ async def test_readiness_falls_before_the_port_closes(
     server.process.terminate()
     await client.wait_status("/readyz", 503)
     assert 503 == await refused()
-    assert is_broken_off(await stream, scripted_model)
+    assert scripted_model.is_broken_off(await stream)
     engine.resume()
     assert_unavailable(await plain)
     await client.wait_metric("drain_cut_requests_total", 2)

@@ -1,31 +1,11 @@
 """An engine that dies, as OpenAI's client sees it too; tests/faults has all that may go wrong."""
 
 import asyncio
-from typing import Any
 
-import httpx
 import openai
 
-from tests.service.scripted_model import CONTEXT, ScriptedModel
-from tests.service.server import Client, Server, Streamed
-
-# The scripted server's answers take seconds at this length, and it works on two at a time.
-_LONG: dict[str, Any] = {"prompt": "", "max_tokens": CONTEXT - 1, "ignore_eos": True}
-
-
-def is_broken_off(streamed: Streamed, model: ScriptedModel) -> bool:
-    """It said what was right so far, then an error and [DONE], and never that a choice has finished."""
-    assert streamed.error is not None
-    assert {"message", "type", "param", "code"} == set(streamed.error)
-    assert model.text(CONTEXT).startswith(streamed.text())
-    return streamed.done and not streamed.finish_reasons
-
-
-def assert_unavailable(response: httpx.Response) -> None:
-    """503 + Retry-After, in the envelope."""
-    assert response.status_code == 503
-    assert int(response.headers["retry-after"]) > 0
-    assert response.json()["error"]["code"] == "service_unavailable"
+from tests.service.scripted_model import LONGEST, ScriptedModel
+from tests.service.server import Client, Server, assert_unavailable
 
 
 async def test_an_engine_that_is_killed(
@@ -36,8 +16,8 @@ async def test_an_engine_that_is_killed(
     Readiness falls and rises by itself, liveness stays; OpenAI's client, told to wait, is answered by its own retries.
     """
     restarts = await scripted.metric("engine_restarts_total")
-    stream = asyncio.create_task(scripted.stream(**_LONG))
-    plain = asyncio.create_task(scripted.post(**_LONG))
+    stream = asyncio.create_task(scripted.stream(**LONGEST))
+    plain = asyncio.create_task(scripted.post(**LONGEST))
     await scripted.wait_metric("requests_running", 2)
     queued = asyncio.create_task(scripted.complete(prompt="", max_tokens=20))
     queued_stream = asyncio.create_task(scripted.stream(prompt="", max_tokens=30, n=2))
@@ -47,7 +27,7 @@ async def test_an_engine_that_is_killed(
     await scripted.wait_status("/readyz", 503)
     assert await scripted.status("/livez") == 200
     assert await scripted.status("/v1/models") == 200
-    assert is_broken_off(await stream, scripted_model)
+    assert scripted_model.is_broken_off(await stream)
     assert (await plain).status_code == 500
     assert (await plain).json()["error"]["type"] == "server_error"
     assert_unavailable(await scripted.post(prompt=""))

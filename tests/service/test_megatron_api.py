@@ -2,7 +2,6 @@
 
 import asyncio
 import sys
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,12 @@ from service.api.text import Tokenizer
 from tests.api.test_beams import megatron
 from tests.service.conftest import DEMO
 from tests.service.reference import Reference
-from tests.service.server import Client, Server, eventually
+from tests.service.server import Client, Connect, Server, Start, eventually
 
 _PROMPTS = ["The people of the United States", "In", "My dear friend, naïve café 😀", "God said:"]
 _SALUTATION = "To the Senate and House of Representatives:"  # the demo model goes on with an empty line
 _NEWLINE = 198
 _CLIENT = Path(__file__).with_name("megatron_client.py")
-
-Connect = Callable[[Server], Client]
 
 
 async def put(client: Client, *prompts: str, **fields: Any) -> dict[str, Any]:
@@ -229,7 +226,7 @@ async def test_beams_find_what_they_share(demo: Client) -> None:
     assert found > 0.9 * asked
 
 
-async def test_a_drain_lets_a_search_end(start: Callable[..., Server], connect: Connect) -> None:
+async def test_a_drain_lets_a_search_end(start: Start, connect: Connect) -> None:
     """Its later steps are part of what was open; a new request is refused, and the service then ends with 0."""
     server = start()
     client = connect(server)

@@ -3,7 +3,7 @@
 import os
 import re
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,8 @@ import httpx
 import pytest
 
 from tests.service.scripted_model import ScriptedModel
-from tests.service.server import Server
+from tests.service.server import Server, Start
 
-Start = Callable[..., Server]
 MARK = "m4rk3d"
 # Forms that something might take for a file, an address, a command or a module.
 VALUES = [

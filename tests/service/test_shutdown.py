@@ -1,14 +1,9 @@
 """SIGTERM: drain, then end with nobody left. tests/faults/test_signals.py has it under full load, and twice."""
 
 import asyncio
-from collections.abc import Callable
 
 from tests.service.scripted_model import ScriptedModel
-from tests.service.server import Client, Server
-from tests.service.test_faults import assert_unavailable
-
-Connect = Callable[[Server], Client]
-Start = Callable[..., Server]
+from tests.service.server import Connect, Start, assert_unavailable
 
 
 async def test_a_drain_answers_what_is_open(start: Start, connect: Connect, scripted_model: ScriptedModel) -> None:
