@@ -1,18 +1,24 @@
 """A disk that is full: for what is cached, and for the log, whose reader may also be gone."""
 
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
 from tests.checkpoint import megatron_files as files
+from tests.checkpoint.conftest import Hub, hub
 from tests.checkpoint.megatron_files import Layout
 from tests.faults.conftest import Watching
 from tests.faults.trigger import Triggers
+from tests.service.conftest import DEMO
 from tests.service.scripted_model import ScriptedModel
 from tests.service.server import COMMAND, Connect, Start
+
+__all__ = ["hub"]
 
 _DISK_BYTES = 2**20  # a sixth of what the checkpoint is converted to
 
@@ -36,7 +42,26 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-@pytest.mark.parametrize("bounded", [False, True], ids=["full disk", "bound on files"])
+def serve_in_vain(model: str | Path, cache: Path, environment: dict[str, str], *, bounded: bool) -> str:
+    """What the service logs before it ends with exit code 2, since `cache` has no room."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("MGPT_", "HF_"))}
+    done = subprocess.run(
+        [COMMAND, "serve", model, "--port", "0", "--cache-dir", cache],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env=inherited | environment,
+    )
+    assert 2 == done.returncode, done.stderr
+    assert ("File too large" if bounded else "No space left on device") in done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+bounds = pytest.mark.parametrize("bounded", [False, True], ids=["full disk", "bound on files"])
+
+
+@bounds
 def test_a_conversion_that_the_disk_does_not_hold(
     raw: Path, small_disk: Path, triggers: Triggers, bounded: bool
 ) -> None:
@@ -44,19 +69,30 @@ def test_a_conversion_that_the_disk_does_not_hold(
     bounded = bounded or not os.path.ismount(small_disk)
     more = {"FAULTS_FILE_BYTES": str(_DISK_BYTES)} if bounded else {}
     cache = small_disk.parent / "cache" if bounded else small_disk
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MGPT_")}
-    done = subprocess.run(
-        [COMMAND, "serve", raw, "--port", "0", "--cache-dir", cache],
-        capture_output=True,
-        text=True,
-        timeout=100,
-        env=environment | triggers.environment(**more),
-    )
-    assert 2 == done.returncode, done.stderr
-    assert ("File too large" if bounded else "No space left on device") in done.stderr
-    assert str(cache) in done.stderr
-    assert "Traceback" not in done.stderr
+    assert str(cache) in serve_in_vain(raw, cache, triggers.environment(**more), bounded=bounded)
     assert [] == list((cache / "converted").iterdir())
+
+
+@bounds
+def test_a_download_that_the_disk_does_not_hold(
+    hub: Hub, start: Start, small_disk: Path, triggers: Triggers, tmp_path: Path, bounded: bool
+) -> None:
+    """The same, and no half of a model is served later: with room, the next start fetches what is missing."""
+    bounded = bounded or not os.path.ismount(small_disk)
+    folder = tmp_path / "pushed"
+    files.random_model().save_pretrained(folder)
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(DEMO / name, folder)
+    hub.push("owner/tiny", folder)
+    cache = small_disk.parent / "hub" if bounded else small_disk
+    asking = {"HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(cache), "NO_PROXY": "*", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    more = {"FAULTS_FILE_BYTES": str(_DISK_BYTES)} if bounded else {}
+    log = serve_in_vain("owner/tiny", tmp_path / "cache", triggers.environment(**asking, **more), bounded=bounded)
+    assert "owner/tiny: not" in log
+    if not bounded:
+        subprocess.run(["mount", "-o", f"remount,size={64 * _DISK_BYTES}", str(small_disk)], check=True)
+    server = start("owner/tiny", "--cache-dir", str(tmp_path / "cache"), environment=asking)
+    assert 200 == httpx.post(f"{server.url}/v1/completions", json={"prompt": "a", "max_tokens": 1}).status_code
 
 
 @pytest.fixture
