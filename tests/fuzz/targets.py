@@ -32,22 +32,12 @@ from service.checkpoint.errors import CheckpointError
 from service.checkpoint.tokenizer import read_tokenizer
 from service.engine.channel import Channel, MalformedMessage, frame
 from service.engine.client import EngineClient
-from service.engine.request import ModelInfo, Ready, Request, SamplingParams, Submit, ToApi, ToEngine
+from service.engine.request import Ready, Request, SamplingParams, Submit, ToApi, ToEngine
 from service.model.config import ModelConfig
+from tests.api.fake_engine import MODEL
 from tests.api.test_text import naive
 
 DEMO = Path(service.demo.__file__).parent / "model"
-MODEL = ModelInfo(
-    folder=str(DEMO),
-    context_length=1024,
-    vocab_size=50257,
-    end_of_text_id=50256,
-    num_blocks=100,
-    block_size=16,
-    max_num_seqs=64,
-    dtype="float32",
-    device="cpu",
-)
 MAX_CHOICES = 64
 SCHEMAS = (*tokens.REQUEST_SCHEMAS, *scoring.REQUEST_SCHEMAS, *megatron.REQUEST_SCHEMAS)
 
