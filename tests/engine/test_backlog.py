@@ -276,9 +276,9 @@ async def test_a_group_that_gives_way_hears_of_it(client: EngineClient, attach: 
     await until(lambda: client.stats.num_waiting == client.stats.num_blocks_used == client.stats.num_running == 0)
 
 
+@pytest.mark.parametrize("queue", [QueueLimits(timeout_seconds=0.05)])
 async def test_a_request_waits_no_longer_than_the_service_lets_it(client: EngineClient, attach: Attach) -> None:
     """Whatever it asks for itself."""
-    client._queue = QueueLimits(timeout_seconds=0.05)
     gate = threading.Semaphore(1)
     await attach(max_num_seqs=1, before_step=gate.acquire)
     with closing(client.submit([request(client)], LONG)) as running:

@@ -85,7 +85,7 @@ class Load:
             assert answer.error is not None, answer
             assert answer.status == (status if answer.streamed is None else 200), answer
         for task in self.waiting:
-            assert (await task).whole
+            assert (answer := await task).whole, answer
 
 
 @dataclass
