@@ -11,28 +11,21 @@ after the first. Goodput and the time of refusals are told; --check judges them 
 
 import argparse
 import asyncio
-import json
 import os
-import shlex
 import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import httpx
-import torch
 
-from bench.random_model import given_or_random
+from bench.random_model import given_or_demo, given_or_random
 from bench.served import Service
-from bench.timeline import draw
-from bench.watch import Growth, Watch, growth_table
+from bench.timeline import keep
+from bench.watch import Watch, growth_table
 from service.load.crowd import Crowd
 from service.load.figures import Figures, figures_of
 from service.load.plan import Level, Plan, Server
 from service.load.report import table
-from service.serve import DEMO_MODEL
-from service.version import VERSION
 
 MAX_GROWTH_MIB = 16.0  # that an allocator may keep of the second load
 MIN_GOODPUT = 0.9  # of the peak
@@ -97,11 +90,10 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="write .json and .svg beside this name")
     parser.add_argument("flags", nargs="*")
     arguments = parser.parse_args()
-    model = arguments.model or (None if torch.cuda.is_available() else DEMO_MODEL)
     most = _QUEUED * arguments.max_num_seqs
     flags = ["--max-num-seqs", str(arguments.max_num_seqs), "--max-queued-requests", str(most), *arguments.flags]
     cores = sorted(os.sched_getaffinity(0))
-    with given_or_random(model) as folder:
+    with given_or_random(given_or_demo(arguments.model)) as folder:
         if len(cores) > 1:
             os.sched_setaffinity(0, cores[:-1])  # of the service, which inherits them
         service = Service(folder, flags)
@@ -136,31 +128,14 @@ def main() -> int:
     print("\n".join(growth_table(watch.growths())))
     print("\n".join([*faults, f"{len(faults)} faults"]))
     if arguments.out is not None:
-        _write(arguments.out, rows, watch, faults, watch.growths())
+        found = {"faults": faults, "levels": [asdict(row) for row in rows]}
+        keep(arguments.out, "bench.overload", watch, found, latencies={})
     return 1 if faults else 0
 
 
 async def _ready(service: Service) -> None:
     async with httpx.AsyncClient(base_url=service.url, timeout=60) as client:
         await service.ready(client)
-
-
-def _write(out: Path, rows: list[Figures], watch: Watch, faults: list[str], growths: list[Growth]) -> None:
-    about: dict[str, Any] = {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
-        "torch": torch.__version__,
-        "version": VERSION,
-        "date": time.strftime("%Y-%m-%d"),
-        "command": shlex.join(["python", "-m", "bench.overload", *sys.argv[1:]]),
-        "faults": faults,
-        "levels": [asdict(row) for row in rows],
-        "growth": [asdict(each) for each in growths],
-        "samples": [asdict(each) for each in watch.samples],
-    }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.with_suffix(".json").write_text(json.dumps(about, indent=1) + "\n")
-    title = " · ".join(str(about[name]) for name in ("command", "device", "date"))
-    draw(out.with_suffix(".svg"), title, watch.samples, latencies={})
 
 
 if __name__ == "__main__":

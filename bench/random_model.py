@@ -29,6 +29,11 @@ def write_random_model(folder: Path, *, dtype: torch.dtype = torch.float32, seed
     return folder
 
 
+def given_or_demo(folder: Path | None) -> Path | None:
+    """The folder; without one, the demo model on a CPU, and None on a GPU, for `given_or_random`."""
+    return folder or (None if torch.cuda.is_available() else DEMO_MODEL)
+
+
 @contextlib.contextmanager
 def given_or_random(folder: Path | None) -> Iterator[Path]:
     """The folder; without one, a random model in bfloat16 on a GPU and float32 on a CPU, which goes in the end."""

@@ -12,27 +12,22 @@ import argparse
 import asyncio
 import json
 import random
-import shlex
 import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import httpx
 import psutil
-import torch
 
 from bench.chaos import STALL_SECONDS, Chaos
 from bench.mixture import Answer, Ask, Mixture
-from bench.random_model import given_or_random
+from bench.random_model import given_or_demo, given_or_random
 from bench.served import Service
-from bench.timeline import draw
+from bench.timeline import keep
 from bench.watch import Growth, Watch, growth_faults, growth_table
-from service.serve import DEMO_MODEL
-from service.version import VERSION
 
 SPARE_DESCRIPTORS = 16  # more than before the load, for what a library opens once
 _PAUSE_SECONDS = (4.0, 12.0)  # between two faults
@@ -199,7 +194,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="write .json and .svg beside this name")
     parser.add_argument("flags", nargs="*")
     arguments = parser.parse_args()
-    model = arguments.model or (None if torch.cuda.is_available() else DEMO_MODEL)
+    model = given_or_demo(arguments.model)
     flags = list(arguments.flags)
     if arguments.faults:
         flags += ["--max-restarts", "1000000", "--stall-seconds", str(STALL_SECONDS)]
@@ -217,29 +212,14 @@ def main() -> int:
     outcome.faults += [f"a log line: {line}" for line in lines]
     print(report(outcome, watch, chaos, growths))
     if arguments.out is not None:
-        about: dict[str, Any] = {
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
-            "torch": torch.__version__,
-            "version": VERSION,
-            "date": time.strftime("%Y-%m-%d"),
+        found = {
             "model": "random 345M" if model is None else model.name,
-            "command": shlex.join(["python", "-m", "bench.soak", *sys.argv[1:]]),
             "counts": outcome.counts,
             "injected": chaos.marks,
             "faults": outcome.faults,
-            "growth": [asdict(each) for each in growths],
-            "samples": [asdict(each) for each in watch.samples],
         }
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.with_suffix(".json").write_text(json.dumps(about, indent=1) + "\n")
-        title = " · ".join(str(about[name]) for name in ("command", "device", "date"))
-        draw(
-            arguments.out.with_suffix(".svg"),
-            title,
-            watch.samples,
-            latencies=dict(outcome.latencies),
-            marks=chaos.marks,
-        )
+        latencies = dict(outcome.latencies)
+        keep(arguments.out, "bench.soak", watch, found, latencies=latencies, marks=chaos.marks)
     return 1 if outcome.faults else 0
 
 

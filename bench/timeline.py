@@ -1,15 +1,49 @@
-"""A picture of a run over time: latencies, throughput, queue and memory, with the moments of faults. SVG or PNG."""
+"""A run of a load program as JSON and as a picture over time. Used by overload.py and soak.py."""
 
-from collections.abc import Sequence
+import json
+import shlex
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
 
-from bench.watch import Sample
+from bench.watch import Sample, Watch
+from service.version import VERSION
 
 _APART_SECONDS = 0.2  # of two samples, for a rate to be told from them
 _BINS = 60  # of the time, in each of which latencies have their percentiles
+
+
+def keep(
+    out: Path,
+    module: str,
+    watch: Watch,
+    found: Mapping[str, Any],
+    *,
+    latencies: dict[str, tuple[Sequence[float], Sequence[float]]],
+    marks: Sequence[tuple[float, str]] = (),
+) -> None:
+    """Write what was `found` by `module`, and where and when, into .json beside the name `out`, and draw .svg."""
+    about = {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "torch": torch.__version__,
+        "version": VERSION,
+        "date": time.strftime("%Y-%m-%d"),
+        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
+        **found,
+        "growth": [asdict(each) for each in watch.growths()],
+        "samples": [asdict(each) for each in watch.samples],
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_suffix(".json").write_text(json.dumps(about, indent=1) + "\n")
+    title = " · ".join(str(about[name]) for name in ("command", "device", "date"))
+    draw(out.with_suffix(".svg"), title, watch.samples, latencies=latencies, marks=marks)
 
 
 def draw(
@@ -49,7 +83,6 @@ def draw(
                 )
         if panel.get_legend_handles_labels()[1]:
             panel.legend(fontsize=8, loc="upper right")
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     plt.close(figure)
 

@@ -1,6 +1,5 @@
 """Who may ask: keys, what each may do, and which routes need none. The middleware asks it of every request."""
 
-import hashlib
 import hmac
 import ipaddress
 import time
@@ -11,7 +10,7 @@ from pathlib import Path
 
 from starlette.types import Scope
 
-from service.api.keys import AccessError, Key, Keys
+from service.api.keys import AccessError, Key, Keys, hash_key
 from service.api.quota import Quota
 
 _OPEN = frozenset({"/", "/livez", "/readyz", "/health", "/ping"})
@@ -67,7 +66,7 @@ class Access:
         except AccessError as error:
             raise AccessError(f"api_key_file: {error}") from error
         self._known: tuple[Key, ...] = ()
-        self._callers: list[tuple[bytes, Caller]] = []  # with the SHA-256 of the key
+        self._callers: list[tuple[str, Caller]] = []  # with the SHA-256 of the key
 
     def is_open(self, path: str) -> bool:
         """Whether a path needs no key. What is not named here needs one, also where no route is."""
@@ -78,20 +77,20 @@ class Access:
         if self.is_open(scope["path"]):
             return Caller(_address(scope))
         scheme, _, key = authorization.partition(b" ")
-        digest = hashlib.sha256(key.strip()).digest()
+        digest = hash_key(key.strip())
         found = None
         for known, caller in self._current():  # all of them: how long it takes tells nothing
             if hmac.compare_digest(known, digest):
                 found = caller
         return found if scheme.lower() == b"bearer" else None
 
-    def _current(self) -> list[tuple[bytes, Caller]]:
+    def _current(self) -> list[tuple[str, Caller]]:
         """The callers of the keys in force. Those whose key stays, by its name, keep what they have used of it."""
         keys = self._keys.current()
         if keys is not self._known:
             quotas = {caller.name: caller.quota for _, caller in self._callers}
             self._known = keys
-            self._callers = [(bytes.fromhex(key.sha256), self._caller(key, quotas.get(key.name))) for key in keys]
+            self._callers = [(key.sha256, self._caller(key, quotas.get(key.name))) for key in keys]
         return self._callers
 
     def _caller(self, key: Key, quota: Quota | None) -> Caller:

@@ -159,10 +159,8 @@ async def search_beams(
                     continue
                 search.advance([candidates(request) for request in group])
                 if search.open:
-                    group, found = (
-                        requests(caller.priority(0) - 1),
-                        {},
-                    )  # before others, until these have waited for long
+                    group = requests(caller.priority(0) - 1)  # before others, until these have waited for long
+                    found = {}
                     stream.go_on(group)
             best = search.best()
             for hypothesis in best:

@@ -4,7 +4,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from heapq import heapify, heappop, heappush
 
 _WINDOW_SECONDS = 10.0  # of work on the queue, from which its rate is taken; as much before it counts too
@@ -137,12 +137,7 @@ class Backlog:
         """Let a group in. Raises QueueFull, unless the newest of a client that has more waiting can give way to it."""
         for victim in self._victims(entry):
             self.remove(victim)
-            victim.refuse(
-                QueueFull(
-                    "the queue is full, and others have less in it; try again later",
-                    retry_after_seconds=self.retry_after_seconds,
-                )
-            )
+            victim.refuse(self._full("the queue is full, and others have less in it; try again later"))
         self._rate.run(self._clock())
         client = self._clients.setdefault(entry.client, _Client())
         client.entries[entry] = None
@@ -182,31 +177,33 @@ class Backlog:
 
         Nobody is left with less than the client of `entry` then has. What has begun stays, and what is more urgent.
         """
-        limits = self._limits
         rest = _Load(self.num_requests, self.num_tokens)
         victims: list[Entry] = []
-        most: list[tuple[float, str, _Load, Iterator[Entry]]] = []  # a heap, the greatest share first
-        while rest.num_requests and (
-            rest.num_requests + entry.num_requests > limits.max_requests
-            or rest.num_tokens + entry.num_tokens > limits.max_tokens
-        ):
-            if not victims:
-                own = self._clients.get(entry.client, _Client())
-                least = self._share(
-                    _Load(own.load.num_requests + entry.num_requests, own.load.num_tokens + entry.num_tokens)
-                )
-                most = [
-                    (-share, name, _Load(client.load.num_requests, client.load.num_tokens), reversed(client.entries))
-                    for name, client in self._clients.items()
-                    if client is not own and (share := self._share(client.load)) >= least
-                ]
-                heapify(most)
+        if self._fits(rest, entry):
+            return victims
+        own = self._clients.get(entry.client, _Client())
+        least = self._share(_Load(own.load.num_requests + entry.num_requests, own.load.num_tokens + entry.num_tokens))
+        most: list[tuple[float, str, _Load, Iterator[Entry]]] = [  # a heap, the greatest share first
+            (-share, name, replace(client.load), reversed(client.entries))
+            for name, client in self._clients.items()
+            if client is not own and (share := self._share(client.load)) >= least
+        ]
+        heapify(most)
+        while not self._fits(rest, entry):
             victim = self._newest(entry, least, most)
             if victim is None:
-                raise QueueFull("the queue is full; try again later", retry_after_seconds=self.retry_after_seconds)
+                raise self._full("the queue is full; try again later")
             victims.append(victim)
             rest.grow(-victim.num_requests, -victim.num_tokens)
         return victims
+
+    def _fits(self, load: _Load, entry: Entry) -> bool:
+        """Whether the group may wait beside what waits then."""
+        limits = self._limits
+        return not load.num_requests or (
+            load.num_requests + entry.num_requests <= limits.max_requests
+            and load.num_tokens + entry.num_tokens <= limits.max_tokens
+        )
 
     def _newest(
         self, entry: Entry, least: float, most: list[tuple[float, str, _Load, Iterator[Entry]]]
@@ -228,3 +225,6 @@ class Backlog:
     def _share(self, load: _Load) -> float:
         """Of the bounds: the greater of the shares of requests and of tokens."""
         return max(load.num_requests / self._limits.max_requests, load.num_tokens / self._limits.max_tokens)
+
+    def _full(self, message: str) -> QueueFull:
+        return QueueFull(message, retry_after_seconds=self.retry_after_seconds)

@@ -57,6 +57,11 @@ class Request(msgspec.Struct, frozen=True, array_like=True, gc=False):
     cache_salt: str = ""  # blocks are shared only with requests of the same salt
 
 
+def count_tokens(request: Request, params: SamplingParams, choice: int) -> int:
+    """Tokens that one sequence of a request asks for at most; samples share a prompt."""
+    return params.max_tokens + (0 if choice else len(request.prompt))
+
+
 class Logprobs(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Natural logs of the raw distribution at T tokens: before temperature, filters, bias and penalties. Finite."""
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from service.engine.blocks import ROOT, TOKEN_BYTES, Node
 from service.engine.masks import Mask
-from service.engine.request import Finish, Logprobs, Request, SamplingParams
+from service.engine.request import Finish, Logprobs, Request, SamplingParams, count_tokens
 from service.model.batch import Float32, Int32
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ class Sequence:
         self.key = (request.id, choice)
         self.group = group
         self.order = (request.priority, arrival)  # no two have the same; the highest is preempted first
-        self.cost = group.params.max_tokens + (0 if choice else len(request.prompt))  # tokens; samples share a prompt
+        self.cost = count_tokens(request, group.params, choice)
         # Waiting's: whether it waits, since when (seconds), and its turn, by which its line is sorted.
         self.waiting = False
         self.arrived_at = 0.0

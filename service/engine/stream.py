@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Self
 import msgspec
 
 from service.engine.backlog import Entry, QueueFull, QueueTimeout
-from service.engine.request import Delta, Finish, Request, Submit
+from service.engine.request import Delta, Finish, Request, Submit, count_tokens
 
 if TYPE_CHECKING:
     from service.engine.client import EngineClient
@@ -45,9 +45,9 @@ class Stream:
         self._arrival: asyncio.Future[None] | None = None  # what the reader waits for
         self._num_unread = 0  # of _MAX_UNREAD
         self._unstarted = {request.id: request for request in requests}
-        # The tokens of each sequence that counts in the backlog; samples share a prompt.
+        # The tokens of each sequence that counts in the backlog.
         self._queued = {
-            (request.id, choice): submit.params.max_tokens + (0 if choice else len(request.prompt))
+            (request.id, choice): count_tokens(request, submit.params, choice)
             for request in requests
             for choice in range(request.n)
         }

@@ -68,9 +68,8 @@ class _Line:
 
     def __init__(self) -> None:
         self.sequences: list[Sequence] = []  # by turn
-        self._arrivals: deque[Sequence] = (
-            deque()
-        )  # the same and some that have left; the first that waits is the oldest
+        # The same, and some that have left; the first that waits is the oldest.
+        self._arrivals: deque[Sequence] = deque()
         self._now = 0  # the turn that was served last
         self._ends: dict[str, int] = {}  # by client, where the tokens that it has asked for end; who asked last is last
 

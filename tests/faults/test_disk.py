@@ -14,9 +14,10 @@ from tests.checkpoint.conftest import Hub, hub
 from tests.checkpoint.megatron_files import Layout
 from tests.faults.conftest import Watching
 from tests.faults.trigger import Triggers
+from tests.faults.watch import Watch
 from tests.service.conftest import DEMO
 from tests.service.scripted_model import ScriptedModel
-from tests.service.server import COMMAND, Connect, Start
+from tests.service.server import COMMAND, Connect, Server, Start
 
 __all__ = ["hub"]
 
@@ -118,6 +119,16 @@ async def test_what_was_converted_before_needs_no_room(
     assert before["choices"] == after["choices"]
 
 
+async def log_much(server: Server, watch: Watch) -> None:
+    """Lines of requests in every process, and of an engine that is killed and started again."""
+    for _ in range(50):
+        await watch.ask(max_tokens=1)
+    load = await watch.load()
+    server.engine.kill()
+    await load.running_failed()
+    await watch.restarted(since=0)
+
+
 async def test_a_log_that_takes_nothing(
     start: Start, scripted_model: ScriptedModel, triggers: Triggers, watching: Watching
 ) -> None:
@@ -125,12 +136,7 @@ async def test_a_log_that_takes_nothing(
     environment = triggers.environment(FAULTS_LOG="/dev/full")
     server = start(str(scripted_model.folder), "--max-num-seqs", "4", environment=environment)
     async with watching(server) as watch:
-        for _ in range(50):
-            await watch.ask(max_tokens=1)
-        load = await watch.load()
-        server.engine.kill()
-        await load.running_failed()
-        await watch.restarted(since=0)
+        await log_much(server, watch)
     assert not any("request_id" in line for line in server.log), "nothing came after the first lines"
     server.process.terminate()
     assert server.wait(20) == 0
@@ -144,11 +150,6 @@ async def test_a_log_whose_reader_is_gone(start: Start, scripted_model: Scripted
     os.dup2(nothing, server.process.stderr.fileno())  # the next line that is read is the last
     os.close(nothing)
     async with watching(server) as watch:
-        for _ in range(50):
-            await watch.ask(max_tokens=1)
-        load = await watch.load()
-        server.engine.kill()
-        await load.running_failed()
-        await watch.restarted(since=0)
+        await log_much(server, watch)
     server.process.terminate()
     assert server.wait(20) == 0
