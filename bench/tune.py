@@ -34,14 +34,9 @@ def vectors(down: bool = False) -> list[Product]:
                 (8, 2048, 8),
                 (4, 2048, 4),
                 (16, 4096, 16),
-                (8, 128, 8),
-                (16, 128, 16),
-                (8, 64, 4),
-                (8, 64, 8),
             )
         ]
     shapes = [(16, 1024, 8), (8, 1024, 8), (32, 1024, 8), (8, 1024, 4), (16, 1024, 16), (16, 1024, 4), (32, 1024, 16)]
-    shapes += [(16, 128, 8), (32, 128, 8), (32, 128, 16), (16, 64, 8), (16, 64, 4), (8, 64, 4), (32, 64, 8)]
     return [Vector(n, k, w, p) for n, k, w in shapes for p in (False, True)]
 
 
@@ -117,9 +112,7 @@ def searches(rows: int, *, prompt: bool) -> Iterator[Candidates]:
             "down": vectors(down=True),
             "decode": split,
             "prefill": prefills,
-            "head": [
-                Vector(n, k, w) for n, k, w in ((16, 1024, 4), (32, 1024, 8), (16, 128, 8), (32, 128, 8), (16, 64, 4))
-            ],
+            "head": [Vector(16, 1024, 4), Vector(32, 1024, 8), Vector(16, 1024, 8), Vector(64, 1024, 16)],
         }
     if rows > 1:
         library = [Library()] if rows >= 128 else []
@@ -200,8 +193,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     began = time.monotonic()
-    jobs = [(*map(int, text.split("@")), False) for text in arguments.steps.split(",") if text]
-    jobs += [(*map(int, text.split("@")), True) for text in arguments.prompts.split(",") if text]
+    jobs = [
+        (int(num), int(context), prompt)
+        for prompt, steps in ((False, arguments.steps), (True, arguments.prompts))
+        for num, context in (text.split("@") for text in steps.split(",") if text)
+    ]
     work = []
     for num, context, prompt in jobs:
         plans = [

@@ -49,7 +49,7 @@ class Matrix:
         shape = {"K": depth, "N": size, "OUT": put, "KIND": products.ACTIVATIONS[self._activation]}
         shape |= {"PDL": pdl, "launch_pdl": pdl}
         whole = whole_tile(depth)
-        shape |= {"BLOCK_N": settings.block_n, "BLOCK_K": min(settings.block_k, whole)}
+        shape |= {"BLOCK_N": settings.block_n, "BLOCK_K": whole if read == NORM.value else min(settings.block_k, whole)}
         shape |= {"PREFETCH": settings.prefetch, "num_warps": settings.warps}
         if isinstance(settings, Tiled):
             grid = (-(-size // settings.block_n), -(-num_tokens // settings.block_t), settings.splits)

@@ -90,7 +90,7 @@ class Tail:
                 N=size,
                 V=config.vocab_size,
                 BLOCK_N=head.block_n,
-                BLOCK_K=min(head.block_k, power_of_two(hidden)),
+                WIDTH=power_of_two(hidden),
                 num_warps=head.warps,
                 **self._chain,
             )

@@ -7,8 +7,8 @@ import torch
 from service.model.kernels.plan import Decode, Library, Plan, Prefill, Product, Tiled, Vector, whole_tile
 
 _ONE = Plan(
-    qkv=Vector(32, 1024, 8),
-    out=Vector(16, 1024, 8),
+    qkv=Vector(8, 1024, 4, prefetch=True),
+    out=Vector(32, 1024, 8, prefetch=True),
     up=Vector(16, 1024, 8),
     down=Vector(8, 4096, 16),
     decode=Decode(64, 4, 4, merged=False),

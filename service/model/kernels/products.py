@@ -80,44 +80,14 @@ def _add_three(a, b, c, d, e, f):
 
 
 @triton.jit
-def _pieces(at, rows, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """A tile [BLOCK_N, K] of weights from the pointers `at` to its first columns, by BLOCK_K columns each.
-
-    Where these are no more than the lanes of a warp read, a warp has whole rows: their sums need no barrier.
-    """
+def _after_norm(x, tile, factor, slope, epsilon, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """tile LN(x) but for what the norm's shift adds: (W (g x) - mean W g) / deviation, all sums in one reduction."""
     k = tl.arange(0, BLOCK_K)
-    tiles = ()
-    for start in tl.static_range(0, K, BLOCK_K):
-        tile = tl.load(at + start, mask=rows[:, None] & (k + start < K)[None, :], other=0.0)
-        tiles = tiles + (tile,)  # type: ignore[assignment]  # noqa: RUF005 - Triton knows no unpacking
-    return tiles
-
-
-@triton.jit
-def _after_norm(x, tiles, gain, factor, slope, epsilon, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """tiles LN(x) but for what the norm's shift adds: (W (g x) - mean W g) / deviation, all sums in one reduction.
-
-    `factor` is the gain where one piece has all of it; that of several would take too many registers.
-    """
-    k = tl.arange(0, BLOCK_K)
-    if BLOCK_K >= K:
-        value = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
-        acc = tiles[0].to(tl.float32) * (value * factor)[None, :]
-        total = tl.broadcast_to(value[None, :], [BLOCK_N, BLOCK_K])
-        squares = total * total
-    else:
-        acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-        totals = tl.zeros([BLOCK_K], tl.float32)
-        powers = tl.zeros([BLOCK_K], tl.float32)
-        for start in tl.static_range(0, K, BLOCK_K):
-            value = tl.load(x + k + start, mask=k + start < K, other=0.0).to(tl.float32)
-            factor = tl.load(gain + k + start, mask=k + start < K, other=0.0)
-            acc += tiles[start // BLOCK_K].to(tl.float32) * (value * factor)[None, :]
-            totals += value
-            powers += value * value
-        total = tl.broadcast_to(totals[None, :], [BLOCK_N, BLOCK_K])
-        squares = tl.broadcast_to(powers[None, :], [BLOCK_N, BLOCK_K])
-    acc, total, squares = tl.reduce((acc, total, squares), 1, _add_three)  # what costs is a reduction's barriers
+    value = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
+    spread = tl.broadcast_to(value[None, :], [BLOCK_N, BLOCK_K])
+    # What costs is a reduction's barriers.
+    parts = (tile.to(tl.float32) * (value * factor)[None, :], spread, spread * spread)
+    acc, total, squares = tl.reduce(parts, 1, _add_three)
     mean = total / K
     variance = tl.maximum(squares / K - mean * mean, 0.0)  # rounding may leave less
     return (acc - mean * slope) * tl.rsqrt(variance + epsilon)
@@ -155,20 +125,23 @@ def vector_product(
     at = w + n[:, None].to(tl.int64) * K + k[None, :]
     if PREFETCH:
         prefetch(w + tl.program_id(0).to(tl.int64) * (BLOCK_N * K), BLOCK_N * K, PDL and N % BLOCK_N == 0)
-    tiles = _pieces(at, rows, K, BLOCK_K)
+    tile = tl.load(at, mask=rows[:, None] & (k < K)[None, :], other=0.0)
     offset = tl.load(bias + n, mask=rows, other=0.0).to(tl.float32)
     slot = tl.load(slots) if OUT == SCATTER else 0
     if IN == NORM:
         slope = tl.load(scaled + n, mask=rows, other=0.0)
         factor = tl.load(gain + k, mask=k < K, other=0.0)
+        tl.static_assert(BLOCK_K >= K, "layer norm needs all of K at once")
     wait(PDL)
     before = tl.load(y + n, mask=rows, other=0.0) if OUT == RESIDUAL else 0.0
     if IN == NORM:
-        acc = _after_norm(x, tiles, gain, factor, slope, epsilon, K, BLOCK_N, BLOCK_K)
+        acc = _after_norm(x, tile, factor, slope, epsilon, K, BLOCK_N, BLOCK_K)
     else:
-        sums = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+        acc = tl.zeros([BLOCK_N], tl.float32)
         for start in tl.static_range(0, K, BLOCK_K):
             inside = k + start < K
+            if start > 0:
+                tile = tl.load(at + start, mask=rows[:, None] & inside[None, :], other=0.0)
             if IN == MERGE:
                 peaks = stats + k + start
                 best = tl.load(peaks, mask=inside, other=0.0)
@@ -183,8 +156,7 @@ def vector_product(
                 value = value / mass
             else:
                 value = tl.load(x + k + start, mask=inside, other=0.0).to(tl.float32)
-            sums += tiles[start // BLOCK_K].to(tl.float32) * value[None, :]
-        acc = tl.sum(sums, 1)
+            acc += tl.sum(tile.to(tl.float32) * value[None, :], 1)
     zero = tl.zeros([BLOCK_N], tl.int32)
     _put(acc + offset, before, slot + zero, zero, n, zero == 0, rows, y, keys, values, N, KIND, OUT)
 
@@ -281,14 +253,14 @@ def vector_logits(
     N: tl.constexpr,  # a multiple of BLOCK_N
     V: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    WIDTH: tl.constexpr,  # power of two, K or more
     PDL: tl.constexpr,
 ):
     """The head of one token, its norm folded, and the first look at the logits."""
     begin(PDL)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
-    tiles = _pieces(w + n[:, None].to(tl.int64) * K + k[None, :], n < N, K, BLOCK_K)
+    k = tl.arange(0, WIDTH)
+    tile = tl.load(w + n[:, None].to(tl.int64) * K + k[None, :], mask=(k < K)[None, :], other=0.0)
     offset = tl.load(bias + n)
     slope = tl.load(scaled + n)
     factor = tl.load(gain + k, mask=k < K, other=0.0)
@@ -296,7 +268,7 @@ def vector_logits(
     banned = banned_id(records, tl.load(positions), end_of_text_id)
     row = tl.load(index).to(tl.int64)
     wait(PDL)
-    found = _after_norm(x + row * K, tiles, gain, factor, slope, epsilon, K, BLOCK_N, BLOCK_K) + offset
+    found = _after_norm(x + row * K, tile, factor, slope, epsilon, K, BLOCK_N, WIDTH) + offset
     tl.store(logits + n, found)
     peak, winner, mass = scan(found, n, banned, heat, V, False)
     tl.store(peaks + tl.program_id(0), peak)
