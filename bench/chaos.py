@@ -99,35 +99,30 @@ class Chaos:
         """In the middle of a head, of a body, and of an answer."""
         whole = self._request({"prompt": "The", "max_tokens": 100, "stream": True, "ignore_eos": True})
         for _ in range(_MANY):
-            connection = await self._connect()
-            await self._send(connection, whole[: self.rng.randrange(len(whole) + 1)])
-            await asyncio.sleep(self.rng.random() / 20)
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER)
-            connection.close()
+            with await self._connect() as connection:
+                await self._send(connection, whole[: self.rng.randrange(len(whole) + 1)])
+                await asyncio.sleep(self.rng.random() / 20)
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER)
 
     async def _say_nothing(self) -> None:
-        await self._hold([await self._connect() for _ in range(_MANY)])
+        with contextlib.ExitStack() as held:
+            for _ in range(_MANY):
+                held.enter_context(await self._connect())
+            await asyncio.sleep(_HOLD_SECONDS)
 
     async def _read_nothing(self) -> None:
         """Of answers that are larger than what sockets hold."""
         request = self._request({"prompt": "The", "max_tokens": 900, "stream": True, "logprobs": 5, "ignore_eos": True})
-        connections = []
-        for _ in range(4):
-            connection = await self._connect(receive_bytes=4096)
-            await self._send(connection, request)
-            connections.append(connection)
-        await self._hold(connections)
+        with contextlib.ExitStack() as held:
+            for _ in range(4):
+                connection = held.enter_context(await self._connect(receive_bytes=4096))
+                await self._send(connection, request)
+            await asyncio.sleep(_HOLD_SECONDS)
 
     async def _talk_nonsense(self) -> None:
         for _ in range(_MANY):
-            connection = await self._connect()
-            await self._send(connection, self.rng.randbytes(self.rng.randrange(1, 2000)))
-            connection.close()
-
-    async def _hold(self, connections: list[socket.socket]) -> None:
-        await asyncio.sleep(_HOLD_SECONDS)
-        for connection in connections:
-            connection.close()
+            with await self._connect() as connection:
+                await self._send(connection, self.rng.randbytes(self.rng.randrange(1, 2000)))
 
     async def _connect(self, *, receive_bytes: int | None = None) -> socket.socket:
         address = urlsplit(self.service.url)
@@ -135,7 +130,11 @@ class Chaos:
         connection.setblocking(False)
         if receive_bytes is not None:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
-        await asyncio.get_running_loop().sock_connect(connection, (address.hostname, address.port))
+        try:
+            await asyncio.get_running_loop().sock_connect(connection, (address.hostname, address.port))
+        except BaseException:
+            connection.close()
+            raise
         return connection
 
     async def _send(self, connection: socket.socket, data: bytes) -> None:

@@ -36,4 +36,5 @@ class GatheredWrites:
         if self._waiting:
             data = b"".join(self._waiting)
             self._waiting.clear()
-            self._transport.write(data)
+            if not self._transport.is_closing():  # else it was torn down in the same turn: uvloop would raise
+                self._transport.write(data)

@@ -132,7 +132,8 @@ class Stream:
         if key not in self._open:
             return
         self._unstarted.pop(delta.request_id, None)
-        self._leave_queue(key, served=delta.finish not in (Finish.ERROR, Finish.ABORT))
+        if self._queued:
+            self._leave_queue(key, served=delta.finish not in (Finish.ERROR, Finish.ABORT))
         if delta.finish is not None:
             self._close(key)
         self._num_unread += len(delta.token_ids) + (0 if delta.logprobs is None else len(delta.logprobs.top) // 4)
@@ -197,16 +198,17 @@ class Stream:
 
     def _check_deadlines(self) -> float | None:
         """Seconds until the next deadline, if there is one. Raises QueueTimeout, DeadlineExceeded."""
+        if not self._unstarted:
+            self._queue_deadline = None  # for good: every event comes past here
         if not self._open or (self._deadline is None and self._queue_deadline is None):
             return None
         now = time.monotonic()
         if self._deadline is not None and now >= self._deadline:
             raise DeadlineExceeded("the request was not answered by its deadline")
-        queue_deadline = self._queue_deadline if self._unstarted else None
-        if queue_deadline is not None and now >= queue_deadline:
+        if self._queue_deadline is not None and now >= self._queue_deadline:
             raise QueueTimeout(
                 "the request waited in the queue for longer than it may; try again later",
                 retry_after_seconds=self._client.backlog.retry_after_seconds,
             )
-        deadlines = (self._deadline, queue_deadline)
-        return min((deadline - now for deadline in deadlines if deadline is not None), default=None)
+        deadlines = (self._deadline, self._queue_deadline)
+        return min(deadline - now for deadline in deadlines if deadline is not None)
