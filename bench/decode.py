@@ -22,7 +22,7 @@ import transformers
 
 from bench.random_model import SHAPE_345M, random_gpt2
 from service.checkpoint.hub import read_config, read_state
-from service.load.report import chart
+from service.load.report import Panel, chart
 from service.model.batch import SAMPLING, Batch, Runner
 from service.model.gpt2 import GPT2
 from service.model.memory import block_bytes, make_runner
@@ -41,7 +41,7 @@ class Row:
     tokens_per_second: float
     limit_ms: float | None
     plain_ms: float | None
-    transformers_tokens_per_second: float | None
+    transformers_tokens_per_second: float
 
 
 def decode_batch(num_sequences: int, context: int, step: int) -> Batch:
@@ -77,7 +77,8 @@ def step_seconds(
     ask: Callable[[Batch], Batch] = lambda batch: batch,
 ) -> float:
     """Median over steps of single tokens. `ask` may ask for more in each batch."""
-    return median_seconds(runner, *(ask(decode_batch(num_sequences, context, step)) for step in (0, 1)), num_steps)
+    first, following = (ask(decode_batch(num_sequences, context, step)) for step in (0, 1))
+    return median_seconds(runner, first, following, num_steps)
 
 
 def median_seconds(runner: Runner, first: Batch, following: Batch, num_steps: int) -> float:
@@ -136,9 +137,9 @@ def copy_bandwidth() -> float:
     """Bytes a second that this GPU's memory gives a large copy, those read and those written."""
     source = torch.empty(2**30, dtype=torch.int32, device="cuda").random_()
     target = torch.empty_like(source)
-    times = []
+    times: list[float] = []
     for _ in range(12):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
         target.copy_(source)
         end.record()
@@ -227,7 +228,10 @@ def measure(arguments: argparse.Namespace, dtype: torch.dtype) -> tuple[dict[str
     runner = runner_for(model, arguments.steps)
     # In turns: a GPU's clocks move by several per cent from one second to the next.
     rounds = [
-        {step: 1000 * step_seconds(runner, *step, arguments.repeats) for step in arguments.steps}
+        {
+            (num, context): 1000 * step_seconds(runner, num, context, arguments.repeats)
+            for num, context in arguments.steps
+        }
         for _ in range(_ROUNDS if on_gpu else 1)
     ]
     runner.close()
@@ -277,11 +281,17 @@ def main() -> None:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(about | {"rows": [asdict(row) for row in rows]}, indent=1) + "\n"
         arguments.out.with_suffix(".json").write_text(text)
-        series = {"ours": [row.step_ms for row in rows], "limit": [row.limit_ms for row in rows]}
-        series["plain torch"] = [row.plain_ms for row in rows]
+        series: Panel = (
+            "ms a decode step",
+            {
+                "ours": [row.step_ms for row in rows],
+                "limit": [row.limit_ms for row in rows],
+                "plain torch": [row.plain_ms for row in rows],
+            },
+        )
         title = f"{about['device']} · {about['dtype']} · torch {about['torch']} · {about['date']}"
         names = [f"{row.batch}@{row.context}" for row in rows]
-        picture = chart(title, unit="batch@context", names=names, panels=[("ms a decode step", series)])
+        picture = chart(title, unit="batch@context", names=names, panels=[series])
         arguments.out.with_suffix(".svg").write_text(picture)
 
 

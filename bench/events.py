@@ -27,8 +27,8 @@ from service.engine.request import Delta, Finish, ModelInfo, Publish, Ready, Sub
 from service.load.crowd import Crowd
 from service.load.figures import Figures, figures_of
 from service.load.plan import Level, Plan, Server
-from service.serve import DEMO_MODEL
-from service.version import VERSION
+from service.serve import DEMO_MODEL, api_config
+from service.settings import Settings
 
 TEXT = "Plants create energy through a process known as photosynthesis, which turns light, water and air into sugar. "
 SHORT, LONG = 128, 896  # tokens of an answer: as the targets have it, and one of events alone
@@ -126,7 +126,7 @@ def run_engine(sock: socket.socket, text: tuple[int, ...], interval: float, toke
 def run_api(config: api.ApiConfig, listener: socket.socket, control: socket.socket) -> None:
     """The service's own API process, whose log lines are written to nowhere."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    api.main(config, listener, control)
+    api.main(config, listener, [], control)
 
 
 def start(arguments: argparse.Namespace) -> tuple[BaseProcess, socket.socket, Server]:
@@ -137,18 +137,8 @@ def start(arguments: argparse.Namespace) -> tuple[BaseProcess, socket.socket, Se
     control, api_control = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    config = api.ApiConfig(
-        model_names=("demo",),
-        max_body_bytes=8 * 2**20,
-        max_choices=1024,
-        stream_keep_alive_seconds=15,
-        http_keep_alive_seconds=75,
-        drain_seconds=1,
-        stall_seconds=30,
-        version=VERSION,
-        log_level=arguments.log_level,
-        json_lines=True,
-    )
+    settings = Settings(served_model_name=("demo",), log_level=arguments.log_level)
+    config = api_config(settings, json_lines=True)
     process = spawn.Process(target=run_api, args=(config, listener, api_control), daemon=True)
     process.start()
     ours, theirs = socket.socketpair()

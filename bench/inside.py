@@ -81,7 +81,7 @@ def window(streams: Sequence[Marks], low: int, high: int) -> tuple[float, int]:
     """
     times = np.unique([at for marks in streams for at, _ in marks])
     times = times[(times >= max(marks[0][0] for marks in streams)) & (times <= min(marks[-1][0] for marks in streams))]
-    contexts = np.mean([np.interp(times, *zip(*marks, strict=True)) for marks in streams], axis=0)
+    contexts = np.mean([np.interp(times, *np.transpose(marks)) for marks in streams], axis=0)
     times = times[(contexts >= low) & (contexts <= high)]
     within = [[mark for mark in marks if len(times) and times[0] <= mark[0] <= times[-1]] for marks in streams]
     if any(len(marks) < 2 for marks in within):

@@ -10,7 +10,7 @@ from typing import Any
 Body = dict[str, Any]
 
 TEXT = "Plants create energy through a process known as photosynthesis, which turns light, water and air into sugar. "
-SCHEMA = {
+SCHEMA: dict[str, Any] = {
     "type": "object",
     "properties": {"name": {"type": "string", "maxLength": 12}, "age": {"type": "integer", "maximum": 130}},
     "required": ["name", "age"],
@@ -88,7 +88,8 @@ class Ask:
             return f"choices {sorted(answer.choices)}"
         if reasons := {each.finish_reason for each in answer.choices.values()} - {"stop", "length"}:
             return f"finish_reason {reasons}"
-        most = num_prompts * self.body.get("best_of", self.body.get("n", 1)) * self.body["max_tokens"]
+        num_samples = self.body.get("best_of") or self.body.get("n", 1)
+        most = num_prompts * num_samples * self.body["max_tokens"]
         if answer.completion_tokens is None or answer.completion_tokens > most:
             return f"completion_tokens {answer.completion_tokens} of {most}"
         if self.body.get("ignore_eos") and "stop" not in self.body and answer.completion_tokens < most:
@@ -145,7 +146,8 @@ class Mixture:
 
     def _length(self, most: int) -> int:
         """From 1 to `most`, as often of each magnitude."""
-        return round(most ** self._rng.random())
+        length: float = most ** self._rng.random()
+        return round(length)
 
     def _drawn(self) -> Body:
         sampling: list[Body] = [
@@ -182,8 +184,8 @@ class Mixture:
         return Ask("best_of", {**body, "stream": False})
 
     def _adjusted(self) -> Ask:
-        body = {"presence_penalty": 0.5, "frequency_penalty": 0.5, "repetition_penalty": 1.2}
-        body = {"prompt": self._ids(self._length(300)), "max_tokens": self._length(100), **body, **self._drawn()}
+        penalties = {"presence_penalty": 0.5, "frequency_penalty": 0.5, "repetition_penalty": 1.2}
+        body = {"prompt": self._ids(self._length(300)), "max_tokens": self._length(100), **penalties, **self._drawn()}
         return Ask("penalties", body)
 
     def _biased(self) -> Ask:
@@ -207,13 +209,12 @@ class Mixture:
 
     def _grammar(self) -> Ask:
         words = ["yes", "no", "it depends"]
-        kind, fields, check = self._rng.choice(
-            [
-                ("guided_regex", {"guided_regex": "[a-z]{3,8}-[0-9]{2}"}, re.compile("[a-z]{3,8}-[0-9]{2}").fullmatch),
-                ("guided_json", {"guided_json": SCHEMA}, is_json),
-                ("guided_choice", {"guided_choice": words}, words.__contains__),
-            ]
-        )
+        kinds: list[tuple[str, Body, Callable[[str], object]]] = [
+            ("guided_regex", {"guided_regex": "[a-z]{3,8}-[0-9]{2}"}, re.compile("[a-z]{3,8}-[0-9]{2}").fullmatch),
+            ("guided_json", {"guided_json": SCHEMA}, is_json),
+            ("guided_choice", {"guided_choice": words}, words.__contains__),
+        ]
+        kind, fields, check = self._rng.choice(kinds)
         body = {"prompt": TEXT, "max_tokens": 60, **fields, **self._drawn()}
         return Ask(kind, body, check=all_match(lambda text: bool(check(text))))
 

@@ -137,9 +137,9 @@ def replay_ms(graph: torch.cuda.CUDAGraph, seconds: float) -> float:
     for _ in range(int(seconds / 2 / max(time.perf_counter() - began, 1e-5))):  # clocks go up under load
         graph.replay()
     count = max(1, min(20, int(seconds / 10 / max(time.perf_counter() - began, 1e-5))))
-    times = []
+    times: list[float] = []
     for _ in range(10):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
         for _ in range(count):
             graph.replay()

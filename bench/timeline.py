@@ -26,7 +26,7 @@ def keep(
     watch: Watch,
     found: Mapping[str, Any],
     *,
-    latencies: dict[str, tuple[Sequence[float], Sequence[float]]],
+    latencies: Mapping[str, tuple[Sequence[float], Sequence[float]]],
     marks: Sequence[tuple[float, str]] = (),
 ) -> None:
     """Write what was `found` by `module`, and where and when, into .json beside the name `out`, and draw .svg."""
@@ -51,7 +51,7 @@ def draw(
     title: str,
     samples: Sequence[Sample],
     *,
-    latencies: dict[str, tuple[Sequence[float], Sequence[float]]],
+    latencies: Mapping[str, tuple[Sequence[float], Sequence[float]]],
     marks: Sequence[tuple[float, str]] = (),
 ) -> None:
     """`latencies` are moments (monotonic seconds) and seconds, by what is told of them; `marks` are faults."""

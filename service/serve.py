@@ -82,37 +82,7 @@ class Supervisor:
         return self._exit_code
 
     def _start_api(self) -> None:
-        settings = self._settings
-        config = api.ApiConfig(
-            model_names=settings.served_model_name or (settings.model or DEMO_NAME,),
-            max_body_bytes=settings.max_body_bytes,
-            max_choices=settings.max_choices,
-            queue=QueueLimits(
-                max_requests=settings.max_queued_requests,
-                max_tokens=settings.max_queued_tokens,
-                timeout_seconds=settings.queue_timeout_seconds,
-            ),
-            request_timeout_seconds=settings.request_timeout_seconds,
-            http=HttpLimits(
-                max_url_bytes=settings.max_url_bytes,
-                max_header_bytes=settings.max_header_bytes,
-                max_connections=settings.max_connections,
-                header_seconds=settings.header_seconds,
-                body_seconds=settings.body_seconds,
-                send_seconds=settings.send_seconds,
-            ),
-            access=access_config(settings),
-            cors_origins=settings.cors_origins,
-            tls=tls_config(settings),
-            stream_keep_alive_seconds=settings.stream_keep_alive_seconds,
-            http_keep_alive_seconds=settings.http_keep_alive_seconds,
-            drain_seconds=settings.drain_seconds,
-            unready_seconds=settings.unready_seconds,
-            stall_seconds=settings.stall_seconds,
-            version=VERSION,
-            log_level=settings.log_level,
-            json_lines=self._json_lines,
-        )
+        config = api_config(self._settings, json_lines=self._json_lines)
         self._api = self._spawn.Process(
             target=api.main,
             args=(config, self._listener, self._admin_listeners, self._api_control),
@@ -262,6 +232,40 @@ def engine_config(settings: Settings, *, json_lines: bool, device: str | None = 
         gpu_memory_utilization=settings.gpu_memory_utilization,
         cpu_threads=settings.cpu_threads,
         max_event_interval_ms=settings.max_event_interval_ms,
+        log_level=settings.log_level,
+        json_lines=json_lines,
+    )
+
+
+def api_config(settings: Settings, *, json_lines: bool) -> api.ApiConfig:
+    """What of the settings the API process is told."""
+    return api.ApiConfig(
+        model_names=settings.served_model_name or (settings.model or DEMO_NAME,),
+        max_body_bytes=settings.max_body_bytes,
+        max_choices=settings.max_choices,
+        queue=QueueLimits(
+            max_requests=settings.max_queued_requests,
+            max_tokens=settings.max_queued_tokens,
+            timeout_seconds=settings.queue_timeout_seconds,
+        ),
+        request_timeout_seconds=settings.request_timeout_seconds,
+        http=HttpLimits(
+            max_url_bytes=settings.max_url_bytes,
+            max_header_bytes=settings.max_header_bytes,
+            max_connections=settings.max_connections,
+            header_seconds=settings.header_seconds,
+            body_seconds=settings.body_seconds,
+            send_seconds=settings.send_seconds,
+        ),
+        access=access_config(settings),
+        cors_origins=settings.cors_origins,
+        tls=tls_config(settings),
+        stream_keep_alive_seconds=settings.stream_keep_alive_seconds,
+        http_keep_alive_seconds=settings.http_keep_alive_seconds,
+        drain_seconds=settings.drain_seconds,
+        unready_seconds=settings.unready_seconds,
+        stall_seconds=settings.stall_seconds,
+        version=VERSION,
         log_level=settings.log_level,
         json_lines=json_lines,
     )
