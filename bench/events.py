@@ -137,7 +137,8 @@ def start(arguments: argparse.Namespace) -> tuple[BaseProcess, socket.socket, Se
     control, api_control = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    settings = Settings(served_model_name=("demo",), log_level=arguments.log_level)
+    # Not read from the environment: a key or a bound there would be measured too.
+    settings = Settings.model_construct(served_model_name=("demo",), log_level=arguments.log_level)
     config = api_config(settings, json_lines=True)
     process = spawn.Process(target=run_api, args=(config, listener, api_control), daemon=True)
     process.start()

@@ -238,7 +238,7 @@ def engine_config(settings: Settings, *, json_lines: bool, device: str | None = 
 
 
 def api_config(settings: Settings, *, json_lines: bool) -> api.ApiConfig:
-    """What of the settings the API process is told."""
+    """What of the settings the API process is told. Raises AccessError."""
     return api.ApiConfig(
         model_names=settings.served_model_name or (settings.model or DEMO_NAME,),
         max_body_bytes=settings.max_body_bytes,

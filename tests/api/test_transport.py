@@ -1,4 +1,4 @@
-"""What one turn of the event loop has to say: it goes out once, whole and in order, or its connection is gone."""
+"""What one turn of the event loop has to say: it goes out whole and in order, or its connection is gone."""
 
 import asyncio
 import socket

@@ -22,27 +22,32 @@ def test_an_outage_excuses_what_was_open_within_it(begin: float, end: float, exc
     assert excused == chaos.may_cut(begin, end)
 
 
+@pytest.mark.parametrize("number", [1, 2])
 @pytest.mark.parametrize("fault", ["_say_nothing", "_read_nothing", "_reset_connections", "_talk_nonsense"])
-async def test_a_fault_that_is_broken_off_leaves_no_connection(fault: str) -> None:
-    """The load may end while one is under way; what it has open would be counted as the service's."""
-    connections: list[socket.socket] = []
-    connected = asyncio.Event()
+async def test_a_fault_that_is_broken_off_leaves_no_connection(
+    fault: str, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The load may end while a connection is made or held; what stays open would be counted as the service's."""
+    made: list[socket.socket] = []
+    enough = asyncio.Event()
 
-    class Recorded(Chaos):
-        async def _connect(self, *, receive_bytes: int | None = None) -> socket.socket:
-            connections.append(await super()._connect(receive_bytes=receive_bytes))
-            connected.set()
-            return connections[-1]
+    class Recorded(socket.socket):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            made.append(self)
+            if len(made) == number:
+                enough.set()
 
     with socket.create_server(("127.0.0.1", 0), backlog=200) as server:
         service = SimpleNamespace(url=f"http://127.0.0.1:{server.getsockname()[1]}")
-        chaos = Recorded(cast(Any, service), cast(Any, None), random.Random(0))
+        chaos = Chaos(cast(Any, service), cast(Any, None), random.Random(0))
+        monkeypatch.setattr("bench.chaos.socket.socket", Recorded)
         under_way = asyncio.create_task(getattr(chaos, fault)())
-        await connected.wait()
+        await enough.wait()
         under_way.cancel()
         await asyncio.wait([under_way])
     assert under_way.cancelled()
-    assert [connection.fileno() for connection in connections] == [-1] * len(connections)
+    assert [connection.fileno() for connection in made] == [-1] * len(made)
 
 
 @pytest.mark.parametrize(
