@@ -31,7 +31,7 @@ def verify(settings: Settings) -> int:
     log_quietly(settings)
     config = engine_config(settings, json_lines=wants_json(settings))
     try:
-        folder = served_folder(config, lambda _: None)
+        folder = served_folder(config, lambda *_: None)
     except CheckpointError as error:
         raise SettingsError(str(error)) from error
     try:

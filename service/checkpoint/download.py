@@ -2,9 +2,11 @@
 
 import logging
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, is_offline_mode, snapshot_download
 from huggingface_hub.errors import (
@@ -13,6 +15,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils.tqdm import tqdm
 
 from service.checkpoint.errors import CheckpointError
 from service.checkpoint.hub import WEIGHTS, weight_files, weights_entry
@@ -20,7 +23,10 @@ from service.checkpoint.megatron import is_megatron
 
 logger = logging.getLogger(__name__)
 
+Progress = Callable[[float], None]  # a fraction of the work
+
 _ANSWER_SECONDS = 10.0  # for the list of files; then the cache serves
+_BYTES_BAR = "huggingface_hub.snapshot_download"  # the name of the client's bar that counts what is on the disk
 _SMALL_FILES = [
     "config.json",
     "generation_config.json",
@@ -31,12 +37,20 @@ _SMALL_FILES = [
 ]
 
 
-def resolve(model: str, *, revision: str | None = None, offline: bool = False, cache_dir: Path | None = None) -> Path:
+def resolve(
+    model: str,
+    *,
+    revision: str | None = None,
+    offline: bool = False,
+    cache_dir: Path | None = None,
+    on_progress: Progress = lambda _: None,
+) -> Path:
     """A local folder or file with a checkpoint, or the snapshot of a hub id, fetched unless cached.
 
     A name that exists here, or starts with '.', '/' or '~', is local. `revision` is a hub id's branch, tag or commit.
     With `offline`, or HF_HUB_OFFLINE set, only the cache is read; it also serves while the hub cannot be reached.
-    Raises CheckpointError.
+    `on_progress` hears the share of bytes that were fetched, from one thread at a time. A download whose connection
+    breaks goes on from there (the client's pieces have 10 MiB); one that is broken off keeps its whole files. Raises CheckpointError.
     """
     path = Path(os.path.expanduser(model))
     if model.startswith((".", "/", "~")) or path.exists():
@@ -53,9 +67,13 @@ def resolve(model: str, *, revision: str | None = None, offline: bool = False, c
         return _cached(model, revision=revision, cache_dir=cache_dir, reason="offline is on")
     try:
         # Not list_repo_files: with the hub away, that one goes on trying for 20 seconds.
-        repository = HfApi().model_info(model, revision=revision, timeout=_ANSWER_SECONDS)
-        wanted = _wanted(model, [file.rfilename for file in repository.siblings or ()])
-        return Path(snapshot_download(model, revision=revision, cache_dir=cache_dir, allow_patterns=wanted))
+        repository = HfApi().model_info(model, revision=revision, timeout=_ANSWER_SECONDS, files_metadata=True)
+        sizes = {file.rfilename: file.size or 0 for file in repository.siblings or ()}
+        wanted = _wanted(model, list(sizes))
+        bars = _told_to(on_progress, sum(sizes.get(name, 0) for name in wanted))
+        return Path(
+            snapshot_download(model, revision=revision, cache_dir=cache_dir, allow_patterns=wanted, tqdm_class=bars)
+        )
     except CheckpointError:
         raise
     except HFValidationError as error:
@@ -73,6 +91,27 @@ def resolve(model: str, *, revision: str | None = None, offline: bool = False, c
         reason = f"fetching it from the hub failed ({cause})"
         logger.warning("%s: %s; looking in the cache", model, reason)
         return _cached(model, revision=revision, cache_dir=cache_dir, reason=reason)
+
+
+def _told_to(on_progress: Progress, num_bytes: int) -> type[tqdm]:
+    """The client's own bars, which also tell `on_progress` how much of `num_bytes` is there."""
+    lock = threading.Lock()  # the client fetches several files at a time
+    num_there = 0.0
+
+    class Bar(tqdm):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            self._tells = options.get("name") == _BYTES_BAR and num_bytes > 0
+            super().__init__(*arguments, **options)  # type: ignore[no-untyped-call]
+
+        def update(self, n: float | None = 1) -> bool | None:
+            nonlocal num_there
+            if self._tells:
+                with lock:
+                    num_there += n or 0
+                    on_progress(min(1.0, num_there / num_bytes))
+            return super().update(n)
+
+    return Bar
 
 
 def _wanted(model: str, names: Sequence[str]) -> list[str]:

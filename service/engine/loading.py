@@ -114,7 +114,7 @@ def _load(config: EngineConfig, report: Reporter) -> Loaded:
     if config.cpu_threads is not None:
         torch.set_num_threads(config.cpu_threads)
     report("download", 0.0)
-    folder = served_folder(config, lambda share: report("convert", share))
+    folder = served_folder(config, report)
     model = _read(folder, config, device, report)
     report("warmup", 0.0)
     max_num_seqs = config.max_num_seqs or _MAX_NUM_SEQS[device.type]
@@ -174,10 +174,17 @@ def _keep_kernels(folder: Path) -> None:
     os.environ.setdefault("TRITON_CACHE_DIR", str(folder))  # Triton reads it when it is first imported
 
 
-def served_folder(config: EngineConfig, on_convert: Callable[[float], None]) -> Path:
+def served_folder(config: EngineConfig, report: Report) -> Path:
     """The folder of safetensors to read: the model's own, or what that is converted to. Raises CheckpointError."""
-    folder = resolve(config.model, revision=config.revision, offline=config.offline)
-    return converted(folder, cache_dir=Path(config.cache_dir), on_progress=on_convert) if is_raw(folder) else folder
+    folder = resolve(
+        config.model,
+        revision=config.revision,
+        offline=config.offline,
+        on_progress=lambda share: report("download", share),
+    )
+    if not is_raw(folder):
+        return folder
+    return converted(folder, cache_dir=Path(config.cache_dir), on_progress=lambda share: report("convert", share))
 
 
 def _device(name: str) -> torch.device:

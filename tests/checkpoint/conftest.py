@@ -102,6 +102,8 @@ class Hub(ThreadingHTTPServer):
         self.refs: dict[str, dict[str, str]] = {}  # model -> branch or tag -> commit
         self.refusal: tuple[int, str] | None = None  # status and X-Error-Code ...
         self.refused = "/"  # ... for each path with this in it
+        self.cuts: dict[str, int] = {}  # file -> how much of it the next answer has before its connection breaks
+        self.ranges: list[str] = []  # what was asked for by parts
         self.requests: list[tuple[str, str]] = []
 
     @property
@@ -160,7 +162,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(404, headers={"X-Error-Code": "RevisionNotFound"})
         names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
         if kind == "revision":
-            siblings = [{"rfilename": name} for name in names]
+            siblings = [{"rfilename": name, "size": (folder / name).stat().st_size} for name in names]
             return self._send(
                 200,
                 {"id": model, "modelId": model, "sha": commit, "siblings": siblings},
@@ -170,17 +172,23 @@ class _Handler(BaseHTTPRequestHandler):
         if file not in names:
             return self._send(404, headers={"X-Error-Code": "EntryNotFound"})
         etag = self._entry(folder / file, file)["oid"]
-        return self._send(
-            200,
-            (folder / file).read_bytes(),
-            {"ETag": f'"{etag}"', "X-Repo-Commit": commit},
-        )
+        data, status = (folder / file).read_bytes(), 200
+        headers = {"ETag": f'"{etag}"', "X-Repo-Commit": commit}
+        if "Range" in self.headers:
+            self.server.ranges.append(self.headers["Range"])
+            first = int(self.headers["Range"].removeprefix("bytes=").split("-")[0])
+            headers["Content-Range"] = f"bytes {first}-{len(data) - 1}/{len(data)}"
+            data, status = data[first:], 206
+        most = self.server.cuts.pop(file, None) if self.command == "GET" else None
+        return self._send(status, data, headers, most=most)
 
     def _entry(self, path: Path, name: str) -> dict[str, Any]:
         oid = hashlib.sha1(path.read_bytes()).hexdigest()
         return {"type": "file", "path": name, "size": path.stat().st_size, "oid": oid}
 
-    def _send(self, status: int, body: Any = b"", headers: dict[str, str] | None = None) -> None:
+    def _send(
+        self, status: int, body: Any = b"", headers: dict[str, str] | None = None, *, most: int | None = None
+    ) -> None:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
         for name, value in {
@@ -190,7 +198,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(data)
+            self.wfile.write(data[:most])
+        if most is not None:
+            self.close_connection = True
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ huggingface_hub reads its environment when it is imported, so each hub case is a
 
 import json
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.constants import DOWNLOAD_CHUNK_SIZE
 
 from service.checkpoint.download import resolve
 from service.checkpoint.errors import CheckpointError
@@ -25,12 +27,13 @@ from service.checkpoint.download import resolve
 from service.checkpoint.errors import CheckpointError
 from service.checkpoint.hub import read_config
 for kwargs in json.loads(sys.argv[1]):
+    shares = []
     try:
-        folder = resolve(**kwargs)
+        folder = resolve(**kwargs, on_progress=shares.append)
         answer = {"folder": str(folder), "layers": read_config(folder).num_layers}
     except CheckpointError as error:
         answer = {"error": str(error)}
-    print(json.dumps(answer | {"torch": "torch" in sys.modules}))
+    print(json.dumps(answer | {"torch": "torch" in sys.modules, "shares": shares}))
 """
 
 
@@ -39,6 +42,7 @@ class Start:
 
     def __init__(self, cache: Path) -> None:
         self.cache = cache
+        self.shares: list[float] = []  # the progress that the last start told
 
     def __call__(self, endpoint: str, *calls: dict[str, Any], **environment: str) -> list[dict[str, Any]]:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
@@ -68,6 +72,7 @@ class Start:
         assert 0 == done.returncode, done.stderr
         answers = [json.loads(line) for line in done.stdout.splitlines()]
         assert not any(answer.pop("torch") for answer in answers), "resolve and read_config must not load torch"
+        self.shares = [share for answer in answers for share in answer.pop("shares")]
         return answers
 
 
@@ -265,6 +270,39 @@ def test_broken_download_is_an_error_and_the_next_start_mends_it(hub: Any, start
     hub.refusal = None
     (mended,) = start(hub.url)
     assert commit == Path(mended["folder"]).name
+
+
+def test_a_connection_that_breaks_is_taken_up_where_it_broke(hub: Any, start: Start, folder: Path) -> None:
+    """The pieces that have arrived are not fetched again, the file is whole, and progress counts nothing twice."""
+    large = folder / "vocab.json"
+    large.write_bytes(random.Random(0).randbytes(5 * DOWNLOAD_CHUNK_SIZE // 2))
+    hub.push(MODEL, folder)
+    hub.cuts = {large.name: 3 * DOWNLOAD_CHUNK_SIZE // 2}
+    (answer,) = start(hub.url)
+    assert [f"bytes={DOWNLOAD_CHUNK_SIZE}-"] == hub.ranges
+    assert large.read_bytes() == (Path(answer["folder"]) / large.name).read_bytes()
+    assert start.shares == sorted(set(start.shares))
+    assert 1 == start.shares[-1]
+
+
+def test_a_start_after_a_broken_one_fetches_only_what_is_missing(hub: Any, start: Start, folder: Path) -> None:
+    hub.push(MODEL, folder)
+    hub.refusal, hub.refused = (403, ""), "model.safetensors"
+    start(hub.url)
+    hub.refusal = None
+    hub.requests.clear()
+    start(hub.url)
+    assert {"model.safetensors"} == hub.downloads()
+
+
+def test_progress_is_the_share_of_bytes(hub: Any, start: Start, folder: Path) -> None:
+    """From little to all; a start from the cache has nothing to tell."""
+    hub.push(MODEL, folder)
+    start(hub.url)
+    assert start.shares == sorted(start.shares)
+    assert 0 < start.shares[0] < start.shares[-1] == 1
+    start(hub.url)
+    assert [] == start.shares
 
 
 def test_repository_without_weights_is_refused_before_any_download(hub: Any, start: Start, folder: Path) -> None:
