@@ -3,8 +3,9 @@ PYTHON ?= python3
 MODEL ?=
 ARGS ?=
 SECONDS ?= 30
+PROFILES ?= cpu
 TARGETS ?= completion request text to_engine to_api safetensors config index vocabulary merges tokenizer_json pickled release
-.PHONY: run test lint format types check clients faults bench inside load soak overload fuzz image
+.PHONY: run test lint format types check clients faults deploy image-test up bench inside load soak overload fuzz image
 
 run: .venv/ready  ## serve MODEL, a folder or a hub id; without one, the embedded demo model
 	.venv/bin/megatron-gpt2 serve $(MODEL) $(ARGS)
@@ -29,6 +30,14 @@ clients: .venv/ready .venv-clients/ready  ## packages that people use as clients
 faults: .venv/ready  ## faults injected into a running service, and short overloads (docs/reliability.md)
 	.venv/bin/pytest tests/faults --timeout 240 $(ARGS)
 
+deploy: .venv/ready .venv-deploy/ready  ## manifests, compose, alert rules and dashboard, with the real tools; what apt has is installed
+	sh tests/deploy/tools.sh
+	.venv/bin/pytest tests/deploy --timeout 300 $(ARGS)
+
+image-test: .venv/ready  ## the Dockerfile built by buildah, and its image run by podman; needs root
+	sh tests/image/tools.sh
+	.venv/bin/pytest tests/image --timeout 900 $(ARGS)
+
 bench: .venv/ready  ## milliseconds a step of the bare runner beside transformers, on this machine
 	.venv/bin/python -m bench.decode $(ARGS)
 
@@ -47,6 +56,9 @@ overload: .venv/ready  ## ten times as many requests as the service can answer
 fuzz: .venv-fuzz/ready  ## each fuzzing target for SECONDS; needs Python 3.11
 	for target in $(TARGETS); do PYTHONPATH=.venv-fuzz .venv/bin/python -m tests.fuzz.atheris_targets $$target $(SECONDS) || exit 1; done
 
+up:  ## the image and what watches it, by docker compose: PROFILES="cpu observability", or gpu
+	docker compose -f docker/compose.yaml $(foreach profile,$(PROFILES),--profile $(profile)) up --build
+
 image:  ## the container image, megatron-gpt2
 	docker build -t megatron-gpt2 .
 
@@ -62,6 +74,11 @@ image:  ## the container image, megatron-gpt2
 .venv-fuzz/ready: requirements-fuzz.lock .venv/ready
 	.venv/bin/pip install --quiet --disable-pip-version-check --upgrade --target .venv-fuzz -r requirements-fuzz.lock
 	touch .venv-fuzz/ready
+
+.venv-deploy/ready: requirements-deploy.lock
+	$(PYTHON) -m venv .venv-deploy
+	.venv-deploy/bin/pip install --quiet --disable-pip-version-check -r requirements-deploy.lock
+	touch .venv-deploy/ready
 
 # The service runs from .venv; the link puts its command where the tests look for it, beside their own interpreter.
 .venv-clients/ready: requirements-clients.lock
