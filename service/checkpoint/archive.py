@@ -13,6 +13,7 @@ _MAX_MEMBERS = 4096
 _MAX_BYTES = 64 * 2**30  # unpacked, in all
 _MAX_RATIO = 20  # of a member: weights hardly shrink
 _BROKEN = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, IndexError, RuntimeError, ValueError)
+_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # the others have readers, and errors, of their own
 _SUFFIXES = (".pt", ".txt", ".json", ".metadata", ".distcp", ".md")
 
 
@@ -29,7 +30,7 @@ def is_release(file: Path) -> bool:
 
 def unpack(file: Path, folder: Path) -> None:
     """Everything of a checkpoint in `file`, into the empty `folder`. Raises CheckpointError before writing anything
-    for a name that leads out of the folder, a link, an archive within, or sizes that no checkpoint has.
+    for a name that leads out of the folder, a link, an archive within, or sizes or packing that no checkpoint has.
     """
     try:
         with zipfile.ZipFile(file) as archive:
@@ -63,6 +64,8 @@ def _check(file: Path, members: list[zipfile.ZipInfo]) -> None:
             raise CheckpointError(f"{file}: {name!r:.200}: stands outside of the archive")
         if member.flag_bits & 1:
             raise CheckpointError(f"{file}: {name!r:.200}: encrypted")
+        if member.compress_type not in _METHODS:
+            raise CheckpointError(f"{file}: {name!r:.200}: packed by a method that no checkpoint uses")
         if member.file_size > 2**20 and member.file_size > _MAX_RATIO * member.compress_size:
             raise CheckpointError(f"{file}: {name!r:.200}: unpacks to {member.file_size} bytes, too many for its size")
         if path.suffix in (".zip", ".tar", ".gz", ".7z", ".rar"):

@@ -50,7 +50,8 @@ def resolve(
     A name that exists here, or starts with '.', '/' or '~', is local. `revision` is a hub id's branch, tag or commit.
     With `offline`, or HF_HUB_OFFLINE set, only the cache is read; it also serves while the hub cannot be reached.
     `on_progress` hears the share of bytes that were fetched, from one thread at a time. A download whose connection
-    breaks goes on from there (the client's pieces have 10 MiB); one that is broken off keeps its whole files. Raises CheckpointError.
+    breaks goes on from there (the client's pieces have 10 MiB); one that is broken off keeps its whole files. Raises
+    CheckpointError.
     """
     path = Path(os.path.expanduser(model))
     if model.startswith((".", "/", "~")) or path.exists():

@@ -268,6 +268,18 @@ def test_a_link_in_an_archive_is_refused(tmp_path: Path) -> None:
         convert(Job(str(tmp_path / "in.zip"), str(tmp_path / "out")), lambda done, total: None)
 
 
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA, 1, 9, 93, 99])
+def test_other_packing_is_refused(method: int, tmp_path: Path) -> None:
+    """Before anything is written: also what the library could read, by code that fails in ways of its own."""
+    file = zip_with(tmp_path / "in.zip", **{"release/a.txt": b"a", "release/mp_rank_00/model_optim_rng.pt": b"x"})
+    data = bytearray(file.read_bytes())
+    struct.pack_into("<H", data, data.rindex(b"PK\1\2") + 10, method)
+    file.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"in\.zip: .*model_optim_rng\.pt': packed by a method"):
+        convert(Job(str(file), str(tmp_path / "out")), lambda done, total: None)
+    assert ["in.zip"] == [path.name for path in tmp_path.iterdir()]
+
+
 def test_zip_bombs_are_refused(tmp_path: Path) -> None:
     """By the ratio that a member claims, and by what comes out where the claim is a lie."""
     bomb = zip_with(tmp_path / "bomb.zip", **{"release/mp_rank_00/model_optim_rng.pt": bytes(50 * 2**20)})
