@@ -19,9 +19,9 @@ _SUFFIXES = (".pt", ".txt", ".json", ".metadata", ".distcp", ".md")
 
 def is_release(file: Path) -> bool:
     """Whether a file is a zip that is not torch.save's own."""
-    if not zipfile.is_zipfile(file):
-        return False
     try:
+        if not zipfile.is_zipfile(file):  # it raises, too
+            return False
         with zipfile.ZipFile(file) as archive:
             return not any(name.rpartition("/")[2] == "data.pkl" for name in archive.namelist())
     except _BROKEN as error:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import struct
 import tempfile
 import zipfile
 from pathlib import Path
@@ -110,7 +111,12 @@ def wrong() -> dict[str, list[bytes]]:
         "index": [nested],
         "vocabulary": [nested],
         "tokenizer_json": [nested],
-        "release": [_release()[1:], _release().replace(b"release/", b"\0elease/"), _repacked(_release())],
+        "release": [
+            _release()[1:],
+            _release().replace(b"release/", b"\0elease/"),
+            _repacked(_release()),
+            _release().replace(b"PK\5\6", b"PK\6\7" + struct.pack("<LQL", 1, 0, 2) + b"PK\5\6"),  # on several disks
+        ],
     }
 
 
