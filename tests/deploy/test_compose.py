@@ -1,0 +1,114 @@
+"""compose.yaml as compose itself reads it, every profile. tests/test_deploy.py compares it with the settings."""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.deploy.tools import ROOT, output, run
+
+FILE = ROOT / "docker" / "compose.yaml"
+PROFILES = {
+    "cpu": {"cpu"},
+    "gpu": {"gpu"},
+    "proxy": {"nginx"},
+    "observability": {"prometheus", "grafana"},
+}
+
+
+def resolved(folder: Path) -> dict[str, Any]:
+    """What compose makes of it, all profiles together; its variables are those of the environment."""
+    # The file's name of the project is newer than docker-compose 1.29.
+    plain = folder / FILE.name
+    plain.write_text(re.sub(r"^name: .*$", "", FILE.read_text(), flags=re.MULTILINE))
+    profiles = [word for profile in PROFILES for word in ("--profile", profile)]
+    where = ("--file", plain, "--project-directory", FILE.parent)
+    config = output("docker-compose", *where, *profiles, "config")
+    services: dict[str, Any] = yaml.safe_load(config)["services"]
+    return services
+
+
+@pytest.fixture
+def services(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
+    """As where the caller sets nothing."""
+    for name in re.findall(r"\$\{(\w+)", FILE.read_text()):
+        monkeypatch.delenv(name, raising=False)
+    return resolved(tmp_path)
+
+
+def test_it_is_a_compose_file() -> None:
+    """By the schema of the specification, which finds a wrong word."""
+    assert "ok" in output("check-jsonschema", "--builtin-schema", "vendor.compose-spec", FILE)
+    wrong = run("check-jsonschema", "--builtin-schema", "vendor.compose-spec", "-", text="services: {a: {imag: b}}")
+    assert wrong.returncode
+
+
+def test_yamllint_finds_nothing() -> None:
+    rules = "{extends: relaxed, rules: {line-length: disable}}"
+    assert "" == output("yamllint", "--strict", "-d", rules, FILE)
+
+
+def test_every_service_is_in_one_profile(services: dict[str, Any]) -> None:
+    """So that `up` alone starts nothing, and each profile what it says."""
+    assert PROFILES == {
+        profile: {name for name, about in services.items() if about["profiles"] == [profile]} for profile in PROFILES
+    }
+    assert set().union(*PROFILES.values()) == set(services)
+
+
+def test_all_are_hardened(services: dict[str, Any]) -> None:
+    """No capabilities, no way to more, nothing mounted that they could change but their volumes, no open port."""
+    for about in services.values():
+        assert ["ALL"] == about["cap_drop"]
+        assert ["no-new-privileges:true"] == about["security_opt"]
+        assert "privileged" not in about
+        for volume in about["volumes"]:
+            assert not volume.startswith("/") or volume.endswith(":ro"), volume
+        assert all(port.startswith("127.0.0.1:") for port in about["ports"])
+    assert {"cpu", "nginx", "prometheus"} == {name for name, about in services.items() if about.get("read_only")}
+
+
+def test_images_of_others_are_pinned(services: dict[str, Any]) -> None:
+    """To a version with its patch level."""
+    images = {name: about["image"] for name, about in services.items() if "build" not in about}
+    assert {"nginx", "prometheus", "grafana"} == set(images)
+    assert all(re.search(r":v?\d+\.\d+\.\d+", image) for image in images.values()), images
+
+
+def test_devices_build_images_of_their_own(services: dict[str, Any]) -> None:
+    """The same Dockerfile and arguments, but the device; the GPU's has what a GPU needs."""
+    cpu, gpu = services["cpu"], services["gpu"]
+    assert {"cpu": "cpu", "gpu": "gpu"} == {
+        name: services[name]["build"]["args"].pop("DEVICE") for name in ("cpu", "gpu")
+    }
+    assert cpu["build"] == gpu["build"]
+    assert cpu["image"] != gpu["image"]
+    (device,) = gpu["deploy"]["resources"]["reservations"]["devices"]
+    assert ("nvidia", ["gpu"]) == (device["driver"], device["capabilities"])
+    assert "deploy" not in cpu
+    assert {"nofile", "memlock"} == set(gpu["ulimits"])
+    assert "1gb" == gpu["shm_size"]
+
+
+def test_mounted_files_are_there(services: dict[str, Any]) -> None:
+    """A file that is not would become an empty folder."""
+    files = [Path(volume.split(":")[0]) for about in services.values() for volume in about["volumes"]]
+    mounted = [file for file in files if file.is_absolute()]
+    assert 5 == len(mounted)
+    assert all(file.exists() for file in mounted), mounted
+
+
+def test_variables_change_what_they_say(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An empty PORT is a free one, which replicas need."""
+    monkeypatch.setenv("PORT", "")
+    monkeypatch.setenv("MODEL", "/models/345m")
+    monkeypatch.setenv("MODELS", os.fspath(ROOT))
+    monkeypatch.setenv("TORCH_CPU_INDEX", "")
+    cpu = resolved(tmp_path)["cpu"]
+    assert ["127.0.0.1::8000/tcp"] == cpu["ports"]
+    assert "/models/345m" == cpu["environment"]["MGPT_MODEL"]
+    assert f"{ROOT}:/models:ro" in cpu["volumes"]
+    assert "" == cpu["build"]["args"]["TORCH_CPU_INDEX"]
