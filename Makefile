@@ -59,8 +59,8 @@ fuzz: .venv-fuzz/ready  ## each fuzzing target for SECONDS; needs Python 3.11
 up:  ## the image and what watches it, by docker compose: PROFILES="cpu observability", or gpu
 	docker compose -f docker/compose.yaml $(foreach profile,$(PROFILES),--profile $(profile)) up --build
 
-image:  ## the container image, megatron-gpt2
-	docker build -t megatron-gpt2 .
+image:  ## the container image, megatron-gpt2; ARGS="--build-arg DEVICE=gpu" for NVIDIA GPUs
+	docker build -t megatron-gpt2 --build-arg REVISION=$$(git rev-parse HEAD) $(ARGS) .
 
 .venv: .venv/ready
 

@@ -142,13 +142,14 @@ def test_never_two_autoscalers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", BUILDS)
 def test_one_image_pinned_in_one_place(name: str) -> None:
-    """All containers are of this version's image, whose tag is in the base alone."""
+    """All containers are of this version's image, for GPUs where there are any, whose tag is in the base or the overlay."""
     pod = only(build(name), "Deployment")["spec"]["template"]["spec"]
     images = {container["image"] for container in [*pod["containers"], *pod.get("initContainers", [])]}
-    assert {f"megatron-gpt2:{VERSION}"} == images
-    assert [K8S / "base" / "kustomization.yaml"] == [
+    on_gpu = "nvidia.com/gpu" in pod["containers"][0]["resources"]["limits"]
+    assert {f"megatron-gpt2:{VERSION}{'-gpu' * on_gpu}"} == images
+    assert {K8S / folder / "kustomization.yaml" for folder in ("base", "overlays/gpu")} == {
         file for file in K8S.rglob("*.yaml") if re.search(r"newTag|image: \S+:", file.read_text())
-    ]
+    }
 
 
 def test_documented_overlay_builds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

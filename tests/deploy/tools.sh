@@ -6,7 +6,9 @@ need() { command -v "$1" >/dev/null || missing="$missing $2"; }
 need promtool prometheus
 need amtool prometheus-alertmanager
 need nginx nginx-light
+need docker-compose docker-compose
 need npm npm
+command -v kubectl >/dev/null || { echo 'kubectl (1.27 or later) is needed, and Debian has none' >&2; exit 1; }
 if [ -n "$missing" ]; then
     apt-get update -qq
     # shellcheck disable=SC2086 - a list of packages

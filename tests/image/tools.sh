@@ -8,6 +8,7 @@ need podman podman
 need runc runc
 need catatonit catatonit
 need debootstrap debootstrap
+need nsenter util-linux
 if [ -n "$missing" ]; then
     apt-get update -qq
     # shellcheck disable=SC2086 - a list of packages
