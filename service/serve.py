@@ -27,6 +27,7 @@ from service.api.cors import check_origins
 from service.api.keys import AccessError, named_keys
 from service.api.protocol import HttpLimits
 from service.api.tls import TlsConfig, check_tls
+from service.api.tracing import TracingError, traces_endpoint
 from service.engine.backlog import QueueLimits
 from service.engine.config import EngineConfig
 from service.listening import ListenError, connections_within, open_admin, open_listener, removed_in_the_end
@@ -238,7 +239,7 @@ def engine_config(settings: Settings, *, json_lines: bool, device: str | None = 
 
 
 def api_config(settings: Settings, *, json_lines: bool) -> api.ApiConfig:
-    """What of the settings the API process is told. Raises AccessError."""
+    """What of the settings the API process is told. Raises AccessError, TracingError."""
     return api.ApiConfig(
         model_names=settings.served_model_name or (settings.model or DEMO_NAME,),
         max_body_bytes=settings.max_body_bytes,
@@ -265,6 +266,8 @@ def api_config(settings: Settings, *, json_lines: bool) -> api.ApiConfig:
         drain_seconds=settings.drain_seconds,
         unready_seconds=settings.unready_seconds,
         stall_seconds=settings.stall_seconds,
+        vllm_metrics=settings.vllm_metrics,
+        traces_endpoint=traces_endpoint(settings.otlp_traces_endpoint, os.environ),
         version=VERSION,
         log_level=settings.log_level,
         json_lines=json_lines,
@@ -299,7 +302,8 @@ def serve(settings: Settings) -> int:
         keys_on = Access(access_config(settings)).keys_on
         check_origins(settings.cors_origins)
         check_tls(tls_config(settings))
-    except AccessError as error:
+        traces_endpoint(settings.otlp_traces_endpoint, os.environ)
+    except (AccessError, TracingError) as error:
         log.error("%s", error)
         return 2
     try:

@@ -166,6 +166,14 @@ class Settings(BaseSettings):
         "auto",
         description="text or json lines; auto is text on a terminal and json otherwise.",
     )
+    vllm_metrics: bool = Field(
+        False, description="Show running, waiting and KV use by vLLM's metric names too, as routers read them."
+    )
+    otlp_traces_endpoint: str | None = Field(
+        None,
+        description="URL that traces go to (OTLP/HTTP), such as http://collector:4318/v1/traces; "
+        "or OpenTelemetry's own variables. Needs the extra otel.",
+    )
     config: Path | None = Field(None, description="YAML file with any of these settings.")
 
     @classmethod

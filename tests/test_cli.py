@@ -22,6 +22,8 @@ COMMAND = Path(sys.executable).with_name("megatron-gpt2")
 PROMPT = "The people of the United States"
 # Settings that only a server has; the rest must be flags of `generate` too.
 SERVER_ONLY = {
+    "vllm_metrics",
+    "otlp_traces_endpoint",
     "served_model_name",
     "host",
     "port",

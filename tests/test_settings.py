@@ -247,7 +247,7 @@ def test_every_setting_can_be_given_by_every_source(
     values |= {"max_num_seqs": "8", "max_num_batched_tokens": "16", "cpu_threads": "1"}
     values |= {"ssl_certfile": "c", "ssl_keyfile": "k", "ssl_keyfile_password": "p", "request_timeout_seconds": "9"}
     values |= {"api_key": "k,l", "api_key_file": "f", "open_routes": "/docs", "cors_origins": "https://a.example"}
-    values |= {"admin_port": "1", "admin_socket": "s"}
+    values |= {"admin_port": "1", "admin_socket": "s", "otlp_traces_endpoint": "http://t:4318/v1/traces"}
     values |= {"config": str(tmp_path / "empty.yaml")}
     (tmp_path / "empty.yaml").touch()
     assert set(Settings.model_fields) == set(values)

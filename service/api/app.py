@@ -19,6 +19,7 @@ from service.api.middleware import RequestMiddleware
 from service.api.operations import operations_router
 from service.api.served import ServedModel
 from service.api.text import Tokenizer
+from service.api.tracing import Tracing
 from service.engine.client import EngineClient
 from service.engine.request import ModelInfo
 
@@ -37,6 +38,7 @@ def create_app(
     load_tokenizer: Callable[[ModelInfo], Tokenizer],
     access: Access,
     cors_origins: Sequence[str] = (),
+    tracing: Tracing | None = None,
 ) -> ASGIApp:
     """The application over `client`, whose hooks it takes: call this before `client.attach`.
 
@@ -58,7 +60,12 @@ def create_app(
     )
     errors.install(app)
     around = partial(
-        RequestMiddleware, access=access, bodies=BodyLimits(max_body_bytes), client=client, metrics=metrics
+        RequestMiddleware,
+        access=access,
+        bodies=BodyLimits(max_body_bytes),
+        client=client,
+        metrics=metrics,
+        tracing=tracing,
     )
     app.add_middleware(around)
     completions.add_completions(

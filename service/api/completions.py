@@ -3,6 +3,7 @@
 import asyncio
 import secrets
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -23,6 +24,7 @@ from service.api.connection import DONE, EventStream, while_connected
 from service.api.metrics import Metrics
 from service.api.schemas import CompletionRequest
 from service.api.served import ServedModel
+from service.api.tracing import Trace
 from service.engine.client import EngineClient, Stream
 from service.engine.request import Delta, Logprobs, ModelInfo
 from service.engine.request import Request as EngineRequest
@@ -60,6 +62,7 @@ def add_completions(
             admitted=admitted,
             arrived_at=arrived_at,
             summary=request.state.summary,
+            trace=request.state.trace,
         )
         if ask.stream:
             return EventStream(
@@ -105,14 +108,18 @@ class Completion:
         admitted: Admitted,
         arrived_at: float,
         summary: dict[str, Any],
+        trace: Trace | None,
     ) -> None:
         self._metrics = metrics
         self._summary = summary
+        self._trace = trace
         self._admitted = admitted
         self._ask = ask = admitted.ask
         self._params = admitted.params
         num_samples = ask.num_samples
         summary.update(stream=ask.stream, num_choices=len(admitted.prompts) * ask.n)
+        if trace is not None:
+            trace.ask(ask, max_tokens=admitted.params.max_tokens)
         scored = ask.echo and ask.logprobs is not None
         self._requests = [
             EngineRequest(
@@ -145,7 +152,8 @@ class Completion:
         }
         self._cached_tokens = dict.fromkeys((request.id for request in self._requests), 0)
         self._first_token_at = 0.0
-        self._head = {
+        self._finish_reasons: dict[int, str] = {}  # by choice
+        self._head: dict[str, Any] = {
             "id": f"cmpl-{secrets.token_hex(16)}",
             "object": "text_completion",
             "created": int(time.time()),
@@ -213,6 +221,10 @@ class Completion:
         try:
             with self._metrics.follow(self.stream, self._count_unfinished):
                 yield self.stream
+        except BaseException as error:
+            if self._trace is not None:
+                self._trace.fail(error)
+            raise
         finally:
             self._record()
 
@@ -251,6 +263,7 @@ class Completion:
         if piece.finish_reason is not None:
             if delta.finish is None:
                 self.stream.abort(delta.request_id, delta.choice)
+            self._finish_reasons[choice.index] = piece.finish_reason
             self._metrics.finished.labels(piece.finish_reason).inc()
         return piece
 
@@ -283,12 +296,28 @@ class Completion:
         return sum([choice.num_tokens for choice in self._choices.values()])
 
     def _record(self) -> None:
-        """Leave the figures of the log line."""
+        """Leave the figures of the log line and of the span."""
+        stream, first_token_seconds = self.stream, None
         self._summary.update(
             prompt_tokens=self._num_prompt_tokens,
             completion_tokens=self._count_tokens(),
+            finish_reasons=dict(Counter(self._finish_reasons.values())),
             num_unfinished=self._count_unfinished(),
         )
+        if stream.started_at:
+            queue_seconds = min(stream.started_at.values()) - stream.submitted_at
+            self._summary["queue_milliseconds"] = round(1000 * queue_seconds, 1)
+        if self._first_token_at:
+            first_token_seconds = self._first_token_at - stream.submitted_at
+            self._summary["first_token_milliseconds"] = round(1000 * first_token_seconds, 1)
+        if self._trace is not None:
+            self._trace.answer(
+                id=self._head["id"],
+                model=self._head["model"],
+                finish_reasons=[self._finish_reasons[index] for index in sorted(self._finish_reasons)],
+                num_cached_tokens=sum(self._cached_tokens.values()),
+                first_token_seconds=first_token_seconds,
+            )
 
     def _timings(self) -> dict[str, float]:
         """Milliseconds in the queue, from there to the first token, and to the end."""

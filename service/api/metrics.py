@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from functools import cache
 
-from prometheus_client import CollectorRegistry, Counter, generate_latest
+from prometheus_client import CollectorRegistry, Counter, ProcessCollector, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -46,15 +46,24 @@ _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"
 
 class Metrics:
     """All metrics. Labels are bounded: routes by their template, methods and statuses of HTTP, four finish reasons, and
-    names of keys.
+    names of keys. No name that a client makes up is one.
     """
 
-    def __init__(self, client: EngineClient, *, version: str) -> None:
+    def __init__(
+        self, client: EngineClient, *, version: str, by_client: bool = False, vllm_model_name: str | None = None
+    ) -> None:
+        """`by_client` says that clients have keys, whose names can be labels: of addresses there is no end.
+
+        With `vllm_model_name`, what routers and gateways read of vLLM is there too, by its names and with this label.
+        """
         self._client = client
         self._last_stats = EngineStats()
         self._last_restarts = 0
         self.registry = CollectorRegistry()
-        self.registry.register(_ClientCollector(client, version))
+        ProcessCollector(registry=self.registry)  # memory, descriptors, when it began
+        self.registry.register(_ClientCollector(client, version, by_client))
+        if vllm_model_name is not None:
+            self.registry.register(_VllmCollector(client, vllm_model_name))
         self.finished = self._counter("requests_finished", "Choices that ended, by reason.", "finish_reason")
         self.aborted = self._count("requests_aborted", "Requests whose client left before the end.")
         self.prompt_tokens = self._count("prompt_tokens", "Prompt tokens of accepted requests.")
@@ -158,9 +167,10 @@ class Metrics:
 class _ClientCollector(Collector):
     """What the client knows at the moment of a scrape."""
 
-    def __init__(self, client: EngineClient, version: str) -> None:
+    def __init__(self, client: EngineClient, version: str, by_client: bool) -> None:
         self._client = client
         self._version = version
+        self._by_client = by_client
 
     def collect(self) -> Iterator[Metric]:
         client, stats = self._client, self._client.stats
@@ -169,13 +179,27 @@ class _ClientCollector(Collector):
             "requests_waiting": ("Sequences in the engine's queue.", stats.num_waiting),
             "requests_open": ("Requests of clients that were taken and are not answered whole.", client.num_open),
             "queued_tokens": ("Tokens of requests that the engine has not begun.", client.backlog.num_tokens),
-            "kv_cache_usage_ratio": ("Share of the KV blocks in use.", stats.num_blocks_used / (stats.num_blocks or 1)),
+            "kv_cache_usage_ratio": ("Share of the KV blocks in use.", _kv_usage(stats)),
             "last_step_age_seconds": ("Silence of the engine while work is open.", client.last_message_age_seconds),
             "ready": ("1 when requests are taken.", client.ready),
             "draining": ("1 when the service is shutting down.", client.draining),
         }
         for name, (help, value) in gauges.items():
             yield GaugeMetricFamily(f"{_PREFIX}_{name}", help, value=float(value))
+        phase = GaugeMetricFamily(
+            f"{_PREFIX}_phase", "1 for what the service is at, as /readyz says.", labels=["phase"]
+        )
+        phase.add_metric([client.phase], 1)
+        yield phase
+        if self._by_client:
+            waiting = GaugeMetricFamily(
+                f"{_PREFIX}_client_requests_waiting",
+                "Sequences that wait, by the name of their key.",
+                labels=["client"],
+            )
+            for name, num_requests in client.backlog.num_requests_by_client():
+                waiting.add_metric([name], num_requests)
+            yield waiting
         yield CounterMetricFamily(
             f"{_PREFIX}_engine_restarts", "Engine processes started after the first.", value=client.num_restarts
         )
@@ -184,6 +208,9 @@ class _ClientCollector(Collector):
         )
         yield InfoMetricFamily(f"{_PREFIX}_build", "The service.", value={"version": self._version})
         if (model := client.model) is not None:
+            yield GaugeMetricFamily(
+                f"{_PREFIX}_max_num_seqs", "Sequences that the engine works on at most.", value=model.max_num_seqs
+            )
             about = {
                 "dtype": model.dtype,
                 "device": model.device,
@@ -194,3 +221,27 @@ class _ClientCollector(Collector):
                 "max_num_seqs": str(model.max_num_seqs),
             }
             yield InfoMetricFamily(f"{_PREFIX}_model", "What the engine loaded.", value=about)
+
+
+class _VllmCollector(Collector):
+    """What the Kubernetes inference gateway and vLLM's router decide by, under the names that they look for."""
+
+    def __init__(self, client: EngineClient, model_name: str) -> None:
+        self._client = client
+        self._model_name = model_name
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._client.stats
+        gauges = {
+            "num_requests_running": ("Sequences that the engine works on.", stats.num_running),
+            "num_requests_waiting": ("Sequences in the engine's queue.", stats.num_waiting),
+            "kv_cache_usage_perc": ("Share of the KV blocks in use, 0 to 1.", _kv_usage(stats)),
+        }
+        for name, (help, value) in gauges.items():
+            family = GaugeMetricFamily(f"vllm:{name}", help, labels=["model_name"])
+            family.add_metric([self._model_name], value)
+            yield family
+
+
+def _kv_usage(stats: EngineStats) -> float:
+    return stats.num_blocks_used / (stats.num_blocks or 1)

@@ -14,6 +14,7 @@ from service.api.body import BodyLimits, BoundedBody
 from service.api.errors import response_to, unauthorized
 from service.api.keys import UNKNOWN
 from service.api.metrics import Metrics
+from service.api.tracing import Tracing
 from service.engine.client import EngineClient, EngineDraining
 
 log = logging.getLogger(__name__)
@@ -26,18 +27,26 @@ _QUIET_ROUTES = frozenset({"/livez", "/readyz", "/health", "/ping", "/metrics"})
 class RequestMiddleware:
     """Pure ASGI. Nothing comes past it without a key where one is needed: that is the 401 of any path, known or not.
 
-    Routes find the Caller in `request.state.caller`, and may add figures for the log line to `request.state.summary`;
-    no text of a request does.
+    Routes find the Caller in `request.state.caller`, and may add figures for the log line to `request.state.summary`
+    and tell `request.state.trace`, which is None without `tracing`, more of their span; no text of a request does.
     """
 
     def __init__(
-        self, app: ASGIApp, *, access: Access, bodies: BodyLimits, client: EngineClient, metrics: Metrics
+        self,
+        app: ASGIApp,
+        *,
+        access: Access,
+        bodies: BodyLimits,
+        client: EngineClient,
+        metrics: Metrics,
+        tracing: Tracing | None = None,
     ) -> None:
         self._app = app
         self._access = access
         self._client = client
         self._metrics = metrics
         self._bodies = bodies
+        self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -51,6 +60,7 @@ class RequestMiddleware:
         summary: dict[str, Any] = {}
         state = scope.setdefault("state", {})
         state["summary"] = summary
+        state["trace"] = trace = None if self._tracing is None else self._tracing.begin(headers)
         caller: Caller | None = None
         status = 0
         body = BoundedBody(self._bodies, receive, headers.get(b"content-length"))
@@ -75,8 +85,13 @@ class RequestMiddleware:
             if status or not self._client.draining or task is None:
                 raise
             task.uncancel()  # the server gives up what no drain waits for: a body on its way, a text that is encoded
-            await response_to(EngineDraining("the service is shutting down"), scope)(scope, receive, send_with_id)
+            draining = EngineDraining("the service is shutting down")
+            if trace is not None:
+                trace.fail(draining)
+            await response_to(draining, scope)(scope, receive, send_with_id)
         except Exception as error:
+            if trace is not None:
+                trace.fail(error)
             answer = response_to(error, scope)
             if status:  # too late for an answer; the server breaks the connection off
                 raise
@@ -88,6 +103,10 @@ class RequestMiddleware:
             client = UNKNOWN if caller is None else caller.name
             if caller is None or caller.quota is not None:
                 self._metrics.client_request(client=client, status=status)
+            if trace is not None:
+                summary["trace_id"] = trace.end(
+                    method=scope["method"], route=route, status=status, request_id=request_id.decode(), figures=summary
+                )
             level = logging.DEBUG if route in _QUIET_ROUTES else logging.INFO
             if log.isEnabledFor(level):
                 figures = {

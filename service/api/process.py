@@ -25,6 +25,7 @@ from service.api.metrics import Metrics
 from service.api.protocol import HttpLimits, protocol_within
 from service.api.text import load_tokenizer
 from service.api.tls import TlsConfig
+from service.api.tracing import Tracing
 from service.engine.backlog import QueueLimits
 from service.engine.client import EngineClient
 from service.engine.process import start_child
@@ -60,6 +61,8 @@ class ApiConfig:
     drain_seconds: float
     unready_seconds: float
     stall_seconds: float
+    vllm_metrics: bool
+    traces_endpoint: str | None
     version: str
     log_level: str
     json_lines: bool
@@ -96,7 +99,16 @@ async def _serve(
         on_stall=lambda: _say(control, STALLED),
         on_up=lambda model: _up(control, model),
     )
-    metrics = Metrics(client, version=config.version)
+    access = Access(config.access)
+    metrics = Metrics(
+        client,
+        version=config.version,
+        by_client=access.keys_on,
+        vllm_model_name=config.model_names[0] if config.vllm_metrics else None,
+    )
+    tracing: Tracing | None = None
+    if config.traces_endpoint is not None:
+        tracing = Tracing(config.traces_endpoint, model_name=config.model_names[0], version=config.version)
     app = create_app(
         client=client,
         metrics=metrics,
@@ -106,8 +118,9 @@ async def _serve(
         stream_keep_alive_seconds=config.stream_keep_alive_seconds,
         version=config.version,
         load_tokenizer=lambda model: load_tokenizer(Path(model.folder), end_of_text_id=model.end_of_text_id),
-        access=Access(config.access),
+        access=access,
         cors_origins=config.cors_origins,
+        tracing=tracing,
     )
     drain = Drain(client, unready_seconds=config.unready_seconds)
     tls = config.tls
@@ -144,6 +157,8 @@ async def _serve(
         await server.serve(sockets=[listener])
         admin.should_exit = True  # after the public one, so that whoever waits for a drain hears of its end
     asyncio.get_running_loop().remove_reader(control)
+    if tracing is not None:
+        tracing.close()
     await client.close()
 
 

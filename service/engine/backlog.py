@@ -123,6 +123,10 @@ class Backlog:
     def num_tokens(self) -> int:
         return self._all.num_tokens
 
+    def num_requests_by_client(self) -> list[tuple[str, int]]:
+        """Of every client that has some waiting."""
+        return [(name, client.load.num_requests) for name, client in self._clients.items()]
+
     @property
     def retry_after_seconds(self) -> float:
         """About when what waits now will have left."""

@@ -87,11 +87,20 @@ Start = Callable[..., Any]
 
 @pytest.fixture
 async def start(tokenizer: Tokenizer) -> AsyncIterator[Start]:
-    """Start a service; `ready=False` leaves it loading, `limits` are the protocol's; the rest goes to create_app."""
+    """Start a service; `ready=False` leaves it loading, `limits` are the protocol's, two are the metrics'.
+
+    The rest goes to create_app.
+    """
     stops = []
 
     async def start_service(
-        *, ready: bool = True, queue: QueueLimits | None = None, limits: HttpLimits | None = None, **arguments: Any
+        *,
+        ready: bool = True,
+        queue: QueueLimits | None = None,
+        limits: HttpLimits | None = None,
+        by_client: bool = False,
+        vllm_model_name: str | None = None,
+        **arguments: Any,
     ) -> Service:
         engine = FakeEngine()
         await engine.start()
@@ -105,7 +114,7 @@ async def start(tokenizer: Tokenizer) -> AsyncIterator[Start]:
             "load_tokenizer": lambda _: tokenizer,
             "access": Access(AccessConfig()),
         }
-        metrics = Metrics(client, version="1.2.3")
+        metrics = Metrics(client, version="1.2.3", by_client=by_client, vllm_model_name=vllm_model_name)
         app = create_app(client=client, metrics=metrics, **(defaults | arguments))
         client.attach(engine.api_end)
         config = uvicorn.Config(

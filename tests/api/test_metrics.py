@@ -1,14 +1,27 @@
 """The metrics of a scrape: what the engine said, what the routes counted, and totals that never go down."""
 
+import asyncio
+import re
+from pathlib import Path
+
 from prometheus_client.parser import text_string_to_metric_families
 
+from service.api.access import Access, AccessConfig
+from service.api.keys import named_keys
 from service.engine.request import EngineStats
-from tests.api.conftest import Service
+from tests.api.conftest import Service, Start
+
+METHODS = ("PROPFIND", "MKCOL", "LOCK", "TRACE", "REPORT")
+OPERATIONS = Path(__file__).parents[2] / "docs" / "operations.md"
 
 
-async def scrape(api: Service) -> dict[str, float]:
+def bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
+
+
+async def scrape(api: Service, **headers: str) -> dict[str, float]:
     """Sample name with its labels -> value."""
-    response = await api.http.get("/metrics")
+    response = await api.http.get("/metrics", headers=headers)
     assert response.headers["content-type"].startswith("text/plain; version=")
     return {
         name + "".join(f" {key}={value}" for key, value in labels.items()): value
@@ -37,6 +50,8 @@ async def test_engine_stats(api: Service) -> None:
     got = await scrape(api)
     expected = {
         "requests_running": 3,
+        "max_num_seqs": 64,
+        "phase phase=ready": 1,
         "requests_waiting": 2,
         "kv_cache_usage_ratio": 0.25,
         "steps_total": 10,
@@ -91,12 +106,79 @@ async def test_a_request_is_counted(api: Service) -> None:
 
 
 async def test_labels_are_bounded(api: Service) -> None:
-    """Paths and methods that a client makes up do not become labels."""
-    for i, method in enumerate(("PROPFIND", "MKCOL", "LOCK", "TRACE", "REPORT")):
-        await api.http.request(method, f"/nothing/{i}")
-        await api.http.get(f"/v1/models/unknown-{i}")
-    responses = {name: value for name, value in (await scrape(api)).items() if "http_responses_total" in name}
-    assert 5 == responses["megatron_gpt2_http_responses_total method=other route=other status=404"]
-    model_route = "/v1/models/{model_id:path}"
-    assert 5 == responses[f"megatron_gpt2_http_responses_total method=GET route={model_route} status=404"]
-    assert 3 >= len(responses)
+    """Paths, methods, models and hosts that clients make up add no series, a thousand of each."""
+
+    async def junk(number: int) -> None:
+        for path in (f"/nothing/{number}", f"/v1/models/unknown-{number}", f"/v1/completions?x={number}"):
+            await api.http.get(path, headers={"Host": f"host-{number}", "X-Request-Id": f"{number}"})
+        await api.http.request(METHODS[number % len(METHODS)], "/nothing")
+        await api.http.post("/v1/completions", json={"model": f"unknown-{number}", "user": f"{number}"})
+
+    await junk(0)
+    await scrape(api)  # which is a series of its own
+    before = set(await scrape(api))
+    for number in range(1, 1000):
+        await junk(number)
+    got = await scrape(api)
+    assert before == set(got)
+    responses = "megatron_gpt2_http_responses_total"
+    assert 1000 == got[f"{responses} method=GET route=other status=404"]
+    assert 1000 == got[f"{responses} method=other route=other status=404"]
+    assert 1000 == got[f"{responses} method=GET route=/v1/models/{{model_id:path}} status=404"]
+    assert 1000 == got[f"{responses} method=POST route=/v1/completions status=404"]
+
+
+async def test_clients_are_labels_by_the_names_of_keys_alone(start: Start) -> None:
+    """What waits by client, where clients have keys; whoever has none is never a label of its own."""
+    keys = named_keys(["k" * 20, "l" * 20])
+    api: Service = await start(access=Access(AccessConfig(keys=keys)), by_client=True)
+    asking = [
+        asyncio.create_task(api.http.post("/v1/completions", json={"prompt": [1, 1]}, headers=bearer("l" * 20)))
+        for _ in range(3)
+    ]
+    api.engine.gate.clear()
+    api.engine.announce_started = False
+    await api.engine.wait_for(lambda: len(api.engine.submitted) == 3)
+    for number in range(50):
+        assert 401 == (await api.http.post("/v1/completions", headers=bearer(f"guess {number}"))).status_code
+    got = await scrape(api, **bearer("k" * 20))
+    assert 3 == got["megatron_gpt2_client_requests_waiting client=key-2"]
+    assert 50 == got["megatron_gpt2_client_requests_total client=unknown status=401"]
+    assert {"key-1", "key-2", "unknown"} >= {name.split("client=")[1].split()[0] for name in got if "client=" in name}
+    api.engine.gate.set()
+    assert [200, 200, 200] == [response.status_code for response in await asyncio.gather(*asking)]
+    got = await scrape(api, **bearer("k" * 20))
+    assert not any("client_requests_waiting" in name for name in got)
+
+
+async def test_addresses_are_no_labels(api: Service) -> None:
+    """Without keys a client is its address, of which there are any number."""
+    await api.complete(prompt=[1], max_tokens=1)
+    assert not any("client=" in name for name in await scrape(api))
+
+
+async def test_vllms_names(start: Start) -> None:
+    """The three that routers read, with vLLM's label, when they are asked for; the same numbers as ours."""
+    api: Service = await start()
+    assert not any(name.startswith("vllm:") for name in await scrape(api))
+    api = await start(vllm_model_name="demo")
+    stats = EngineStats(num_running=3, num_waiting=2, num_blocks=100, num_blocks_used=25, num_steps=1)
+    api.engine.publish_stats(stats)
+    await api.wait_metric("megatron_gpt2_steps_total", 1)
+    assert {
+        "vllm:num_requests_running model_name=demo": 3,
+        "vllm:num_requests_waiting model_name=demo": 2,
+        "vllm:kv_cache_usage_perc model_name=demo": 0.25,
+    } == {name: value for name, value in (await scrape(api)).items() if name.startswith("vllm:")}
+
+
+async def test_every_metric_is_documented(start: Start) -> None:
+    """docs/operations.md names each of ours, and none that is not there."""
+    api: Service = await start(by_client=True)
+    await api.complete(prompt=[1], max_tokens=1)
+    text = (await api.http.get("/metrics")).text
+    ours = {name.removeprefix("megatron_gpt2_") for name in re.findall(r"^# TYPE (megatron_gpt2_\w+)", text, re.M)}
+    documented = OPERATIONS.read_text().partition("\n## Metrics\n")[2].partition("\n## ")[0]
+    table = [line.split(" | ")[0] for line in documented.splitlines() if line.startswith("| `")]
+    named = set(re.findall(r"`(\w+)`", "".join(table)))
+    assert {name for name in ours if not name.endswith("_created")} == named
