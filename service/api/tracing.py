@@ -118,7 +118,7 @@ class Trace:
     def __init__(self, tracing: Tracing, headers: Mapping[bytes, bytes]) -> None:
         self._tracing = tracing
         self._headers = headers
-        self._started_ns = time.time_ns()
+        self._created = time.time_ns()
         self._attributes: dict[str, Any] = {}
 
     def ask(self, ask: CompletionRequest, *, max_tokens: int) -> None:
@@ -179,7 +179,7 @@ class Trace:
         self._attributes["http.request.header.x-request-id"] = (request_id,)
         if status >= 400:
             self._attributes.setdefault("error.type", str(status))
-        return self._tracing.write(self._attributes, self._headers, started_ns=self._started_ns)
+        return self._tracing.write(self._attributes, self._headers, started_ns=self._created)
 
     def _note(self, prefix: str, values: Mapping[str, Any]) -> None:
         self._attributes |= {f"{prefix}.{name}": value for name, value in values.items() if value is not None}

@@ -142,7 +142,7 @@ def test_never_two_autoscalers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", BUILDS)
 def test_one_image_pinned_in_one_place(name: str) -> None:
-    """All containers are of this version's image, for GPUs where there are any, whose tag is in the base or the overlay."""
+    """All containers are of this version's image, for GPUs where there are any; the base and an overlay name it."""
     pod = only(build(name), "Deployment")["spec"]["template"]["spec"]
     images = {container["image"] for container in [*pod["containers"], *pod.get("initContainers", [])]}
     on_gpu = "nvidia.com/gpu" in pod["containers"][0]["resources"]["limits"]

@@ -19,7 +19,7 @@ OBSERVED = [name for name in BUILDS if "observability" in name]
 
 @pytest.fixture
 async def ready(start: Start) -> Service:  # noqa: F811
-    service: Service = await start()
+    service: Service = await start(by_client=True)
     return service
 
 
