@@ -70,12 +70,13 @@ class Prometheus:
             text=True,
         )
         self.log: list[str] = []
-        address = None
+        address, ready = "", False
         assert self.process.stderr is not None
-        while address is None:
+        while not (address and ready):
             line = self.process.stderr.readline()
             assert line, f"prometheus ended: {self.log}"
             self.log.append(line)
+            ready = ready or "Server is ready to receive web requests" in line
             if '"Listening on"' in line:
                 address = line.split("address=")[1].strip()
         self._reader = threading.Thread(target=lambda: self.log.extend(self.process.stderr or ()))
@@ -99,10 +100,8 @@ class Prometheus:
 
     def alerts(self, state: str) -> set[str]:
         """Names of the alerts in this state: pending or firing."""
-        response = self._http.get("/api/v1/alerts")
-        if response.status_code == 503:  # it is starting
-            return set()
-        return {alert["labels"]["alertname"] for alert in response.json()["data"]["alerts"] if alert["state"] == state}
+        alerts = self._http.get("/api/v1/alerts").json()["data"]["alerts"]
+        return {alert["labels"]["alertname"] for alert in alerts if alert["state"] == state}
 
     def targets(self) -> list[Mapping[str, Any]]:
         """Its active targets."""
