@@ -24,7 +24,7 @@ RUN case "$DEVICE" in \
         gpu) ;; \
         *) echo "DEVICE: cpu or gpu, not '$DEVICE'" >&2; exit 1 ;; \
     esac \
-    && python3 -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" > dependencies.txt \
+    && python3 -c "import tomllib; about = tomllib.load(open('pyproject.toml', 'rb'))['project']; print(*about['dependencies'], *about['optional-dependencies']['otel'], sep='\n')" > dependencies.txt \
     && /opt/pip/bin/pip --python /opt/venv/bin/python install -r dependencies.txt -c requirements.lock \
     && find /opt/venv/lib/python3*/site-packages/torch \
         \( -path '*/torch/include/*' -o -path '*/torch/test/*' -o -path '*/torch/bin/*' ! -name torch_shm_manager \) -delete

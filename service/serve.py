@@ -302,7 +302,7 @@ def serve(settings: Settings) -> int:
         keys_on = Access(access_config(settings)).keys_on
         check_origins(settings.cors_origins)
         check_tls(tls_config(settings))
-        traces_endpoint(settings.otlp_traces_endpoint, os.environ)
+        traces_endpoint(settings.otlp_traces_endpoint, {})
     except (AccessError, TracingError) as error:
         log.error("%s", error)
         return 2

@@ -7,6 +7,7 @@ string.
 
 import asyncio
 import importlib
+import logging
 import re
 import threading
 import time
@@ -19,9 +20,12 @@ from service.api.errors import ApiError, to_api_error
 from service.api.schemas import CompletionRequest
 from service.engine.client import DeadlineExceeded, EngineUnavailable, Overloaded
 
+log = logging.getLogger(__name__)
+
 _OPERATION = "text_completion"
 _ROUTES = frozenset({"/v1/completions", "/api"})
 _EXTRA = ("opentelemetry.sdk.trace", "opentelemetry.exporter.otlp.proto.http.trace_exporter")
+_LEFT = "client_disconnected"
 _CLOSE_SECONDS = 2  # for what is not sent yet; a collector that is away must not hold up the end
 _ENDPOINT, _TRACES_ENDPOINT = "OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"
 _PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
@@ -34,10 +38,21 @@ class TracingError(Exception):
 def traces_endpoint(setting: str | None, environment: Mapping[str, str]) -> str | None:
     """The URL that traces go to, by `setting` or by OpenTelemetry's variables; None where none are asked for.
 
-    Raises TracingError, also where the extra is not there.
+    What cannot be done, also for want of the extra, raises TracingError where the setting asks for it. Where a variable
+    does, which some clusters put into every pod, a warning says so, and there are no traces.
     """
     if environment.get("OTEL_SDK_DISABLED", "").lower() == "true":
         return None
+    try:
+        return _endpoint(setting, environment)
+    except TracingError as error:
+        if setting is not None:
+            raise
+        log.warning("no traces are sent: %s", error)
+        return None
+
+
+def _endpoint(setting: str | None, environment: Mapping[str, str]) -> str | None:
     name, endpoint = "otlp_traces_endpoint", setting
     if endpoint is None and environment.get("OTEL_TRACES_EXPORTER") != "none":
         name, endpoint = _TRACES_ENDPOINT, environment.get(_TRACES_ENDPOINT)
@@ -106,7 +121,8 @@ class Tracing:
             start_time=started_ns,
         )
         # A mistake of the client's, or its leaving, is no fault of the server's.
-        if "error.type" in attributes and not 400 <= attributes["http.response.status_code"] < 500:
+        error, status = attributes.get("error.type"), attributes["http.response.status_code"]
+        if error not in (None, _LEFT) and not 400 <= status < 500:
             span.set_status(self._failed)
         span.end()
         return format(span.get_span_context().trace_id, "032x")
@@ -192,5 +208,5 @@ def _error_type(error: BaseException) -> str:
             about = to_api_error(error).body["error"]
             return str(about["code"] or about["type"])
         case ClientDisconnect() | asyncio.CancelledError() | GeneratorExit():
-            return "client_disconnected"
+            return _LEFT
     return type(error).__qualname__

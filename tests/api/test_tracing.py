@@ -287,15 +287,19 @@ async def test_a_failure(api: Service, collector: Collector, stream: bool) -> No
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_client_that_leaves(api: Service, collector: Collector, stream: bool) -> None:
+    """Is no fault of the server's."""
     api.engine.gate.clear()
     api.engine.tokens_before_gate = 1
     body = {"prompt": [1], "max_tokens": 9, "stream": stream}
     async with httpx.AsyncClient(base_url=api.url) as http:
         asking = asyncio.create_task(http.post("/v1/completions", json=body))
         await api.engine.wait_for(lambda: bool(api.engine.submitted))
+        if stream:  # its status line has gone out
+            await api.wait_metric("megatron_gpt2_generated_tokens_total", 1)
         asking.cancel()
         await asyncio.gather(asking, return_exceptions=True)
-    assert "client_disconnected" == attributes(await collector.span())["error.type"]
+    span = await collector.span()
+    assert ("client_disconnected", Status.STATUS_CODE_UNSET) == (attributes(span)["error.type"], span.status.code)
 
 
 async def test_an_exception_that_nobody_expects(
@@ -398,25 +402,36 @@ def test_who_asks(expected: str | None, setting: str | None, environment: dict[s
     assert expected == traces_endpoint(setting, environment)
 
 
+@pytest.mark.parametrize("endpoint", ["collector:4318", "http:///x", "grpc://collector:4317"])
+def test_a_bad_setting_is_refused_by_name(endpoint: str) -> None:
+    with pytest.raises(TracingError, match="^otlp_traces_endpoint: "):
+        traces_endpoint(endpoint, {})
+
+
 @pytest.mark.parametrize(
-    ("named", "setting", "environment"),
+    ("named", "environment"),
     [
-        ("otlp_traces_endpoint", "collector:4318", {}),
-        ("OTEL_EXPORTER_OTLP_ENDPOINT", None, {"OTEL_EXPORTER_OTLP_ENDPOINT": "collector:4317"}),
-        ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", None, {"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http:///x"}),
-        ("OTEL_EXPORTER_OTLP_PROTOCOL", None, BASE | {"OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"}),
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", {"OTEL_EXPORTER_OTLP_ENDPOINT": "collector:4317"}),
+        ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", {"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http:///x"}),
+        ("OTEL_EXPORTER_OTLP_PROTOCOL", BASE | {"OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"}),
     ],
 )
-def test_bad_endpoints_are_refused_by_name(named: str, setting: str | None, environment: dict[str, str]) -> None:
-    with pytest.raises(TracingError, match=rf"^{named}: "):
-        traces_endpoint(setting, environment)
+def test_a_variable_of_no_use_is_told_of(
+    named: str, environment: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """And keeps nothing from starting: a cluster may have put it into every pod."""
+    assert traces_endpoint(None, environment) is None
+    (line,) = caplog.messages
+    assert line.startswith(f"no traces are sent: {named}: ")
 
 
-def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The error says who asked, and what to install."""
+def test_without_the_extra(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """The error says who asked, and what to install; so does the warning."""
     monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
     with pytest.raises(TracingError, match=r"^otlp_traces_endpoint: .*pip install 'megatron-gpt2\[otel\]'"):
         traces_endpoint("http://collector:4318/v1/traces", {})
+    assert traces_endpoint(None, BASE) is None
+    assert "OTEL_EXPORTER_OTLP_ENDPOINT: needs OpenTelemetry" in caplog.text
 
 
 # The whole service

@@ -46,11 +46,6 @@ def test_it_is_a_compose_file() -> None:
     assert wrong.returncode
 
 
-def test_yamllint_finds_nothing() -> None:
-    rules = "{extends: relaxed, rules: {line-length: disable}}"
-    assert "" == output("yamllint", "--strict", "-d", rules, FILE)
-
-
 def test_every_service_is_in_one_profile(services: dict[str, Any]) -> None:
     """So that `up` alone starts nothing, and each profile what it says."""
     assert PROFILES == {

@@ -258,7 +258,8 @@ def test_model_is_fetched_once(name: str, settings_of: Any) -> None:
     claim = only(objects, "PersistentVolumeClaim")
     assert {"name", "persistentVolumeClaim"} == set(volume)
     assert claim["metadata"]["name"] == volume["persistentVolumeClaim"]["claimName"]
-    if name in SCALED:
+    deployment = only(objects, "Deployment")["spec"]
+    if name in SCALED or deployment["replicas"] > 1 or deployment["strategy"]["rollingUpdate"]["maxSurge"]:
         assert ["ReadWriteMany"] == claim["spec"]["accessModes"]
     (rule,) = only(objects, "NetworkPolicy")["spec"]["egress"]
     assert {("UDP", 53), ("TCP", 53), ("TCP", 443)} == {(port["protocol"], port["port"]) for port in rule["ports"]}
