@@ -10,8 +10,9 @@ from prometheus_client import CollectorRegistry, Counter, ProcessCollector, gene
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from service.api.errors import ApiError
 from service.api.series import Count, Distribution
-from service.engine.client import EngineClient, Stream
+from service.engine.client import EngineClient, Overloaded, Stream
 from service.engine.request import EngineStats
 
 _PREFIX = "megatron_gpt2"
@@ -45,7 +46,7 @@ _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"
 
 
 class Metrics:
-    """All metrics. Labels are bounded: routes by their template, methods and statuses of HTTP, four finish reasons, and
+    """All metrics. Labels are bounded: routes by their template, methods and statuses of HTTP, five finish reasons, and
     names of keys. No name that a client makes up is one.
     """
 
@@ -86,7 +87,7 @@ class Metrics:
         self._step_seconds = self._histogram("step_seconds", "Time of a step.", buckets=_STEP_SECONDS)
         self._batch_size = self._histogram("batch_size", "Sequences in a step.", buckets=_SEQUENCES)
         self._responses_of = cache(self._responses.labels)  # it checks and spells labels anew each time
-        for reason in ("stop", "length", "abort", "error"):
+        for reason in ("stop", "length", "abort", "refused", "error"):
             self.finished.labels(reason)
 
     def http_response(self, *, method: str, route: str, status: int) -> None:
@@ -112,6 +113,12 @@ class Metrics:
         except (asyncio.CancelledError, GeneratorExit):  # the client has left
             unfinished = "abort"
             self.aborted.inc()
+            raise
+        except Overloaded:  # out of the queue again: a 429, and no fault
+            unfinished = "refused"
+            raise
+        except ApiError as error:
+            unfinished = "refused" if error.status < 500 else "error"
             raise
         finally:
             if num_unfinished := count_unfinished():

@@ -11,6 +11,7 @@ from service.api.keys import named_keys
 from service.engine.request import EngineStats
 from tests.api.conftest import Service, Start
 
+REASONS = ("stop", "length", "abort", "refused", "error")
 METHODS = ("PROPFIND", "MKCOL", "LOCK", "TRACE", "REPORT")
 OPERATIONS = Path(__file__).parents[2] / "docs" / "operations.md"
 
@@ -96,6 +97,7 @@ async def test_a_request_is_counted(api: Service) -> None:
         "requests_finished_total finish_reason=stop": 0,
         "requests_finished_total finish_reason=abort": 0,
         "requests_finished_total finish_reason=error": 0,
+        "requests_finished_total finish_reason=refused": 0,
         "requests_aborted_total": 0,
         "time_to_first_token_seconds_count": 4,
         "request_seconds_count": 1,
@@ -103,6 +105,22 @@ async def test_a_request_is_counted(api: Service) -> None:
     }
     assert expected == {name: got[f"megatron_gpt2_{name}"] for name in expected}
     assert got["megatron_gpt2_time_between_tokens_seconds_count"] >= 1
+
+
+async def test_what_leaves_the_queue_again_is_no_error(start: Start) -> None:
+    """A request that waited too long was refused; one of a failed step is an error."""
+    api: Service = await start()
+    api.engine.gate.clear()
+    api.engine.announce_started = False
+    response = await api.http.post("/v1/completions", json={"prompt": [1], "n": 2, "queue_timeout_seconds": 0.01})
+    assert 429 == response.status_code
+    failing = asyncio.create_task(api.http.post("/v1/completions", json={"prompt": [1]}))
+    await api.engine.wait_for(lambda: len(api.engine.submitted) == 2)
+    api.engine.fail(api.engine.submitted[1], "out of memory")
+    assert 500 == (await failing).status_code
+    got = await scrape(api)
+    ended = {reason: got[f"megatron_gpt2_requests_finished_total finish_reason={reason}"] for reason in REASONS}
+    assert {"stop": 0, "length": 0, "abort": 0, "refused": 2, "error": 1} == ended
 
 
 async def test_labels_are_bounded(api: Service) -> None:
