@@ -404,7 +404,7 @@ def test_who_asks(expected: str | None, setting: str | None, environment: dict[s
 
 @pytest.mark.parametrize("endpoint", ["collector:4318", "http:///x", "grpc://collector:4317"])
 def test_a_bad_setting_is_refused_by_name(endpoint: str) -> None:
-    with pytest.raises(TracingError, match="^otlp_traces_endpoint: "):
+    with pytest.raises(TracingError, match=r"^otlp_traces_endpoint: "):
         traces_endpoint(endpoint, {})
 
 

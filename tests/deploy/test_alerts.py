@@ -185,8 +185,8 @@ def test_a_service_that_starts_again_and_again(tmp_path: Path, scripted_model: S
             process, _ = serve_on(scripted_model.folder, port=httpx.URL(url).port or 0)
         prometheus.wait_firing(OF_RESTARTS[0], seconds=SCRAPE_SECONDS)
     finally:
-        end(process)
         prometheus.close()
+        end(process)
 
 
 def serve_on(folder: Path, *, port: int) -> tuple[subprocess.Popen[str], str]:
