@@ -70,6 +70,18 @@ class Prometheus:
             text=True,
         )
         self.log: list[str] = []
+        try:
+            address = self._wait_ready()
+        except BaseException:
+            self.process.kill()
+            self.process.communicate()
+            raise
+        self._reader = threading.Thread(target=lambda: self.log.extend(self.process.stderr or ()))
+        self._reader.start()
+        self._http = httpx.Client(base_url=f"http://{address}", timeout=10)
+
+    def _wait_ready(self) -> str:
+        """Where it listens, once it takes queries."""
         address, ready = "", False
         assert self.process.stderr is not None
         while not (address and ready):
@@ -79,9 +91,7 @@ class Prometheus:
             ready = ready or "Server is ready to receive web requests" in line
             if '"Listening on"' in line:
                 address = line.split("address=")[1].strip()
-        self._reader = threading.Thread(target=lambda: self.log.extend(self.process.stderr or ()))
-        self._reader.start()
-        self._http = httpx.Client(base_url=f"http://{address}", timeout=10)
+        return address
 
     def close(self) -> None:
         self._http.close()

@@ -11,7 +11,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -176,17 +176,15 @@ def wait_engine(server: Server) -> psutil.Process:
 def test_a_service_that_starts_again_and_again(tmp_path: Path, scripted_model: ScriptedModel) -> None:
     """The same address, a new process each time, as a container that is restarted."""
     process, url = serve_on(scripted_model.folder, port=0)
-    prometheus = Prometheus(tmp_path, [url])
-    try:
+    with ExitStack() as stack:
+        stack.callback(lambda: end(process))
+        prometheus = stack.enter_context(closing(Prometheus(tmp_path, [url])))
         for number in range(3):
             query = f"changes(process_start_time_seconds[1m]) == {number}"
             prometheus.wait(lambda query=query: prometheus.query(query), seconds=SCRAPE_SECONDS, what=query)  # type: ignore[misc]
             end(process)
             process, _ = serve_on(scripted_model.folder, port=httpx.URL(url).port or 0)
         prometheus.wait_firing(OF_RESTARTS[0], seconds=SCRAPE_SECONDS)
-    finally:
-        prometheus.close()
-        end(process)
 
 
 def serve_on(folder: Path, *, port: int) -> tuple[subprocess.Popen[str], str]:
@@ -204,7 +202,8 @@ def serve_on(folder: Path, *, port: int) -> tuple[subprocess.Popen[str], str]:
 
 def end(process: subprocess.Popen[str]) -> None:
     """At once, with all its processes."""
-    os.killpg(process.pid, signal.SIGKILL)
+    with suppress(ProcessLookupError):  # it may have ended by itself
+        os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
 
 

@@ -114,17 +114,26 @@ class Engine:
             computing.resume()
 
     def close(self) -> None:
-        """Containers, images, mounts, files, control groups."""
+        """Containers, images, mounts, files, control groups; only this store's own."""
+        ids = [*self._ids("ps"), *self._ids("pod", "ps")]
         self.run("podman", "pod", "rm", "--all", "--force", "--time", "0")
         self.run("podman", "rm", "--all", "--force", "--time", "0", "--volumes")
         self.run("buildah", "rm", "--all")
         self.run("podman", "rmi", "--all", "--force")
-        mounts = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]
-        for place in reversed(mounts):
-            if place.startswith(f"{self.folder}/"):
-                self.run("umount", place)
+        for place in reversed(self._mounts()):
+            self.run("umount", place)
+        assert [] == self._mounts()  # or what is mounted would be deleted too
         shutil.rmtree(self.folder)
         for parent in Path("/sys/fs/cgroup").glob("**/libpod_parent"):
             for folder, _, _ in os.walk(parent, topdown=False):
-                with suppress(OSError):  # one that is not empty is somebody else's
-                    os.rmdir(folder)
+                if any(each in folder for each in ids):
+                    with suppress(OSError):  # podman has removed it
+                        os.rmdir(folder)
+
+    def _ids(self, *listing: str) -> list[str]:
+        return self.run("podman", *listing, "--all", "--quiet", "--no-trunc").stdout.split()
+
+    def _mounts(self) -> list[str]:
+        """Below the store's folder, in the order in which they were made."""
+        places = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]
+        return [place for place in places if place.startswith(f"{self.folder}/")]
