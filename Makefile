@@ -35,7 +35,7 @@ deploy: .venv/ready .venv-deploy/ready  ## manifests, compose, alert rules and d
 	.venv/bin/pytest tests/deploy --timeout 300 $(ARGS)
 
 image-test: .venv/ready  ## the Dockerfile built by buildah, and its image run by podman; needs root
-	sh tests/image/tools.sh
+	sh tests/packages.sh buildah=buildah podman=podman runc=runc catatonit=catatonit debootstrap=debootstrap nsenter=util-linux
 	.venv/bin/pytest tests/image --timeout 900 $(ARGS)
 
 bench: .venv/ready  ## milliseconds a step of the bare runner beside transformers, on this machine

@@ -10,13 +10,13 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 from filelock import FileLock
 
 from service.checkpoint import worker
 from service.checkpoint.convert import Job, raw_files
+from service.checkpoint.download import Progress
 from service.checkpoint.errors import CheckpointError
 from service.checkpoint.hub import weights_entry
 
@@ -24,7 +24,6 @@ log = logging.getLogger(__name__)
 
 _VERSION = 1  # of what a conversion makes; raised when that changes
 _CHUNK = 2**22
-Progress = Callable[[float], None]
 
 
 def is_raw(path: Path) -> bool:

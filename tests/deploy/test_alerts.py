@@ -56,6 +56,18 @@ def watch(tmp_path: Path) -> Iterator[Watch]:
 
 
 @contextmanager
+def in_thread(work: Callable[[], None], stopping: threading.Event) -> Iterator[None]:
+    """Beside the block, at whose end `work` is told to stop, and has stopped."""
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield
+    finally:
+        stopping.set()
+        thread.join()
+
+
+@contextmanager
 def asking(url: str, bodies: Sequence[dict[str, Any]]) -> Iterator[None]:
     """A client for each body, which asks for it again and again, whatever it is answered."""
     stopping = threading.Event()
@@ -78,13 +90,8 @@ def asking(url: str, bodies: Sequence[dict[str, Any]]) -> Iterator[None]:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    thread = threading.Thread(target=lambda: asyncio.run(ask_all()))
-    thread.start()
-    try:
+    with in_thread(lambda: asyncio.run(ask_all()), stopping):
         yield
-    finally:
-        stopping.set()
-        thread.join()
 
 
 @contextmanager
@@ -99,13 +106,8 @@ def throttled(process: psutil.Process) -> Iterator[None]:
             process.resume()
             stopping.wait(0.05)
 
-    thread = threading.Thread(target=throttle)
-    thread.start()
-    try:
+    with in_thread(throttle, stopping):
         yield
-    finally:
-        stopping.set()
-        thread.join()
 
 
 def test_a_crowd(start: Start, watch: Watch, scripted_model: ScriptedModel) -> None:

@@ -21,6 +21,7 @@ import yaml
 
 from service.api.keys import hash_key
 from service.settings import parse_bytes
+from tests.deploy.kinds import only
 from tests.image.engine import ROOT, Engine
 from tests.image.stream import check, request
 
@@ -46,16 +47,11 @@ class Pod:
         return serve
 
 
-def only(kind: str, documents: list[dict[str, Any]]) -> dict[str, Any]:
-    (found,) = [document for document in documents if document["kind"] == kind]
-    return found
-
-
 @pytest.fixture(scope="module")
 def pod(engine: Engine, image: str) -> Iterator[Pod]:
     written = engine.output("kubectl", "kustomize", OVERLAY)
     documents = list(yaml.safe_load_all(written))
-    deployment, secret = only("Deployment", documents), only("Secret", documents)
+    deployment, secret = only(documents, "Deployment"), only(documents, "Secret")
     deployment["spec"]["replicas"] = 1
     spec = deployment["spec"]["template"]["spec"]
     for volume in spec["volumes"]:
@@ -69,14 +65,14 @@ def pod(engine: Engine, image: str) -> Iterator[Pod]:
     (file,) = secret["data"]
     secret["data"][file] = json.dumps([{"name": "tests", "sha256": hash_key(KEY.encode())}])
     engine.output("podman", "secret", "create", secret["metadata"]["name"], "-", text=json.dumps(secret))
-    text = yaml.safe_dump_all([only("ConfigMap", documents), deployment])
+    text = yaml.safe_dump_all([only(documents, "ConfigMap"), deployment])
     engine.output("podman", "kube", "play", "--network", "none", "-", text=text)
     try:
         (name,) = engine.output("podman", "pod", "ps", "--format", "{{.Name}}").split()
-        as_written = only("Deployment", list(yaml.safe_load_all(written)))["spec"]["template"]["spec"]
+        as_written = only(list(yaml.safe_load_all(written)), "Deployment")["spec"]["template"]["spec"]
         container = f"{name}-{spec['containers'][0]['name']}"
         engine.wait_ready(container)
-        yield Pod(name, container, as_written, only("ConfigMap", documents)["data"])
+        yield Pod(name, container, as_written, only(documents, "ConfigMap")["data"])
     finally:
         engine.run("podman", "kube", "down", "-", text=text)
         engine.run("podman", "secret", "rm", secret["metadata"]["name"])

@@ -1,14 +1,10 @@
 #!/bin/sh
-# What builds and runs the image without an engine: from Debian, as root, where it is missing.
+# sh packages.sh COMMAND=PACKAGE...: Debian's packages of the commands that are missing here, installed as root.
 set -eu
 missing=
-need() { command -v "$1" >/dev/null || missing="$missing $2"; }
-need buildah buildah
-need podman podman
-need runc runc
-need catatonit catatonit
-need debootstrap debootstrap
-need nsenter util-linux
+for pair in "$@"; do
+    command -v "${pair%%=*}" >/dev/null || missing="$missing ${pair#*=}"
+done
 if [ -n "$missing" ]; then
     # Debian starts what it installs, which nobody asked for here.
     policy=/usr/sbin/policy-rc.d
