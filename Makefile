@@ -35,7 +35,8 @@ deploy: .venv/ready .venv-deploy/ready  ## manifests, compose, alert rules and d
 	.venv/bin/pytest tests/deploy --timeout 300 $(ARGS)
 
 image-test: .venv/ready  ## the Dockerfile built by buildah, and its image run by podman; needs root
-	sh tests/packages.sh buildah=buildah podman=podman runc=runc catatonit=catatonit debootstrap=debootstrap nsenter=util-linux
+	sh tests/packages.sh buildah=buildah podman=podman runc=runc catatonit=catatonit debootstrap=debootstrap nsenter=util-linux \
+		docker-compose=docker-compose /usr/lib/cni/bridge=containernetworking-plugins iptables=iptables ip=iproute2
 	.venv/bin/pytest tests/image --timeout 900 $(ARGS)
 
 bench: .venv/ready  ## milliseconds a step of the bare runner beside transformers, on this machine
@@ -57,7 +58,7 @@ fuzz: .venv-fuzz/ready  ## each fuzzing target for SECONDS; needs Python 3.11
 	for target in $(TARGETS); do PYTHONPATH=.venv-fuzz .venv/bin/python -m tests.fuzz.atheris_targets $$target $(SECONDS) || exit 1; done
 
 up:  ## the image and what watches it, by docker compose: PROFILES="cpu observability", or gpu
-	docker compose -f docker/compose.yaml $(foreach profile,$(PROFILES),--profile $(profile)) up --build
+	REVISION=$$(git rev-parse HEAD) docker compose -f docker/compose.yaml $(foreach profile,$(PROFILES),--profile $(profile)) up --build
 
 image:  ## the container image, megatron-gpt2; ARGS="--build-arg DEVICE=gpu" for NVIDIA GPUs
 	docker build -t megatron-gpt2 --build-arg REVISION=$$(git rev-parse HEAD) $(ARGS) .

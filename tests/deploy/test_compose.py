@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from service.settings import parse_bytes
 from tests.deploy.tools import ROOT, output, run
 
 FILE = ROOT / "docker" / "compose.yaml"
@@ -19,8 +20,25 @@ PROFILES = {
 }
 
 
+def port(about: str | dict[str, Any]) -> str:
+    """In docker-compose 1.29's words, which Docker Compose v2 says apart; no published port is a free one."""
+    if isinstance(about, str):
+        return about
+    return f"{about.get('host_ip', '')}:{about.get('published', '')}:{about['target']}/{about['protocol']}"
+
+
+def volume(about: str | dict[str, Any]) -> str:
+    """Likewise."""
+    if isinstance(about, str):
+        return about
+    return f"{about['source']}:{about['target']}:{'ro' if about.get('read_only') else 'rw'}"
+
+
 def resolved(folder: Path) -> dict[str, Any]:
-    """What compose makes of it, all profiles together; its variables are those of the environment."""
+    """What compose makes of it, all profiles together; its variables are those of the environment.
+
+    Whichever compose it is: ports and volumes are lines.
+    """
     # The file's name of the project is newer than docker-compose 1.29.
     plain = folder / FILE.name
     plain.write_text(re.sub(r"^name: .*$", "", FILE.read_text(), flags=re.MULTILINE))
@@ -28,6 +46,9 @@ def resolved(folder: Path) -> dict[str, Any]:
     where = ("--file", plain, "--project-directory", FILE.parent)
     config = output("docker-compose", *where, *profiles, "config")
     services: dict[str, Any] = yaml.safe_load(config)["services"]
+    for about in services.values():
+        about["ports"] = [port(each) for each in about["ports"]]
+        about["volumes"] = [volume(each) for each in about["volumes"]]
     return services
 
 
@@ -46,6 +67,18 @@ def test_it_is_a_compose_file() -> None:
     assert wrong.returncode
 
 
+def test_both_ways_to_say_it_are_read() -> None:
+    """A port and a volume, as docker-compose 1.29 and Docker Compose v2 print them."""
+    long = {"mode": "ingress", "host_ip": "127.0.0.1", "target": 8000, "published": "8001", "protocol": "tcp"}
+    assert "127.0.0.1:8001:8000/tcp" == port("127.0.0.1:8001:8000/tcp") == port(long)
+    del long["published"]
+    assert "127.0.0.1::8000/tcp" == port("127.0.0.1::8000/tcp") == port(long)
+    bind = {"type": "bind", "source": "/a", "target": "/b", "read_only": True, "bind": {"create_host_path": True}}
+    assert "/a:/b:ro" == volume("/a:/b:ro") == volume(bind)
+    named = {"type": "volume", "source": "cache", "target": "/cache", "volume": {}}
+    assert "cache:/cache:rw" == volume("cache:/cache:rw") == volume(named)
+
+
 def test_every_service_is_in_one_profile(services: dict[str, Any]) -> None:
     """So that `up` alone starts nothing, and each profile what it says."""
     assert PROFILES == {
@@ -60,9 +93,9 @@ def test_all_are_hardened(services: dict[str, Any]) -> None:
         assert ["ALL"] == about["cap_drop"]
         assert ["no-new-privileges:true"] == about["security_opt"]
         assert "privileged" not in about
-        for volume in about["volumes"]:
-            assert not volume.startswith("/") or volume.endswith(":ro"), volume
-        assert all(port.startswith("127.0.0.1:") for port in about["ports"])
+        mounted = [each for each in about["volumes"] if each.startswith("/")]
+        assert all(each.endswith(":ro") for each in mounted), mounted
+        assert all(each.startswith("127.0.0.1:") for each in about["ports"])
     assert {"cpu", "nginx", "prometheus"} == {name for name, about in services.items() if about.get("read_only")}
 
 
@@ -85,12 +118,12 @@ def test_devices_build_images_of_their_own(services: dict[str, Any]) -> None:
     assert ("nvidia", ["gpu"]) == (device["driver"], device["capabilities"])
     assert "deploy" not in cpu
     assert {"nofile", "memlock"} == set(gpu["ulimits"])
-    assert "1gb" == gpu["shm_size"]
+    assert 2**30 == parse_bytes(gpu["shm_size"])
 
 
 def test_mounted_files_are_there(services: dict[str, Any]) -> None:
     """A file that is not would become an empty folder."""
-    files = [Path(volume.split(":")[0]) for about in services.values() for volume in about["volumes"]]
+    files = [Path(each.split(":")[0]) for about in services.values() for each in about["volumes"]]
     mounted = [file for file in files if file.is_absolute()]
     assert 5 == len(mounted)
     assert all(file.exists() for file in mounted), mounted
@@ -102,8 +135,18 @@ def test_variables_change_what_they_say(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setenv("MODEL", "/models/345m")
     monkeypatch.setenv("MODELS", os.fspath(ROOT))
     monkeypatch.setenv("TORCH_CPU_INDEX", "")
+    monkeypatch.setenv("REVISION", "0123abcd")
     cpu = resolved(tmp_path)["cpu"]
     assert ["127.0.0.1::8000/tcp"] == cpu["ports"]
     assert "/models/345m" == cpu["environment"]["MGPT_MODEL"]
     assert f"{ROOT}:/models:ro" in cpu["volumes"]
     assert "" == cpu["build"]["args"]["TORCH_CPU_INDEX"]
+    assert "0123abcd" == cpu["build"]["args"]["REVISION"]
+
+
+def test_make_tells_either_build_its_revision() -> None:
+    """The one of `git`, for the image's label: `make image` as an argument, `make up` by compose's variable."""
+    revision = "$(git rev-parse HEAD)"
+    assert f" --build-arg REVISION={revision} " in output("make", "--dry-run", "image")
+    up = output("make", "--dry-run", "up", "PROFILES=cpu observability").split(" docker compose ")
+    assert [f"REVISION={revision}", "-f docker/compose.yaml --profile cpu --profile observability up --build\n"] == up
