@@ -1,4 +1,7 @@
-"""The model on an NVIDIA GPU against transformers on the same one: run with `pytest -m gpu tests/model`."""
+"""The model on an NVIDIA GPU against transformers on the same one: run with `pytest -m gpu tests/model`.
+
+The kernels in 16 bits, at the served sizes, are compared with plain operators in test_gpu_kernels.py.
+"""
 
 from pathlib import Path
 
