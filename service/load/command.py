@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from prometheus_client.parser import text_string_to_metric_families
 
 from service.load.connection import Connection
 from service.load.crowd import Crowd, CrowdError
@@ -30,6 +31,7 @@ Load on a server with OpenAI's /v1/completions, and what it takes: a table, and 
 Clients ask again as soon as they have the whole answer (--concurrency), or requests arrive at random (--rate). Prompts
 are random token ids, or the lines of a file. Only OpenAI's own fields are sent, and ignore_eos where the server takes
 it; --body adds others."""
+_MODEL_INFO = "megatron_gpt2_model_info"
 
 
 class LoadError(Exception):
@@ -152,6 +154,7 @@ async def _prepare(asked: argparse.Namespace) -> tuple[Plan, dict[str, Any]]:
         "host": f"{platform.node()}, {os.cpu_count()} cores, {platform.machine()}",
         "date": time.strftime("%Y-%m-%d %H:%M:%S%z"),
         "server": await _version(server),
+        "engine": await _engine(server),
         "client": f"megatron-gpt2 {VERSION}, Python {platform.python_version()}",
         "client_processes": plan.processes,
         "prompt": str(asked.prompts) if plan.texts else f"{plan.prompt_tokens} random ids",
@@ -221,6 +224,18 @@ async def _version(server: Server) -> Any:
     status, body = await _fetch(server, "/version")
     with contextlib.suppress(msgspec.DecodeError):
         return msgspec.json.decode(body) if status == 200 else None
+    return None
+
+
+async def _engine(server: Server) -> dict[str, str] | None:
+    """What our own service has loaded, and on what: the labels of model_info in GET /metrics; None of another one."""
+    status, body = await _fetch(server, "/metrics")
+    if status != 200:
+        return None
+    with contextlib.suppress(ValueError):  # a page that is no metrics
+        for family in text_string_to_metric_families(body.decode("utf-8", "replace")):
+            if family.name == _MODEL_INFO:
+                return dict(family.samples[0].labels)
     return None
 
 

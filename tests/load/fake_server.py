@@ -22,6 +22,7 @@ class FakeServer:
     piece_bytes: int = 1_000_000  # a body is written in chunks of this size
     bodies: list[dict[str, Any]] = field(default_factory=list)
     heads: list[str] = field(default_factory=list)
+    pages: dict[str, str] = field(default_factory=dict)  # what other paths answer
     url: str = ""
 
     def __enter__(self) -> "FakeServer":
@@ -60,6 +61,8 @@ class FakeServer:
     async def _answer(self, writer: asyncio.StreamWriter, path: str, sent: bytes) -> None:
         if path == "/v1/models":
             return self._whole(writer, "200", {"data": [{"id": "fake"}]})
+        if path in self.pages:
+            return self._whole(writer, "200", self.pages[path])
         if path != "/v1/completions":
             return self._whole(writer, "404", {"error": {"message": "no such route"}})
         body = json.loads(sent)
@@ -99,6 +102,6 @@ class FakeServer:
             piece = data[start : start + self.piece_bytes]
             writer.write(b"%x\r\n%b\r\n" % (len(piece), piece))
 
-    def _whole(self, writer: asyncio.StreamWriter, status: str, answer: dict[str, Any]) -> None:
-        data = json.dumps(answer).encode()
+    def _whole(self, writer: asyncio.StreamWriter, status: str, answer: dict[str, Any] | str) -> None:
+        data = (answer if isinstance(answer, str) else json.dumps(answer)).encode()
         writer.write(f"HTTP/1.1 {status} Some\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data)

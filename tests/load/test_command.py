@@ -77,6 +77,31 @@ def test_fields_headers_and_texts_are_sent_as_given(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("metrics", "engine"),
+    [
+        (
+            "# TYPE megatron_gpt2_ready gauge\nmegatron_gpt2_ready 1.0\n# TYPE megatron_gpt2_model_info gauge\n"
+            'megatron_gpt2_model_info{device="cuda:0",dtype="bfloat16",num_blocks="84453"} 1.0\n',
+            {"device": "cuda:0", "dtype": "bfloat16", "num_blocks": "84453"},
+        ),
+        ("<html>", None),
+        (None, None),
+    ],
+    ids=["ours", "no metrics", "no page"],
+)
+def test_what_the_server_says_of_itself_stays_with_the_results(
+    tmp_path: Path, metrics: str | None, engine: dict[str, str] | None
+) -> None:
+    """Its version and, of our own service, what the engine has loaded; nothing where it says nothing."""
+    pages = {"/version": '{"version": "1.2"}'} | ({} if metrics is None else {"/metrics": metrics})
+    with FakeServer(0.001, 0.001, pages=pages) as server:
+        measure(server, tmp_path, "--requests", "2", "--max-tokens", "4")
+    about = json.loads((tmp_path / "result.json").read_bytes())
+    assert {"version": "1.2"} == about["server"]
+    assert engine == about["engine"]
+
+
+@pytest.mark.parametrize(
     ("fault", "counted"),
     [
         ("429", "429"),
