@@ -44,13 +44,15 @@ RUN if [ "$DEVICE" = gpu ]; then \
 COPY --from=build /opt/venv /opt/venv
 COPY --from=build /opt/service/opt/venv /opt/venv
 # All that is ever written goes to /cache, so the root may be read-only. Group 0 may write there: some clusters run
-# images under a random user of that group.
+# images under a random user of that group. Models are fetched by plain HTTP, as the tests fetch them: xet, which
+# huggingface_hub brings, asks other hosts than the hub or its mirror.
 RUN install -d -m 0775 -o 10001 -g 0 /cache && install -d /models
 ENV PATH=/opt/venv/bin:$PATH \
     HOME=/cache \
     TMPDIR=/cache \
     XDG_CACHE_HOME=/cache \
     HF_HOME=/cache/huggingface \
+    HF_HUB_DISABLE_XET=1 \
     TORCHINDUCTOR_CACHE_DIR=/cache/torchinductor \
     TRITON_CACHE_DIR=/cache/kernels \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \

@@ -5,6 +5,7 @@ Dockerfile and what its image does, and not the published base.
 """
 
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -15,8 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+from bench.random_model import write_random_model
 from tests.image.engine import ROOT, Engine
 
 SUITE = "bookworm"
@@ -25,6 +28,10 @@ PYTHON = "3.11"  # of that suite
 BASE = "localhost/python-stand-in"
 IMAGE = "localhost/megatron-gpt2"
 REVISION = "0123456789abcdef"
+LOCKED = (
+    *("--network", "none", "--read-only", "--read-only-tmpfs=false", "--cap-drop", "ALL"),
+    *("--security-opt", "no-new-privileges"),
+)
 FIGURES = pytest.StashKey[list[str]]()
 
 
@@ -118,6 +125,21 @@ def image(engine: Engine, builder: Builder, figures: list[str]) -> str:
     size = engine.inspect(IMAGE, kind="image")["Size"] - engine.inspect(BASE, kind="image")["Size"]
     figures.append(f"image built in {time.monotonic() - began:.0f} s: {size / 1e6:.0f} MB on top of its base")
     return IMAGE
+
+
+@pytest.fixture(scope="session")
+def user() -> int:
+    """Without a name, as on clusters that draw one for each project."""
+    return random.randrange(1_000_000, 2**31)
+
+
+@pytest.fixture(scope="session")
+def folder_345m(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the 345M's shape, in fp16 as it is published, with random weights."""
+    folder = write_random_model(tmp_path_factory.mktemp("models") / "345m", dtype=torch.float16)
+    for file in folder.iterdir():
+        file.chmod(0o644)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -72,11 +72,25 @@ class Engine:
         """The id of a new container, which runs."""
         return self.output("podman", "run", "--detach", "--pull=never", *options, image, *command)
 
+    @contextmanager
+    def ready(self, image: str, *options: str, command: tuple[str, ...] = ()) -> Iterator[str]:
+        """A new container whose service is ready; removed in the end, with what it has written."""
+        container = self.start(image, *options, command=command)
+        try:
+            self.wait_ready(container)
+            yield container
+        finally:
+            self.run("podman", "rm", "--force", "--time", "0", "--volumes", container)
+
     def ask(self, container: str, *request: str) -> subprocess.Popen[str]:
         """A request from inside the container's network, by a process outside of it; ask.py says what it prints."""
-        pid = self.inspect(container)["State"]["Pid"]
         asking = [sys.executable, str(Path(__file__).with_name("ask.py")), *request]
-        return subprocess.Popen(["nsenter", f"--net=/proc/{pid}/ns/net", *asking], stdout=subprocess.PIPE, text=True)
+        within = ["nsenter", f"--net={self.network(container)}"]
+        return subprocess.Popen([*within, *asking], stdout=subprocess.PIPE, text=True)
+
+    def network(self, container: str) -> Path:
+        """The file that stands for its network, as long as it runs."""
+        return Path("/proc", str(self.inspect(container)["State"]["Pid"]), "ns", "net")
 
     def answer(self, container: str, *request: str) -> tuple[int, str]:
         """The status and the body of the answer to a request."""
@@ -99,6 +113,16 @@ class Engine:
         while text not in (log := self.run("podman", "logs", container).stderr):
             assert time.monotonic() < deadline, log
             time.sleep(0.1)
+
+    def logs(self) -> str:
+        """Of all containers that are there."""
+        return "\n".join(self.run("podman", "logs", each).stderr for each in self._ids("ps"))
+
+    def peak_memory(self, container: str) -> int:
+        """Bytes of all that its limit counts, of which pages of files could be given back."""
+        files = ("memory/memory.max_usage_in_bytes", "memory.peak")  # of either kind of cgroups
+        script = " || ".join(f"cat /sys/fs/cgroup/{file} 2>/dev/null" for file in files)
+        return int(self.output("podman", "exec", container, "sh", "-c", script))
 
     @contextmanager
     def suspended(self, container: str) -> Iterator[None]:

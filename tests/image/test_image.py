@@ -1,41 +1,29 @@
 """The image as its users run it: locked down as far as it goes, offline, under a user that nobody has heard of."""
 
 import json
-import random
 import time
 import tomllib
 from collections.abc import Iterator
 
 import pytest
 
-from tests.image.conftest import BASE, REVISION, Builder
+from tests.image.conftest import BASE, LOCKED, REVISION, Builder
 from tests.image.engine import ROOT, Engine
 from tests.image.stream import check, request
 
 MEMORY = 2 * 2**30
-LOCKED = (
-    *("--network", "none", "--read-only", "--read-only-tmpfs=false", "--cap-drop", "ALL"),
-    *("--security-opt", "no-new-privileges", "--memory", str(MEMORY)),
-)
+LIMITED = (*LOCKED, "--memory", str(MEMORY))
 # What Docker may put into every container: whoever asks the service itself must not go there.
 PROXY = ("--env", "HTTP_PROXY=http://127.0.0.1:9", "--env", "http_proxy=http://127.0.0.1:9")
-
-
-@pytest.fixture(scope="module")
-def user() -> int:
-    """Without a name, as on clusters that draw one for each project."""
-    return random.randrange(1_000_000, 2**31)
 
 
 @pytest.fixture(scope="module")
 def container(engine: Engine, image: str, user: int, figures: list[str]) -> Iterator[str]:
     """One that is ready."""
     began = time.monotonic()
-    container = engine.start(image, *LOCKED, *PROXY, "--user", f"{user}:0")
-    engine.wait_ready(container)
-    figures.append(f"container ready in {time.monotonic() - began:.1f} s")
-    yield container
-    engine.output("podman", "rm", "--force", "--time", "0", "--volumes", container)
+    with engine.ready(image, *LIMITED, *PROXY, "--user", f"{user}:0") as container:
+        figures.append(f"container ready in {time.monotonic() - began:.1f} s")
+        yield container
 
 
 def inside(engine: Engine, container: str, *command: str) -> str:
@@ -130,7 +118,7 @@ def test_health_check(engine: Engine, container: str) -> None:
 
 def test_it_stops_when_its_streams_have_ended(engine: Engine, image: str, compose: dict[str, dict[str, str]]) -> None:
     """SIGTERM in the middle of a stream: the stream is finished, and the exit code is 0 within the grace period."""
-    container = engine.start(image, *LOCKED, "--no-healthcheck", "--env", "MGPT_CPU_THREADS=1")
+    container = engine.start(image, *LIMITED, "--no-healthcheck", "--env", "MGPT_CPU_THREADS=1")
     engine.wait_ready(container)
     stream = engine.ask(container, *request(900))
     assert stream.stdout is not None

@@ -1,81 +1,19 @@
-"""The CPU overlay's Deployment, as kustomize builds it, run by `podman kube play`.
+"""The CPU overlay's Deployment under `podman kube play`; kube.py says what is rewritten of it."""
 
-Podman has no scheduler, Services, timers of probes or preStop hooks, so none of these is seen here. What it cannot run
-as it is written is rewritten, and nothing else:
-
-    replicas   one
-    image      the one that was built
-    probes     left out, as podman would run curl in the image; the tests ask them
-    ports      left out, as the pod has no network to publish them in; the tests ask from within
-    Secret     with a key of the tests' own, as one's own overlay has; given to podman beforehand and in plain text, as
-               podman 4.3 mounts the base64; and its volume says that it is not optional, which podman asks without need
-"""
-
-import json
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
 
 import pytest
-import yaml
 
-from service.api.keys import hash_key
 from service.settings import parse_bytes
-from tests.deploy.kinds import only
-from tests.image.engine import ROOT, Engine
+from tests.image.engine import Engine
+from tests.image.kube import KEY, PROBES, Pod, played
 from tests.image.stream import check, request
-
-OVERLAY = ROOT / "k8s" / "overlays" / "cpu"
-PROBES = ("startupProbe", "readinessProbe", "livenessProbe")
-KEY = "mgpt-of-the-tests"
-
-
-@dataclass(frozen=True, slots=True)
-class Pod:
-    """A played Deployment, ready; and its pod's spec as it was written."""
-
-    name: str
-    container: str
-    spec: dict[str, Any]
-    settings: dict[str, str]
-
-    @property
-    def serve(self) -> dict[str, Any]:
-        """The container that serves, as it was written."""
-        (serve,) = self.spec["containers"]
-        assert isinstance(serve, dict)
-        return serve
 
 
 @pytest.fixture(scope="module")
 def pod(engine: Engine, image: str) -> Iterator[Pod]:
-    written = engine.output("kubectl", "kustomize", OVERLAY)
-    documents = list(yaml.safe_load_all(written))
-    deployment, secret = only(documents, "Deployment"), only(documents, "Secret")
-    deployment["spec"]["replicas"] = 1
-    spec = deployment["spec"]["template"]["spec"]
-    for volume in spec["volumes"]:
-        if "secret" in volume:
-            volume["secret"].setdefault("optional", False)
-    for container in spec["containers"]:
-        container["image"] = image
-        del container["ports"]
-        for probe in PROBES:
-            del container[probe]
-    (file,) = secret["data"]
-    secret["data"][file] = json.dumps([{"name": "tests", "sha256": hash_key(KEY.encode())}])
-    engine.output("podman", "secret", "create", secret["metadata"]["name"], "-", text=json.dumps(secret))
-    text = yaml.safe_dump_all([only(documents, "ConfigMap"), deployment])
-    engine.output("podman", "kube", "play", "--network", "none", "-", text=text)
-    try:
-        (name,) = engine.output("podman", "pod", "ps", "--format", "{{.Name}}").split()
-        as_written = only(list(yaml.safe_load_all(written)), "Deployment")["spec"]["template"]["spec"]
-        container = f"{name}-{spec['containers'][0]['name']}"
-        engine.wait_ready(container)
-        yield Pod(name, container, as_written, only(documents, "ConfigMap")["data"])
-    finally:
-        engine.run("podman", "kube", "down", "-", text=text)
-        engine.run("podman", "secret", "rm", secret["metadata"]["name"])
+    with played(engine, image, "overlays/cpu") as pod:
+        yield pod
 
 
 def test_a_streamed_completion(engine: Engine, pod: Pod) -> None:
