@@ -45,7 +45,7 @@ COPY --from=build /opt/venv /opt/venv
 COPY --from=build /opt/service/opt/venv /opt/venv
 # All that is ever written goes to /cache, so the root may be read-only. Group 0 may write there: some clusters run
 # images under a random user of that group. Models are fetched by plain HTTP, as the tests fetch them: xet, which
-# huggingface_hub brings, asks other hosts than the hub or its mirror.
+# huggingface_hub brings, asks other hosts than the hub or its mirror. And the hub is asked for nothing but the model.
 RUN install -d -m 0775 -o 10001 -g 0 /cache && install -d /models
 ENV PATH=/opt/venv/bin:$PATH \
     HOME=/cache \
@@ -53,6 +53,7 @@ ENV PATH=/opt/venv/bin:$PATH \
     XDG_CACHE_HOME=/cache \
     HF_HOME=/cache/huggingface \
     HF_HUB_DISABLE_XET=1 \
+    HF_HUB_DISABLE_TELEMETRY=1 \
     TORCHINDUCTOR_CACHE_DIR=/cache/torchinductor \
     TRITON_CACHE_DIR=/cache/kernels \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \

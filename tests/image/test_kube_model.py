@@ -84,7 +84,7 @@ def test_a_streamed_completion(engine: Engine, pod: Pod) -> None:
 
 
 def test_the_init_container_fetches_and_converts(engine: Engine, pod: Pod, hub: Hub) -> None:
-    """Within the limits that are written, by plain HTTP, and each file once; its log has the verdict."""
+    """Within the limits that are written, by plain HTTP, each file once and nothing else; its log has the verdict."""
     (fetch,) = pod.spec["initContainers"]
     about = engine.inspect(pod.container_of(fetch))
     assert (0, False) == (about["State"]["ExitCode"], about["State"]["OOMKilled"])
@@ -92,6 +92,7 @@ def test_the_init_container_fetches_and_converts(engine: Engine, pod: Pod, hub: 
     assert about["HostConfig"]["ReadonlyRootfs"]
     assert "verdict    can be served" in engine.output("podman", "logs", pod.container_of(fetch))
     fetched = sorted(Path(path).name for method, path in hub.requests if method == "GET" and "/resolve/" in path)
+    assert all(MODEL in path for _, path in hub.requests)
     assert ["config.json", "merges.txt", "pytorch_model.bin", "vocab.json"] == fetched
 
 
@@ -104,7 +105,8 @@ def test_the_service_asks_no_hub(engine: Engine, pod: Pod, hub: Hub) -> None:
 def test_a_second_start_fetches_nothing(engine: Engine, network: str, pod: Pod, hub: Hub) -> None:
     """Its init container asks which version there is, and finds that in the volume."""
     hub.requests.clear()
-    engine.output("nsenter", f"--net={engine.network(network)}", "podman", "pod", "restart", pod.name)
+    engine.output("podman", "pod", "stop", pod.name)
+    engine.output("nsenter", f"--net={engine.network(network)}", "podman", "pod", "start", pod.name)
     engine.wait_ready(pod.container)
     assert 1 == hub.requests.count(("GET", f"/api/models/{MODEL}"))
     assert set() == hub.downloads()
