@@ -157,9 +157,9 @@ async def _serve(
         await server.serve(sockets=[listener])
         admin.should_exit = True  # after the public one, so that whoever waits for a drain hears of its end
     asyncio.get_running_loop().remove_reader(control)
-    await client.close()
-    if tracing is not None:
+    if tracing is not None:  # before the engine ends, which the supervisor would start again while a collector is away
         await asyncio.to_thread(tracing.close)
+    await client.close()
 
 
 def _server(app: ASGIApp, config: ApiConfig, **options: Any) -> _Server:

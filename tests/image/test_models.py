@@ -110,3 +110,4 @@ def test_a_collector_of_traces_that_is_away(engine: Engine, image: str) -> None:
         log = engine.run("podman", "logs", container).stderr
     assert "trace_id" in log
     assert "encountered while exporting" in log
+    assert 1 == log.count("phase: load")  # no engine is started while the service ends
