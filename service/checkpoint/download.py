@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 Progress = Callable[[float], None]  # a fraction of the work
 
 _ANSWER_SECONDS = 10.0  # for the list of files; then the cache serves
+_REMEDY = "fetch it where the hub can be reached, or give a local folder"
 _BYTES_BAR = "huggingface_hub.snapshot_download"  # the name of the client's bar that counts what is on the disk
 _SMALL_FILES = [
     "config.json",
@@ -138,7 +139,7 @@ def _cached(model: str, *, revision: str | None, cache_dir: Path | None, reason:
         )
         weight_files(folder)  # raises where a download was broken off
     except CheckpointError as error:
-        raise CheckpointError(f"{what}: not whole in the cache ({error}), and {reason}") from error
+        raise CheckpointError(f"{what}: not whole in the cache ({error}), and {reason}; {_REMEDY}") from error
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{what}: not in the cache, and {reason}") from error
+        raise CheckpointError(f"{what}: not in the cache, and {reason}; {_REMEDY}") from error
     return folder
