@@ -20,6 +20,7 @@ from service.checkpoint.download import resolve
 from service.checkpoint.errors import CheckpointError
 
 MODEL = "owner/tiny"
+REMEDY = "fetch it where the hub can be reached, or give a local folder"
 SCRIPT = """
 import json, sys
 from pathlib import Path
@@ -235,7 +236,7 @@ def test_revision_is_a_pin(
     assert "owner/tiny: the hub has no revision 'v3'" in unknown["error"]
     assert [by_tag, by_commit, latest] == start(hub.url, *calls[:3], HF_HUB_OFFLINE="1")
     (absent,) = start(hub.url, {"revision": "v3", "offline": True})
-    assert "owner/tiny (revision v3): not in the cache, and offline is on" == absent["error"]
+    assert f"owner/tiny (revision v3): not in the cache, and offline is on; {REMEDY}" == absent["error"]
 
 
 def test_hub_errors_have_the_id_and_the_reason(hub: Any, start: Start, folder: Path) -> None:
@@ -255,7 +256,7 @@ def test_hub_errors_have_the_id_and_the_reason(hub: Any, start: Start, folder: P
     (broken,) = start(hub.url)
     assert "owner/tiny: not in the cache, and fetching it from the hub failed (HfHubHTTPError" in broken["error"]
     offline = start(hub.url, {"offline": True}) + start(hub.url, HF_HUB_OFFLINE="1")
-    assert [{"error": "owner/tiny: not in the cache, and offline is on"}] * 2 == offline
+    assert [{"error": f"owner/tiny: not in the cache, and offline is on; {REMEDY}"}] * 2 == offline
 
 
 def test_broken_download_is_an_error_and_the_next_start_mends_it(hub: Any, start: Start, folder: Path) -> None:
