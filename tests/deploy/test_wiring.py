@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import yaml
@@ -142,14 +143,22 @@ async def test_endpoint_picker_reads_our_gauges(name: str, ready: Service) -> No
 
 @pytest.mark.parametrize("name", WITH_GATEWAY)
 async def test_gateway_has_the_routes_of_clients(name: str, ready: Service) -> None:
-    """All that is asked with a key, and nothing that is for those who run it; each match has a route."""
+    """Completions go to the picker, which reads every body as theirs, and all else that clients use to the Service.
+
+    Nothing leads to what is for those who run it; each match has a route; and no stream is cut.
+    """
     objects = build(name)
-    (rule,) = only(objects, "HTTPRoute")["spec"]["rules"]
-    (backend,) = rule["backendRefs"]
+    picked, other = only(objects, "HTTPRoute")["spec"]["rules"]
+    (backend,) = picked["backendRefs"]
     pool = only(objects, "InferencePool")
     assert (pool["kind"], pool["metadata"]["name"]) == (backend["kind"], backend["name"])
     assert pool["apiVersion"].startswith(f"{backend['group']}/")
-    matches = [match["path"] for match in rule["matches"]]
+    assert [{"path": {"type": "Exact", "value": "/v1/completions"}}] == picked["matches"]
+    service = only(objects, "Service")
+    (port,) = service["spec"]["ports"]
+    assert [{"name": service["metadata"]["name"], "port": port["port"]}] == other["backendRefs"]
+    assert {"request": "0s"} == picked["timeouts"] == other["timeouts"]
+    matches = [match["path"] for rule in (picked, other) for match in rule["matches"]]
 
     def leads_to(match: dict[str, str], path: str) -> bool:
         below = match["type"] == "PathPrefix" and path.startswith(f"{match['value']}/")
@@ -158,12 +167,34 @@ async def test_gateway_has_the_routes_of_clients(name: str, ready: Service) -> N
     paths = {route.path for route in ready.routes()}
     assert all(any(leads_to(match, path) for path in paths) for match in matches)
     reached = {path for path in paths if any(leads_to(match, path) for match in matches)}
-    assert {path for path in paths if path.startswith("/v1") or path == "/api"} == reached
-    assert "/metrics" in paths - reached
+    to_run_it = {"/livez", "/readyz", "/health", "/ping", "/metrics", "/version", "/openapi.json"}
+    assert to_run_it < paths
+    assert {path for path in paths - to_run_it if not re.match(r"/docs(/|$)", path)} == reached
 
 
 @pytest.mark.parametrize("name", OBSERVED)
 async def test_monitor_scrapes_a_route(name: str, ready: Service) -> None:
+    """Of the name that it says, in Prometheus' text format."""
     (endpoint,) = only(build(name), "ServiceMonitor")["spec"]["endpoints"]
     answer = await ready.http.get(endpoint["path"])
     assert (200, "text/plain") == (answer.status_code, answer.headers["Content-Type"].split(";")[0])
+
+
+@pytest.mark.parametrize("name", OBSERVED)
+def test_monitor_leaves_pods_that_have_not_begun(name: str, tmp_path: Path) -> None:
+    """By Prometheus' own relabelling: an address that nobody listens on yet is no target that is down."""
+    (endpoint,) = only(build(name), "ServiceMonitor")["spec"]["endpoints"]
+    relabel = [{snake(field): value for field, value in rule.items()} for rule in endpoint["relabelings"]]
+    label = "__meta_kubernetes_pod_phase"
+    pods = [{"targets": [f"{phase}:8000"], "labels": {label: phase}} for phase in ("Pending", "Running")]
+    config = tmp_path / "prometheus.yml"
+    scrape = {"job_name": "pods", "static_configs": pods, "relabel_configs": relabel}
+    config.write_text(yaml.safe_dump({"scrape_configs": [scrape]}))
+    found = json.loads(output("promtool", "check", "service-discovery", "--timeout=1s", config, "pods"))
+    kept = {target["discoveredLabels"][label]: target["labels"].get("instance") for target in found}
+    assert {"Pending": None, "Running": "Running:8000"} == kept
+
+
+def snake(field: str) -> str:
+    """A field of the operator's, as Prometheus calls it."""
+    return re.sub("[A-Z]", lambda letter: f"_{letter[0].lower()}", field)
