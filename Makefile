@@ -4,6 +4,7 @@ MODEL ?=
 ARGS ?=
 SECONDS ?= 30
 PROFILES ?= cpu
+DEVICE ?= cpu
 TARGETS ?= completion request text to_engine to_api safetensors config index vocabulary merges tokenizer_json pickled release
 .PHONY: run test lint format types check clients faults deploy image-test up bench inside load soak overload fuzz image
 
@@ -60,8 +61,8 @@ fuzz: .venv-fuzz/ready  ## each fuzzing target for SECONDS; needs Python 3.11
 up:  ## the image and what watches it, by docker compose: PROFILES="cpu observability", or gpu
 	REVISION=$$(git rev-parse HEAD) docker compose -f docker/compose.yaml $(foreach profile,$(PROFILES),--profile $(profile)) up --build
 
-image:  ## the container image, megatron-gpt2; ARGS="--build-arg DEVICE=gpu" for NVIDIA GPUs
-	docker build -t megatron-gpt2 --build-arg REVISION=$$(git rev-parse HEAD) $(ARGS) .
+image:  ## the container image, megatron-gpt2; with DEVICE=gpu megatron-gpt2:gpu, for NVIDIA GPUs
+	docker build -t megatron-gpt2$(if $(filter gpu,$(DEVICE)),:gpu) --build-arg DEVICE=$(DEVICE) --build-arg REVISION=$$(git rev-parse HEAD) $(ARGS) .
 
 .venv: .venv/ready
 
