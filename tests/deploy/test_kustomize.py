@@ -178,6 +178,11 @@ def test_documented_overlay_builds(tmp_path: Path, capsys: pytest.CaptureFixture
     (literals,) = [entry["literals"] for entry in about["configMapGenerator"]]
     settings = next(thing for thing in of_kind(objects, "ConfigMap") if "MGPT_API_KEY_FILE" in thing["data"])
     assert dict(literal.split("=", 1) for literal in literals).items() <= settings["data"].items()
+    assert "MGPT_REVISION" in settings["data"]
+    (labels,) = about["labels"]
+    assert ["release"] == list(labels["pairs"])  # what kube-prometheus-stack selects by
+    for kind in ("ServiceMonitor", "PrometheusRule"):
+        assert labels["pairs"].items() <= only(objects, kind)["metadata"]["labels"].items()
 
 
 def test_documented_combinations_are_there() -> None:
