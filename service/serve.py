@@ -226,6 +226,7 @@ def engine_config(settings: Settings, *, json_lines: bool, device: str | None = 
         cache_dir=str(cache_folder(settings)),
         device=device or settings.device,
         dtype=settings.dtype,
+        tensor_parallel_size=settings.tensor_parallel_size,
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
         block_size=settings.block_size,

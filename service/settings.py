@@ -105,6 +105,12 @@ class Settings(BaseSettings):
         "auto",
         description="Of weights and KV cache; auto is the checkpoint's own on a GPU and float32 on a CPU.",
     )
+    tensor_parallel_size: int = Field(
+        1, ge=1, le=64, description="GPUs that an engine splits each layer over; must divide the attention heads."
+    )
+    data_parallel_size: int = Field(
+        1, ge=1, le=64, description="Engines behind the one port, each with GPUs of its own; on a CPU they share it."
+    )
     max_num_seqs: int | None = Field(
         None, ge=1, le=4096, description="Sequences computed at the same time; by default 256 on a GPU and 64 on a CPU."
     )

@@ -13,6 +13,7 @@ class EngineConfig:
     cache_dir: str
     device: str
     dtype: str
+    tensor_parallel_size: int
     max_num_seqs: int | None
     max_num_batched_tokens: int | None
     block_size: int

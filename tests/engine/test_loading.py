@@ -27,6 +27,7 @@ def test_grammars_are_compiled_for_the_loaded_models_own_tokens() -> None:
         kv_memory=None,
         gpu_memory_utilization=0.9,
         cpu_threads=1,
+        tensor_parallel_size=1,
         max_event_interval_ms=16,
         log_level="warning",
         json_lines=False,
