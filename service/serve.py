@@ -29,6 +29,7 @@ from service.api.protocol import HttpLimits
 from service.api.tls import TlsConfig, check_tls
 from service.api.tracing import TracingError, traces_endpoint
 from service.engine.backlog import QueueLimits
+from service.engine.child import EXIT_UNUSABLE
 from service.engine.config import EngineConfig
 from service.listening import ListenError, connections_within, open_admin, open_listener, removed_in_the_end
 from service.logs import configure_logging
@@ -98,7 +99,8 @@ class Supervisor:
     def _start_engine(self) -> None:
         ours, theirs = socket.socketpair()
         config = engine_config(self._settings, device=self._device, json_lines=self._json_lines)
-        self._engine = self._spawn.Process(target=engine.main, args=(config, theirs), name="engine", daemon=True)
+        # No daemon: those may not have children, as its ranks are.
+        self._engine = self._spawn.Process(target=engine.main, args=(config, theirs), name="engine")
         _start(self._engine)
         theirs.close()
         socket.send_fds(self._control, [api.ENGINE], [ours.fileno()])
@@ -146,7 +148,7 @@ class Supervisor:
         if self._stopping and code == 0:  # its channel was closed: at the end of the drain, but for a broken message
             asyncio.get_running_loop().call_later(_DRAINED_SECONDS, self._restart_engine)
             return
-        if code == engine.EXIT_UNUSABLE and self._device is None:
+        if code == EXIT_UNUSABLE and self._device is None:
             self._exit_code = 2
             self._say(api.STOP)
             self._ended.set()

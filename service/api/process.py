@@ -27,8 +27,8 @@ from service.api.text import load_tokenizer
 from service.api.tls import TlsConfig
 from service.api.tracing import Tracing
 from service.engine.backlog import QueueLimits
+from service.engine.child import start_child
 from service.engine.client import EngineClient
-from service.engine.process import start_child
 from service.engine.request import ModelInfo
 
 log = logging.getLogger(__name__)

@@ -184,8 +184,11 @@ def read_state(
     dtype: torch.dtype | None,
     device: torch.device | str = "cpu",
     on_tensor: Callable[[int, int], None] | None = None,
+    part: Callable[[str, Tensor], Tensor] = lambda _, tensor: tensor,
 ) -> dict[str, Tensor]:
     """All weights, copied tensor by tensor out of the mapped files into `dtype`, or their own, on `device`.
+
+    Of each only `part(our name, tensor)` is read from the file, where its format can be mapped.
 
     Matrices are (out, in): token_embedding.weight (vocab_size, hidden), position_embedding.weight (context, hidden),
     layers.{i}.{attention_norm, qkv, attention_output, mlp_norm, up, down}.{weight, bias} with qkv's rows q then k then
@@ -212,8 +215,9 @@ def read_state(
         tensor = tensor.T if transposed and tensor.ndim == 2 else tensor
         if tensor.shape != shape:
             raise CheckpointError(f"{where}: expected shape {shape} (out, in), found {tuple(tensor.shape)}")
+        tensor = part(our_name, tensor)
         # A copy, so that neither the file's mapping nor the cut rows stay alive. Transposed as stored: half the bytes.
-        value = torch.empty(shape, dtype=dtype or tensor.dtype, device=device).copy_(tensor.contiguous())
+        value = torch.empty(tensor.shape, dtype=dtype or tensor.dtype, device=device).copy_(tensor.contiguous())
         if not all(bound.isfinite() for bound in value.aminmax()):
             raise CheckpointError(f"{where}: {_why_not_finite(tensor, value.dtype)}")
         if our_name in state and not torch.equal(state[our_name], value):

@@ -7,10 +7,13 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Never, Self
+from typing import Any, Never, Self
 
 import torch
 from huggingface_hub.utils.tqdm import disable_progress_bars
@@ -21,14 +24,18 @@ from service.checkpoint.download import resolve
 from service.checkpoint.errors import CheckpointError
 from service.checkpoint.hub import read_config, read_state
 from service.checkpoint.tokenizer import read_tokenizer
+from service.engine.child import EXIT_UNUSABLE, start_child
 from service.engine.compiler import Compile
 from service.engine.config import EngineConfig
 from service.engine.grammar import Grammars
+from service.engine.ranks import LeadingRunner, Ranks, end_with_parent, follow, least, meet
 from service.engine.request import ModelInfo
 from service.engine.scheduler import Scheduler
 from service.model.batch import OutOfMemory, Runner
+from service.model.config import ModelConfig
 from service.model.gpt2 import GPT2
 from service.model.memory import KernelError, KVMemoryError, make_runner
+from service.model.parallel import ParallelError, ParallelGPT2, check_split, part_of
 
 log = logging.getLogger(__name__)
 
@@ -92,8 +99,15 @@ class Loaded:
 
 def load(config: EngineConfig, report: Reporter) -> Loaded:
     """Everything before the first request. Raises one of Unusable."""
-    try:
+    with _room_needed():
         return _load(config, report)
+
+
+@contextmanager
+def _room_needed() -> Iterator[None]:
+    """A device without room cannot be used with these settings. Raises KVMemoryError."""
+    try:
+        yield
     except (OutOfMemory, torch.OutOfMemoryError) as error:
         reason = str(error).splitlines()[0]
         raise KVMemoryError(
@@ -104,7 +118,74 @@ def load(config: EngineConfig, report: Reporter) -> Loaded:
 
 def _load(config: EngineConfig, report: Reporter) -> Loaded:
     started = time.monotonic()
-    device = _device(config.device)
+    device = _prepare(config, rank=0)
+    report("download", 0.0)
+    folder = served_folder(config, report)
+    model_config = read_config(folder, vocab_size=len(read_tokenizer(folder).token_bytes))
+    check_split(model_config, config.tensor_parallel_size)
+    ranks: Ranks | None = None
+    with ExitStack() as on_failure:
+        meeting = ""
+        if config.tensor_parallel_size > 1:
+            ranks = Ranks(config.tensor_parallel_size, partial(follow_as_rank, config, folder, model_config))
+            on_failure.callback(ranks.close)
+            meeting = ranks.meeting
+        model, runner = _compute(config, folder, model_config, device, report, rank=0, meeting=meeting)
+        on_failure.pop_all()
+    report("warmup", 1.0)
+    report.close()
+    log.info(
+        "model loaded in %.1f s: %s on %s in %s, %d KV blocks of %d tokens",
+        time.monotonic() - started,
+        config.model,
+        device if ranks is None else f"{ranks.num_ranks} ranks from {device} on",
+        str(model.dtype).removeprefix("torch."),
+        runner.num_blocks,
+        config.block_size,
+    )
+    limits = _limits(config, device)
+    scheduler = Scheduler(
+        num_blocks=runner.num_blocks,
+        block_size=config.block_size,
+        **limits,
+        context_length=model_config.context_length,
+        vocab_size=model_config.vocab_size,
+        end_of_text_id=model_config.end_of_text_id,
+    )
+    info = ModelInfo(
+        folder=str(folder),
+        context_length=model_config.context_length,
+        vocab_size=model_config.vocab_size,
+        end_of_text_id=model_config.end_of_text_id,
+        num_blocks=runner.num_blocks,
+        block_size=config.block_size,
+        max_num_seqs=limits["max_num_seqs"],
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=str(device),
+    )
+    grammars = Grammars(lambda: read_tokenizer(folder), end_of_text_id=model_config.end_of_text_id)
+    return Loaded(info, runner if ranks is None else LeadingRunner(runner, ranks), scheduler, grammars.compile)
+
+
+def follow_as_rank(
+    config: EngineConfig, folder: Path, model_config: ModelConfig, rank: int, meeting: str, connection: Connection
+) -> None:
+    """The process of a rank other than 0: load its part, and compute what rank 0 does until `connection` closes."""
+    start_child(level=config.log_level, json_lines=config.json_lines)
+    end_with_parent()
+    try:
+        device = _prepare(config, rank=rank)
+        with _room_needed():
+            _, runner = _compute(config, folder, model_config, device, lambda *_: None, rank=rank, meeting=meeting)
+    except Unusable as error:
+        log.error("%s", error)
+        sys.exit(EXIT_UNUSABLE)
+    follow(runner, connection)
+
+
+def _prepare(config: EngineConfig, *, rank: int) -> torch.device:
+    """The device of a rank, and torch as its process needs it."""
+    device = _device(config, rank=rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # streams and events are those of the current device
         _keep_kernels(Path(config.cache_dir) / "kernels")
@@ -113,55 +194,56 @@ def _load(config: EngineConfig, report: Reporter) -> Loaded:
         disable_progress_bars()  # of the hub's client
     if config.cpu_threads is not None:
         torch.set_num_threads(config.cpu_threads)
-    report("download", 0.0)
-    folder = served_folder(config, report)
-    model = _read(folder, config, device, report)
-    report("warmup", 0.0)
+    return device
+
+
+def _limits(config: EngineConfig, device: torch.device) -> dict[str, int]:
     max_num_seqs = config.max_num_seqs or _MAX_NUM_SEQS[device.type]
     max_num_batched_tokens = config.max_num_batched_tokens or _MAX_NUM_BATCHED_TOKENS[device.type]
-    max_num_batched_tokens = max(max_num_batched_tokens, max_num_seqs)
+    return {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": max(max_num_batched_tokens, max_num_seqs)}
+
+
+def _compute(
+    config: EngineConfig,
+    folder: Path,
+    model_config: ModelConfig,
+    device: torch.device,
+    report: Report,
+    *,
+    rank: int,
+    meeting: str,
+) -> tuple[GPT2, Runner]:
+    """What computes a rank's part of the model, or all of it where there is one rank; `meeting` is for engine.ranks."""
+    num_ranks = config.tensor_parallel_size
+    name = config.dtype
+    if name == "auto":
+        name = model_config.dtype if device.type == "cuda" else "float32"
+    report("load", 0.0)
+    reading: dict[str, Any] = {
+        "dtype": getattr(torch, name),
+        "device": device,
+        "on_tensor": lambda done, total: report("load", done / total),
+    }
+    agree: Callable[[int], int] | None = None
+    if num_ranks == 1:
+        model = GPT2(model_config, read_state(folder, model_config, **reading))
+    else:
+        part = partial(part_of, config=model_config, rank=rank, num_ranks=num_ranks)
+        state = read_state(folder, model_config, **reading, part=part)
+        group = meet(meeting, rank=rank, num_ranks=num_ranks, device=device)
+        model = ParallelGPT2(model_config, state, group)
+        agree = partial(least, group=group, device=device)
+    report("warmup", 0.0)
     runner = make_runner(
         model,
         block_size=config.block_size,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
+        **_limits(config, device),
         kv_memory=config.kv_memory,
         utilization=config.gpu_memory_utilization,
         on_progress=lambda share: report("warmup", share),
+        agree=agree,
     )
-    report("warmup", 1.0)
-    report.close()
-    log.info(
-        "model loaded in %.1f s: %s on %s in %s, %d KV blocks of %d tokens",
-        time.monotonic() - started,
-        config.model,
-        device,
-        str(model.dtype).removeprefix("torch."),
-        runner.num_blocks,
-        config.block_size,
-    )
-    scheduler = Scheduler(
-        num_blocks=runner.num_blocks,
-        block_size=config.block_size,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
-        context_length=model.config.context_length,
-        vocab_size=model.config.vocab_size,
-        end_of_text_id=model.config.end_of_text_id,
-    )
-    info = ModelInfo(
-        folder=str(folder),
-        context_length=model.config.context_length,
-        vocab_size=model.config.vocab_size,
-        end_of_text_id=model.config.end_of_text_id,
-        num_blocks=runner.num_blocks,
-        block_size=config.block_size,
-        max_num_seqs=max_num_seqs,
-        dtype=str(model.dtype).removeprefix("torch."),
-        device=str(device),
-    )
-    grammars = Grammars(lambda: read_tokenizer(folder), end_of_text_id=model.config.end_of_text_id)
-    return Loaded(info, runner, scheduler, grammars.compile)
+    return model, runner
 
 
 def _keep_kernels(folder: Path) -> None:
@@ -187,31 +269,20 @@ def served_folder(config: EngineConfig, report: Report) -> Path:
     return converted(folder, cache_dir=Path(config.cache_dir), on_progress=lambda share: report("convert", share))
 
 
-def _device(name: str) -> torch.device:
+def _device(config: EngineConfig, *, rank: int) -> torch.device:
+    name, num_ranks = config.device, config.tensor_parallel_size
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if device.type == "cpu":
+        return device
+    if not torch.cuda.is_available():
         raise DeviceError(f"device: {name} was asked for, and this torch ({torch.__version__}) sees no GPU")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise DeviceError(f"device: {name} was asked for, and there are {torch.cuda.device_count()} GPUs")
-    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+    first = device.index or 0
+    if first + num_ranks > torch.cuda.device_count():
+        wanted = name if num_ranks == 1 else f"{name} with a tensor_parallel_size of {num_ranks}"
+        raise DeviceError(f"device: {wanted} was asked for, and there are {torch.cuda.device_count()} GPUs")
+    return torch.device("cuda", first + rank)
 
 
-def _read(folder: Path, config: EngineConfig, device: torch.device, report: Report) -> GPT2:
-    report("load", 0.0)
-    model_config = read_config(folder, vocab_size=len(read_tokenizer(folder).token_bytes))
-    name = config.dtype
-    if name == "auto":
-        name = model_config.dtype if device.type == "cuda" else "float32"
-    state = read_state(
-        folder,
-        model_config,
-        dtype=getattr(torch, name),
-        device=device,
-        on_tensor=lambda done, total: report("load", done / total),
-    )
-    return GPT2(model_config, state)
-
-
-Unusable = (CheckpointError, DeviceError, KernelError, KVMemoryError)  # what another try would not mend
+Unusable = (CheckpointError, DeviceError, KernelError, KVMemoryError, ParallelError)  # what another try would not mend

@@ -7,24 +7,19 @@ from __future__ import annotations
 
 import gc
 import logging
-import multiprocessing
-import multiprocessing.connection
-import os
-import signal
 import socket
 import sys
-import threading
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from service.engine.channel import Channel, ChannelClosed
+from service.engine.child import EXIT_UNUSABLE, start_child
 from service.engine.compiler import Compile, GrammarCompiler
 from service.engine.config import EngineConfig
 from service.engine.core import Core
 from service.engine.request import Abort, Delta, EngineStats, Publish, Ready, Status, Submit, ToEngine
 from service.engine.scheduler import Scheduler
-from service.logs import configure_logging
 from service.model.batch import DeviceLost, Runner
 
 if TYPE_CHECKING:
@@ -32,25 +27,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-EXIT_UNUSABLE = 3  # the model, the device or a setting cannot be used: another try would not mend it
 _STATS_SECONDS = 0.25  # while work is open, the API hears from the engine at least this often, or once a step
 _PUBLISH_SECONDS_A_STREAM = 60e-6  # an event costs the API about half as much, on a slow host
 _PUBLISH_AT_ONCE = 4  # streams, up to which every token goes out as it comes
-
-
-def start_child(*, level: str, json_lines: bool) -> None:
-    """What every child process does first: leave signals to the parent, end with it, and log."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
-    configure_logging(level=level, json_lines=json_lines)
-
-
-def _end_with(sentinel: int) -> None:
-    multiprocessing.connection.wait([sentinel])
-    os._exit(1)
 
 
 class Publisher:

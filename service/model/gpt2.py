@@ -72,6 +72,7 @@ class GPT2:
         self.dtype = state["token_embedding.weight"].dtype
         self.device = state["token_embedding.weight"].device
         self.activation = ACTIVATIONS[config.activation]
+        self.attention_width = len(state["layers.0.qkv.bias"]) // 3  # heads here times their size
         self.token_embedding = state["token_embedding.weight"]  # [V, H]
         self.position_embedding = state["position_embedding.weight"]  # [context, H]
         head = state.get("head.weight", self.token_embedding)
@@ -111,7 +112,7 @@ class GPT2:
             num_layers=self.config.num_layers,
             num_blocks=num_blocks,
             block_size=block_size,
-            num_heads=self.config.num_heads,
+            num_heads=self.attention_width // self.config.head_size,
             head_size=self.config.head_size,
             dtype=self.dtype,
             device=self.device,
@@ -132,11 +133,11 @@ class GPT2:
         """The residual stream after the last layer, [T, H] in fp32, of T tokens; fills their slots of the cache."""
         config = self.config
         num_tokens = len(token_ids)
-        x = F.embedding(token_ids, self.token_embedding).float()  # [T, H]
+        x = self.embed(token_ids)
         x = x + F.embedding(positions, self.position_embedding).float()
         for number, layer in enumerate(self.layers):
-            qkv = layer.qkv(layer.attention_norm(x))  # [T, 3 H]
-            q, k, v = qkv.view(num_tokens, 3, config.num_heads, config.head_size).unbind(1)  # [T, heads, head]
+            qkv = layer.qkv(layer.attention_norm(x))  # [T, 3 attention_width]
+            q, k, v = qkv.view(num_tokens, 3, -1, config.head_size).unbind(1)  # [T, heads, head]
             mixed = attention(
                 q,
                 k,
@@ -145,9 +146,13 @@ class GPT2:
                 scale=self.attention_scale(number),
                 upcast=config.upcast_attention,
             )
-            x = x + layer.attention_output(mixed.reshape(num_tokens, config.hidden_size)).float()
+            x = x + layer.attention_output(mixed.flatten(1)).float()
             x = x + layer.down(self.activation(layer.up(layer.mlp_norm(x)))).float()
         return x
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """[T, H] in fp32 of token ids [T]."""
+        return F.embedding(token_ids, self.token_embedding).float()
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[R, V] in fp32 for rows [R, H] of the residual stream."""

@@ -6,6 +6,7 @@ import logging
 import shutil
 import sysconfig
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -39,11 +40,13 @@ def make_runner(
     kv_memory: int | None,
     utilization: float,
     on_progress: Callable[[float], None] = lambda _: None,
+    agree: Callable[[int], int] | None = None,
 ) -> Runner:
     """The runner for the model's device, ready to step.
 
     `kv_memory` are the bytes of its cache; None takes what the GPU has left when `utilization` of it may be used in
-    all. `on_progress` hears numbers from 0 to 1. Raises KVMemoryError, KernelError, OutOfMemory.
+    all. `on_progress` hears numbers from 0 to 1. `agree` is told what this GPU has left for the cache, and says how
+    much of it is taken. Raises KVMemoryError, KernelError, OutOfMemory.
     """
     limits = {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens}
     if model.device.type == "cpu":
@@ -52,11 +55,12 @@ def make_runner(
         )
         warm_up(runner, max_num_seqs=1, max_num_batched_tokens=16)  # only first calls are slow; memory is no concern
         return runner
-    if lack := what_kernels_lack(model.device):
+    if lack := what_kernels_lack(model):
         log.warning("the GPU is used through plain operators, many times slower: the kernels lack %s", lack)
         if kv_memory is None:
             probe = TorchRunner(model, num_blocks=1, block_size=block_size)
-            kv_memory = _memory_left(model.device, lambda: warm_up(probe, **limits), utilization=utilization)
+            run = partial(warm_up, probe, **limits)
+            kv_memory = _memory_left(model.device, run, utilization=utilization, agree=agree)
             probe.close()
         torch_runner = TorchRunner(model, num_blocks=count_blocks(model, block_size, kv_memory), block_size=block_size)
         warm_up(torch_runner, **limits)
@@ -72,7 +76,9 @@ def make_runner(
 
     try:
         if kv_memory is None:
-            kv_memory = _memory_left(model.device, run_largest, utilization=utilization, beside=_GRAPH_MEMORY)
+            kv_memory = _memory_left(
+                model.device, run_largest, utilization=utilization, agree=agree, beside=_GRAPH_MEMORY
+            )
         num_blocks = count_blocks(model, block_size, kv_memory, spare=1)  # it takes what fills steps up
         graphs = GraphRunner(model, num_blocks=num_blocks, block_size=block_size, **limits)
         graphs.capture(on_progress)
@@ -84,9 +90,11 @@ def make_runner(
     return graphs
 
 
-def what_kernels_lack(device: torch.device) -> str | None:
+def what_kernels_lack(model: GPT2) -> str | None:
     """What the Triton kernels need and do not have here."""
-    if torch.cuda.get_device_capability(device) < (8, 0):
+    if model.attention_width < model.config.hidden_size:
+        return "a model that is not split over GPUs"
+    if torch.cuda.get_device_capability(model.device) < (8, 0):
         return "a GPU of the Ampere generation or later"
     if importlib.util.find_spec("triton") is None:
         return "the package triton"
@@ -101,7 +109,7 @@ def what_kernels_lack(device: torch.device) -> str | None:
 def block_bytes(model: GPT2, block_size: int) -> int:
     """Bytes of one KV block over all layers."""
     config = model.config
-    return 2 * config.num_layers * block_size * config.hidden_size * model.dtype.itemsize
+    return 2 * config.num_layers * block_size * model.attention_width * model.dtype.itemsize
 
 
 def count_blocks(model: GPT2, block_size: int, kv_memory: int, *, spare: int = 0) -> int:
@@ -109,7 +117,7 @@ def count_blocks(model: GPT2, block_size: int, kv_memory: int, *, spare: int = 0
 
     No more than the kernels can reach. Raises KVMemoryError if that is less than one full context.
     """
-    most = _MOST_NUMBERS // (block_size * model.config.hidden_size)
+    most = _MOST_NUMBERS // (block_size * model.attention_width)
     num_blocks = min(kv_memory // block_bytes(model, block_size), most)
     needed = -(-model.config.context_length // block_size) + spare
     if num_blocks < needed:
@@ -120,7 +128,14 @@ def count_blocks(model: GPT2, block_size: int, kv_memory: int, *, spare: int = 0
     return num_blocks - spare
 
 
-def _memory_left(device: torch.device, run_largest: Callable[[], None], *, utilization: float, beside: int = 0) -> int:
+def _memory_left(
+    device: torch.device,
+    run_largest: Callable[[], None],
+    *,
+    utilization: float,
+    agree: Callable[[int], int] | None,
+    beside: int = 0,
+) -> int:
     """Bytes left when `utilization` of the GPU may be used in all: others hold some, the run and `beside` need some."""
     free, total = torch.cuda.mem_get_info(device)
     others = total - free - torch.cuda.memory_reserved(device)
@@ -129,4 +144,5 @@ def _memory_left(device: torch.device, run_largest: Callable[[], None], *, utili
     peak = torch.cuda.max_memory_reserved(device)
     gc.collect()
     torch.cuda.empty_cache()
-    return max(0, int(total * utilization) - others - peak - beside)
+    left = max(0, int(total * utilization) - others - peak - beside)
+    return left if agree is None else agree(left)

@@ -114,8 +114,16 @@ class Server:
         assert len(spawned) == 2, spawned
         return spawned[1]
 
-    def _spawned(self) -> list[psutil.Process]:
-        return [child for child in self.children if any("spawn_main" in word for word in child.cmdline())]
+    @property
+    def ranks(self) -> list[psutil.Process]:
+        """The engine's other ranks."""
+        return self._spawned(self.engine.pid)
+
+    def _spawned(self, parent: int | None = None) -> list[psutil.Process]:
+        """Children of the supervisor, or of another process, that Python has spawned."""
+        parent = self.process.pid if parent is None else parent
+        children = [child for child in self.children if child.ppid() == parent]
+        return [child for child in children if any("spawn_main" in word for word in child.cmdline())]
 
     def open_connection(self, *, receive_bytes: int | None = None) -> socket.socket:
         """A connection to its port, for a client that does what none should; it may have little room for answers."""

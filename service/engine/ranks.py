@@ -1,0 +1,151 @@
+"""An engine's other ranks: processes that compute the same batches, each with its part of the model.
+
+The engine process is rank 0. It starts the others, tells them each batch, and ends when one of them ends; they end with
+it. None of them schedules: a Batch is complete, and every rank samples the same tokens. Called by loading.py.
+"""
+
+import ctypes
+import logging
+import multiprocessing
+import multiprocessing.connection
+import os
+import pickle
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+
+import torch
+import torch.distributed as dist
+
+from service.engine.child import EXIT_UNUSABLE
+from service.model.batch import Batch, DeviceLost, Runner, StepOutput
+
+log = logging.getLogger(__name__)
+
+_PR_SET_PDEATHSIG = 1  # of prctl(2)
+
+
+class Ranks:
+    """The ranks 1 to N - 1 of an engine. Whatever ends one of them ends this process."""
+
+    def __init__(self, num_ranks: int, target: Callable[[int, str, Connection], None]) -> None:
+        """Start them: each is `target` with its rank, the file by which ranks meet, and a connection to `follow`."""
+        self.num_ranks = num_ranks
+        self._closing = threading.Event()
+        self._meeting = tempfile.TemporaryDirectory(prefix="megatron-gpt2-ranks-")
+        self.meeting = os.path.join(self._meeting.name, "store")
+        spawn = multiprocessing.get_context("spawn")
+        self._connections: list[Connection] = []
+        self._processes: list[SpawnProcess] = []
+        for rank in range(1, num_ranks):
+            theirs, ours = spawn.Pipe(duplex=False)
+            process = spawn.Process(
+                target=target, args=(rank, self.meeting, theirs), name=f"tensor-parallel rank {rank}", daemon=True
+            )
+            process.start()
+            theirs.close()
+            self._connections.append(ours)
+            self._processes.append(process)
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def tell(self, batch: Batch) -> None:
+        """Have all of them launch it. Raises OSError."""
+        data = pickle.dumps(batch, pickle.HIGHEST_PROTOCOL)
+        for connection in self._connections:
+            connection.send_bytes(data)
+
+    def close(self) -> None:
+        """End them: they have nothing to lose."""
+        self._closing.set()
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join()
+        for connection in self._connections:
+            connection.close()
+        self._meeting.cleanup()
+
+    def _watch(self) -> None:
+        ended = multiprocessing.connection.wait([process.sentinel for process in self._processes])
+        if self._closing.is_set():
+            return
+        process = next(process for process in self._processes if process.sentinel in ended)
+        process.join()
+        log.critical("%s ended (exit code %s), and the engine with it", process.name, process.exitcode)
+        self._meeting.cleanup()
+        os._exit(EXIT_UNUSABLE if process.exitcode == EXIT_UNUSABLE else 1)
+
+
+class LeadingRunner:
+    """Rank 0's runner, which has the others launch what it launches."""
+
+    def __init__(self, runner: Runner, ranks: Ranks) -> None:
+        self.num_blocks = runner.num_blocks
+        self.depth = runner.depth
+        self._runner = runner
+        self._ranks = ranks
+
+    def launch(self, batch: Batch) -> None:
+        """Raises DeviceLost, whatever went wrong: the ranks are not in one step any more."""
+        try:
+            self._ranks.tell(batch)
+            self._runner.launch(batch)
+        except Exception as error:
+            raise DeviceLost(f"the ranks are out of step: {error}") from error
+
+    def collect(self) -> StepOutput:
+        """Raises DeviceLost, as `launch` does."""
+        try:
+            return self._runner.collect()
+        except Exception as error:
+            raise DeviceLost(f"the ranks are out of step: {error}") from error
+
+    def close(self) -> None:
+        self._ranks.close()
+        self._runner.close()
+
+
+def follow(runner: Runner, connection: Connection) -> None:
+    """Launch whatever rank 0 launches, until it closes its end."""
+    num_launched = 0
+    while True:
+        try:
+            data = connection.recv_bytes()
+        except EOFError:
+            return
+        runner.launch(pickle.loads(data))  # noqa: S301 - from the process that started this one
+        num_launched += 1
+        if num_launched > runner.depth:
+            runner.collect()
+
+
+def end_with_parent() -> None:
+    """Have the kernel kill this process when its parent is gone, also while it is stopped; on Linux."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def meet(meeting: str, *, rank: int, num_ranks: int, device: torch.device) -> dist.ProcessGroup:
+    """The group of an engine's ranks, when all of them are there; `meeting` is a file that only they know."""
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # they are on one host, whose name may not resolve
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        init_method=f"file://{meeting}",
+        rank=rank,
+        world_size=num_ranks,
+        device_id=device if device.type == "cuda" else None,
+    )
+    group = dist.group.WORLD
+    assert group is not None
+    return group
+
+
+def least(number: int, group: dist.ProcessGroup, device: torch.device) -> int:
+    """The least of the ranks' numbers."""
+    tensor = torch.tensor(number, dtype=torch.int64, device=device)
+    dist.all_reduce(tensor, dist.ReduceOp.MIN, group=group)
+    return int(tensor)

@@ -1,0 +1,100 @@
+"""Intra-layer model parallelism: one model over several ranks, each a process with a device.
+
+As Megatron-LM does it (Shoeybi et al., arXiv 1909.08053, section 3): the first matrix of a block is split by columns
+and the second by rows, so that a block ends in one sum over the ranks; attention by heads; the vocabulary by rows.
+Each rank gathers all logits, in order of rank, and so samples the same tokens. Called by engine/loading.py.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from service.model.config import ModelConfig
+from service.model.gpt2 import GPT2, Linear
+
+_COLUMNS = frozenset({"qkv", "up"})  # split where a matrix gives: each rank computes some of the outputs
+_ROWS = frozenset({"attention_output", "down"})  # split where it takes: each computes a part of every output's sum
+_VOCABULARY = frozenset({"token_embedding", "head"})
+_MULTIPLE = 128  # of rows that a rank's part of the vocabulary has, as Megatron pads it
+
+
+class ParallelError(ValueError):
+    """The model does not split over so many ranks."""
+
+
+def check_split(config: ModelConfig, num_ranks: int) -> None:
+    """Raises ParallelError."""
+    for what, number in (("attention heads", config.num_heads), ("MLP units", config.intermediate_size)):
+        if number % num_ranks:
+            raise ParallelError(f"tensor_parallel_size: {number} {what} do not split over {num_ranks} ranks")
+
+
+def part_of(name: str, tensor: Tensor, config: ModelConfig, *, rank: int, num_ranks: int) -> Tensor:
+    """What `rank` has of the canonical tensor `name` (checkpoint/hub.py); a view, but for the end of the vocabulary.
+
+    Of qkv it has the queries, keys and values of its heads. What is not split (norms, the biases of what is split by
+    rows, positions) each rank has whole. The vocabulary is padded to a multiple of 128 rows a rank, with zeros.
+    """
+    stem, kind = name.split(".")[-2:]
+    if stem == "qkv":
+        return tensor.view(3, num_ranks, -1, *tensor.shape[1:])[:, rank].flatten(0, 1)
+    if stem in _VOCABULARY:
+        num_rows = rows_of(config, num_ranks)
+        rows = tensor[rank * num_rows : (rank + 1) * num_rows]
+        return F.pad(rows, (0, 0, 0, num_rows - len(rows)))
+    if stem in _COLUMNS or (stem in _ROWS and kind == "weight"):
+        return tensor.chunk(num_ranks, 0 if stem in _COLUMNS else 1)[rank]
+    return tensor
+
+
+def rows_of(config: ModelConfig, num_ranks: int) -> int:
+    """Rows of the vocabulary that each rank has."""
+    return -(-config.vocab_size // (num_ranks * _MULTIPLE)) * _MULTIPLE
+
+
+@dataclass(frozen=True, slots=True)
+class Summed(Linear):
+    """A Linear split by rows: each rank's product is a part of the sum, in fp32."""
+
+    group: dist.ProcessGroup
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight).float()
+        dist.all_reduce(y, group=self.group)
+        return y + self.bias.float()
+
+
+class ParallelGPT2(GPT2):
+    """One rank's part of a model: takes the same batches and gives the same logits as the others."""
+
+    def __init__(self, config: ModelConfig, state: Mapping[str, Tensor], group: dist.ProcessGroup) -> None:
+        """`state` has this rank's parts; all ranks of `group` make one, and call each method at the same time."""
+        super().__init__(config, state)
+        self._group = group
+        self._first = group.rank() * len(self.token_embedding)  # of its token ids
+        self.layers = [
+            replace(
+                layer,
+                attention_output=Summed(layer.attention_output.weight, layer.attention_output.bias, group),
+                down=Summed(layer.down.weight, layer.down.bias, group),
+            )
+            for layer in self.layers
+        ]
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """[T, H] in fp32 of token ids [T]: the sum of what the ranks have, of which one has the row."""
+        rows = token_ids - self._first
+        elsewhere = (rows < 0) | (rows >= len(self.token_embedding))
+        x = super().embed(rows.masked_fill(elsewhere, 0)).masked_fill(elsewhere[:, None], 0)
+        dist.all_reduce(x, group=self._group)
+        return x
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[R, V] in fp32 for rows [R, H] of the residual stream, the same on every rank."""
+        part = super().logits(hidden)
+        whole = part.new_empty(self._group.size(), *part.shape)
+        dist.all_gather(list(whole), part, group=self._group)
+        return whole.transpose(0, 1).flatten(1)[:, : self.config.vocab_size]
