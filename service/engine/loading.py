@@ -28,7 +28,7 @@ from service.engine.child import EXIT_UNUSABLE, start_child
 from service.engine.compiler import Compile
 from service.engine.config import EngineConfig
 from service.engine.grammar import Grammars
-from service.engine.ranks import LeadingRunner, Ranks, end_with_parent, follow, least, meet
+from service.engine.ranks import LeadingRunner, Ranks, end_with_parent, follow, meet
 from service.engine.request import ModelInfo
 from service.engine.scheduler import Scheduler
 from service.model.batch import OutOfMemory, Runner
@@ -232,7 +232,7 @@ def _compute(
         state = read_state(folder, model_config, **reading, part=part)
         group = meet(meeting, rank=rank, num_ranks=num_ranks, device=device)
         model = ParallelGPT2(model_config, state, group)
-        agree = partial(least, group=group, device=device)
+        agree = partial(group.least, device=device)
     report("warmup", 0.0)
     runner = make_runner(
         model,

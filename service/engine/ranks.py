@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from service.engine.child import EXIT_UNUSABLE
 from service.model.batch import Batch, DeviceLost, Runner, StepOutput
+from service.model.parallel import Group
 
 log = logging.getLogger(__name__)
 
@@ -105,8 +106,9 @@ class LeadingRunner:
             raise DeviceLost(f"the ranks are out of step: {error}") from error
 
     def close(self) -> None:
-        self._ranks.close()
         self._runner.close()
+        dist.destroy_process_group()  # whose threads would otherwise end this process by SIGABRT
+        self._ranks.close()
 
 
 def follow(runner: Runner, connection: Connection) -> None:
@@ -129,7 +131,7 @@ def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def meet(meeting: str, *, rank: int, num_ranks: int, device: torch.device) -> dist.ProcessGroup:
+def meet(meeting: str, *, rank: int, num_ranks: int, device: torch.device) -> Group:
     """The group of an engine's ranks, when all of them are there; `meeting` is a file that only they know."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # they are on one host, whose name may not resolve
     dist.init_process_group(
@@ -141,11 +143,4 @@ def meet(meeting: str, *, rank: int, num_ranks: int, device: torch.device) -> di
     )
     group = dist.group.WORLD
     assert group is not None
-    return group
-
-
-def least(number: int, group: dist.ProcessGroup, device: torch.device) -> int:
-    """The least of the ranks' numbers."""
-    tensor = torch.tensor(number, dtype=torch.int64, device=device)
-    dist.all_reduce(tensor, dist.ReduceOp.MIN, group=group)
-    return int(tensor)
+    return Group(group)

@@ -12,6 +12,7 @@ from service.model.kernels import attention, norms
 from service.model.kernels.plan import Library, Plan, power_of_two, whole_tile
 from service.model.kernels.products import ACTIVATE, MERGE, NORM, PARTIAL, RESIDUAL, SCATTER
 from service.model.matrix import Matrix
+from service.model.parallel import ParallelGPT2
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,7 @@ class FusedGPT2:
         self._pdl = pdl
         self._width = power_of_two(config.hidden_size)
         self._dim = whole_tile(config.head_size)
+        self._group = model.group if isinstance(model, ParallelGPT2) else None
 
         def matrix(linear: Linear, norm: LayerNorm | None = None) -> Matrix:
             return Matrix(linear.weight, linear.bias, activation=config.activation, norm=norm)
@@ -61,21 +63,21 @@ class FusedGPT2:
             )
             for layer in model.layers
         ]
-        hidden = config.hidden_size
+        hidden, attention = config.hidden_size, model.attention_width
         served: dict[str, Any] = {"dtype": model.dtype, "device": model.device}
         single: dict[str, Any] = {"dtype": torch.float32, "device": model.device}
         self.x = torch.zeros(max_tokens, hidden, **single)
         self.resolved = torch.zeros(max_tokens, dtype=torch.int32, device=model.device)  # token ids of the step
         self.normed = torch.zeros(max_tokens, hidden, **served)
-        self._q = torch.zeros(max_tokens, hidden, **served)
-        self._qkv = torch.zeros(max_tokens, 3 * hidden, **served)
-        self._mixed = torch.zeros(max_tokens, hidden, **served)
-        self._inner = torch.zeros(max_tokens, config.intermediate_size, **served)
+        self._q = torch.zeros(max_tokens, attention, **served)
+        self._qkv = torch.zeros(max_tokens, 3 * attention, **served)
+        self._mixed = torch.zeros(max_tokens, attention, **served)
+        self._inner = torch.zeros(max_tokens, len(model.layers[0].up.weight), **served)
         # Of split contexts and split products; a step that splits is a small one.
         self._most_parts = max(max_tokens, _MOST_PARTS)
         self._parts = torch.zeros(self._most_parts * hidden, **single)
         self._stats = torch.zeros(_MOST_PARTS * 2 * hidden, **single)
-        self._arrived = torch.zeros(max_tokens, config.num_heads, dtype=torch.int32, device=model.device)
+        self._arrived = torch.zeros(max_tokens, attention // config.head_size, dtype=torch.int32, device=model.device)
 
     def body(self, step: StepTensors, sampled: Tensor, plan: Plan) -> None:
         """The layers, from `step` to `x` [T, H]; fills the cache. `sampled` [R] has the samples of the step before."""
@@ -90,14 +92,18 @@ class FusedGPT2:
             step.positions,
             model.token_embedding,
             model.position_embedding,
+            model.first_id,
             step.turn,
             self.resolved,
             self.x,
+            ROWS=len(model.token_embedding),
+            PLACED=model.first_id == 0,  # by one of several ranks
             H=config.hidden_size,
             WIDTH=self._width,
             TURNS=step.num_turns,
             PDL=chain["PDL"],  # but launched when what wrote `step` is done: kernels to come read it early
         )
+        self._sum(self.x[:num_tokens])
         if not plan.fused:
             self._add_and_norm(num_tokens, 0, None, model.layers[0].attention_norm, chain)
         for number in range(config.num_layers):
@@ -107,6 +113,11 @@ class FusedGPT2:
                 self._fused_layer(number, layer, scale, step, plan)
             else:
                 self._split_layer(number, layer, scale, step, plan)
+
+    def _sum(self, tensor: Tensor) -> None:
+        """Over the ranks, if there are several."""
+        if self._group is not None:
+            self._group.sum(tensor)
 
     def _chain(self, plan: Plan) -> dict[str, bool]:
         pdl = self._pdl and plan.pdl
@@ -141,8 +152,8 @@ class FusedGPT2:
                     cache.keys,
                     cache.values,
                     step.slots,
-                    H=self._model.config.hidden_size,
-                    WIDTH=self._width,
+                    H=self._model.attention_width,
+                    WIDTH=power_of_two(self._model.attention_width),
                     **chain,
                 )
         else:
@@ -158,6 +169,8 @@ class FusedGPT2:
     def _add_and_norm(
         self, num_tokens: int, splits: int, bias: Tensor | None, norm: LayerNorm, chain: dict[str, bool]
     ) -> None:
+        if splits:
+            self._sum(self._parts[: splits * num_tokens * self._model.config.hidden_size])
         norms.add_and_norm[(num_tokens,)](
             self.x,
             self._parts,
@@ -174,9 +187,10 @@ class FusedGPT2:
         )
 
     def _attend(self, cache: LayerCache, scale: float, step: StepTensors, plan: Plan) -> None:
-        config = self._model.config
+        config, width = self._model.config, self._model.attention_width
+        num_heads = width // config.head_size
         shape = {
-            "H": config.hidden_size,
+            "H": width,
             "HEAD": config.head_size,
             "DIM": self._dim,
             "TABLE": step.tables.shape[1],
@@ -186,7 +200,7 @@ class FusedGPT2:
         if step.query_starts is not None:
             assert plan.decode.merged, "prompts have no splits to merge"
             prefill = plan.prefill
-            attention.prefill_attention[(min(_PREFILL_PROGRAMS, len(step.token_ids) * config.num_heads),)](
+            attention.prefill_attention[(min(_PREFILL_PROGRAMS, len(step.token_ids) * num_heads),)](
                 self._q,
                 cache.keys,
                 cache.values,
@@ -207,7 +221,7 @@ class FusedGPT2:
         splits = plan.decode.splits
         num_rows = min(len(step.token_ids), len(step.lengths))
         whole = isinstance(plan.qkv, Library) and step.query_starts is None
-        attention.decode_attention[(config.num_heads, num_rows, splits)](
+        attention.decode_attention[(num_heads, num_rows, splits)](
             self._qkv if whole else self._q,
             cache.keys,
             cache.values,
@@ -220,7 +234,7 @@ class FusedGPT2:
             self._arrived,
             scale,
             **shape,
-            STRIDE=(3 if whole else 1) * config.hidden_size,
+            STRIDE=(3 if whole else 1) * width,
             BLOCK=plan.decode.block,
             SPLITS=splits,
             MERGED=plan.decode.merged,

@@ -73,6 +73,7 @@ class GPT2:
         self.device = state["token_embedding.weight"].device
         self.activation = ACTIVATIONS[config.activation]
         self.attention_width = len(state["layers.0.qkv.bias"]) // 3  # heads here times their size
+        self.first_id = 0  # of the rows of `token_embedding`
         self.token_embedding = state["token_embedding.weight"]  # [V, H]
         self.position_embedding = state["position_embedding.weight"]  # [context, H]
         head = state.get("head.weight", self.token_embedding)

@@ -24,6 +24,7 @@ from service.model.inputs import NUM_TURNS, AskedInputs, Shape, StepInputs
 from service.model.kernels.plan import Plan, Product
 from service.model.kernels.plans import head_for, plan_for
 from service.model.logprobs import logprob_words, unpack_logprobs
+from service.model.parallel import ParallelGPT2
 from service.model.runner import to_host, translate
 from service.model.tail import Tail
 
@@ -82,6 +83,7 @@ class GraphRunner:
         self.num_blocks = num_blocks
         self.depth = 1
         self.model = model
+        self._split = isinstance(model, ParallelGPT2)
         self._device = device
         self._block_size = block_size
         self._shared_memory = 2**20
@@ -219,12 +221,13 @@ class GraphRunner:
             num_tokens,
             dtype=self.model.dtype,
             decodes_only=decodes_only,
+            split=self._split,
             head_size=self.model.config.head_size,
             shared_memory=self._shared_memory,
         )
 
     def _head(self, num_rows: int) -> Product:
-        return head_for(num_rows, dtype=self.model.dtype, shared_memory=self._shared_memory)
+        return head_for(num_rows, dtype=self.model.dtype, split=self._split, shared_memory=self._shared_memory)
 
     def _body(self, shape: Shape) -> None:
         plan = self._plan(shape.num_tokens, decodes_only=not shape.tile)

@@ -55,7 +55,7 @@ def make_runner(
         )
         warm_up(runner, max_num_seqs=1, max_num_batched_tokens=16)  # only first calls are slow; memory is no concern
         return runner
-    if lack := what_kernels_lack(model):
+    if lack := what_kernels_lack(model.device):
         log.warning("the GPU is used through plain operators, many times slower: the kernels lack %s", lack)
         if kv_memory is None:
             probe = TorchRunner(model, num_blocks=1, block_size=block_size)
@@ -90,11 +90,9 @@ def make_runner(
     return graphs
 
 
-def what_kernels_lack(model: GPT2) -> str | None:
+def what_kernels_lack(device: torch.device) -> str | None:
     """What the Triton kernels need and do not have here."""
-    if model.attention_width < model.config.hidden_size:
-        return "a model that is not split over GPUs"
-    if torch.cuda.get_device_capability(model.device) < (8, 0):
+    if torch.cuda.get_device_capability(device) < (8, 0):
         return "a GPU of the Ampere generation or later"
     if importlib.util.find_spec("triton") is None:
         return "the package triton"

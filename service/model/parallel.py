@@ -8,6 +8,7 @@ Each rank gathers all logits, in order of rank, and so samples the same tokens. 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
@@ -55,26 +56,51 @@ def rows_of(config: ModelConfig, num_ranks: int) -> int:
     return -(-config.vocab_size // (num_ranks * _MULTIPLE)) * _MULTIPLE
 
 
+class Group:
+    """A model's ranks. All of them call each method at the same time; but for `least`, a CUDA graph may capture it."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = group
+        self.rank = group.rank()
+        self.num_ranks = group.size()
+
+    def sum(self, tensor: Tensor) -> None:
+        """Make it the sum of all ranks' tensors."""
+        dist.all_reduce(tensor, group=self._group)
+
+    def gather(self, part: Tensor) -> Tensor:
+        """[ranks, ...] of each rank's part."""
+        whole = part.new_empty(self.num_ranks, *part.shape)
+        dist.all_gather(list(whole), part, group=self._group)
+        return whole
+
+    def least(self, number: int, device: torch.device) -> int:
+        """The least of the ranks' numbers."""
+        tensor = torch.tensor(number, dtype=torch.int64, device=device)
+        dist.all_reduce(tensor, dist.ReduceOp.MIN, group=self._group)
+        return int(tensor)
+
+
 @dataclass(frozen=True, slots=True)
 class Summed(Linear):
     """A Linear split by rows: each rank's product is a part of the sum, in fp32."""
 
-    group: dist.ProcessGroup
+    group: Group
 
     def __call__(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight).float()
-        dist.all_reduce(y, group=self.group)
+        self.group.sum(y)
         return y + self.bias.float()
 
 
 class ParallelGPT2(GPT2):
     """One rank's part of a model: takes the same batches and gives the same logits as the others."""
 
-    def __init__(self, config: ModelConfig, state: Mapping[str, Tensor], group: dist.ProcessGroup) -> None:
-        """`state` has this rank's parts; all ranks of `group` make one, and call each method at the same time."""
+    def __init__(self, config: ModelConfig, state: Mapping[str, Tensor], group: Group) -> None:
+        """`state` has this rank's parts."""
         super().__init__(config, state)
-        self._group = group
-        self._first = group.rank() * len(self.token_embedding)  # of its token ids
+        self.group = group
+        self.first_id = group.rank * len(self.token_embedding)
         self.layers = [
             replace(
                 layer,
@@ -86,15 +112,13 @@ class ParallelGPT2(GPT2):
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """[T, H] in fp32 of token ids [T]: the sum of what the ranks have, of which one has the row."""
-        rows = token_ids - self._first
+        rows = token_ids - self.first_id
         elsewhere = (rows < 0) | (rows >= len(self.token_embedding))
         x = super().embed(rows.masked_fill(elsewhere, 0)).masked_fill(elsewhere[:, None], 0)
-        dist.all_reduce(x, group=self._group)
+        self.group.sum(x)
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[R, V] in fp32 for rows [R, H] of the residual stream, the same on every rank."""
-        part = super().logits(hidden)
-        whole = part.new_empty(self._group.size(), *part.shape)
-        dist.all_gather(list(whole), part, group=self._group)
-        return whole.transpose(0, 1).flatten(1)[:, : self.config.vocab_size]
+        parts = self.group.gather(super().logits(hidden))
+        return parts.transpose(0, 1).flatten(1)[:, : self.config.vocab_size]

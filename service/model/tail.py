@@ -10,6 +10,7 @@ from service.model.gpt2 import GPT2, whole_tiles
 from service.model.kernels import adjusting, norms, products, sampling
 from service.model.kernels.plan import Product, Vector, power_of_two
 from service.model.matrix import Matrix
+from service.model.parallel import ParallelGPT2
 
 _CHUNK = 2048  # logits of a row that one program scans
 _BLOCK = 8192  # that one program reads at once of a row that has filters
@@ -51,7 +52,10 @@ class Tail:
             head, torch.zeros(len(head), dtype=model.dtype, device=device), activation="relu", norm=model.final_norm
         )
         self._normed = torch.zeros(max_rows, config.hidden_size, dtype=model.dtype, device=device)
-        self._logits = torch.zeros(max_rows, len(head), dtype=torch.float32, device=device)
+        self._group = model.group if isinstance(model, ParallelGPT2) else None
+        num_ranks = 1 if self._group is None else self._group.num_ranks
+        self._logits = torch.zeros(max_rows, num_ranks * len(head), dtype=torch.float32, device=device)
+        self._own = self._logits if self._group is None else self._logits.new_zeros(max_rows, len(head))  # this rank's
         self._adjusted = torch.zeros_like(self._logits)
         self._finite = torch.ones(max_rows, dtype=torch.int32, device=device)
         # Of each chunk of a row's logits: the largest, its id, what it weighs. A lone row may have small chunks.
@@ -108,7 +112,10 @@ class Tail:
                     WIDTH=power_of_two(hidden),
                     **self._chain,
                 )
-            self._head.product(head, normed, self._logits, num_tokens=num_rows, pdl=self._chain["PDL"])
+            self._head.product(head, normed, self._own, num_tokens=num_rows, pdl=self._chain["PDL"])
+            if self._group is not None:
+                parts = self._group.gather(self._own[:num_rows])
+                self._logits[:num_rows].view(num_rows, len(parts), -1).copy_(parts.transpose(0, 1))
         return self._logits[:num_rows, : config.vocab_size]
 
     def sample(self, logits: Tensor, rows: RowTensors, *, head: Product | None, adjusted: bool = False) -> None:

@@ -1,5 +1,8 @@
-"""A rank's process, apart from the test that starts it, so that it imports no more than it needs."""
+"""A rank's process, apart from the tests that start it, so that it imports no more than it needs."""
 
+import pickle
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -7,22 +10,61 @@ import torch
 import torch.distributed as dist
 
 from service.checkpoint.hub import read_config, read_state
+from service.model.batch import Batch
 from service.model.gpt2 import GPT2, logits_of
-from service.model.parallel import ParallelGPT2, part_of
+from service.model.parallel import Group, ParallelGPT2, part_of
 
 
 def write_logits(rank: int, num_ranks: int, address: str, folder: Path, token_ids: list[int]) -> None:
     """The process: logits-RANK.pt in the model's folder, computed with the other ranks, which meet at `address`."""
+    with _joined(rank, num_ranks, address, folder, torch.float32) as model:
+        torch.save(logits_of(model, token_ids), folder / f"logits-{rank}.pt")
+        whole = GPT2(model.config, read_state(folder, model.config, dtype=torch.float32))
+        assert matrix_bytes(whole) == num_ranks * matrix_bytes(model)
+
+
+def write_steps(
+    rank: int,
+    num_ranks: int,
+    address: str,
+    folder: Path,
+    batches: Sequence[Batch],
+    dtype: torch.dtype,
+    block_size: int,
+    on_gpu: bool,
+) -> None:
+    """The process: steps-RANK.pickle, what the runner of graphs gives; without GPUs, Triton interprets its kernels."""
+    from service.model.graphs import GraphRunner
+
+    if on_gpu:
+        torch.cuda.set_device(rank)
+    with _joined(rank, num_ranks, address, folder, dtype, on_gpu=on_gpu) as model:
+        runner = GraphRunner(model, num_blocks=64, block_size=block_size, max_num_seqs=5, max_num_batched_tokens=80)
+        runner.capture()
+        outputs = []
+        for batch in batches:
+            runner.launch(batch)
+            outputs.append(runner.collect())
+    (folder / f"steps-{rank}.pickle").write_bytes(pickle.dumps(outputs))
+
+
+@contextmanager
+def _joined(
+    rank: int, num_ranks: int, address: str, folder: Path, dtype: torch.dtype, *, on_gpu: bool = False
+) -> Iterator[ParallelGPT2]:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=num_ranks)
+    device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
+    backend = "nccl" if on_gpu else "gloo"
+    dist.init_process_group(
+        backend, init_method=address, rank=rank, world_size=num_ranks, device_id=device if on_gpu else None
+    )
     group = dist.group.WORLD
     assert group is not None
     config = read_config(folder)
     part = partial(part_of, config=config, rank=rank, num_ranks=num_ranks)
-    model = ParallelGPT2(config, read_state(folder, config, dtype=torch.float32, part=part), group)
-    whole = GPT2(config, read_state(folder, config, dtype=torch.float32))
-    assert matrix_bytes(whole) == num_ranks * matrix_bytes(model)
-    torch.save(logits_of(model, token_ids), folder / f"logits-{rank}.pt")
+    yield ParallelGPT2(config, read_state(folder, config, dtype=dtype, device=device, part=part), Group(group))
+    dist.barrier(group)
+    dist.destroy_process_group()
 
 
 def matrix_bytes(model: GPT2) -> int:

@@ -71,7 +71,6 @@ def test_a_cpu_gets_the_runner_of_plain_operators(make_pair: Callable[..., Pair]
     ("without", "expected"),
     [
         ("nothing", None),
-        ("half of the heads", "a model that is not split over GPUs"),
         ("Ampere", "a GPU of the Ampere generation or later"),
         ("triton", "the package triton"),
         ("a compiler", "a C compiler (gcc or clang)"),
@@ -81,7 +80,7 @@ def test_a_cpu_gets_the_runner_of_plain_operators(make_pair: Callable[..., Pair]
 def test_what_the_kernels_lack_is_named(
     without: str, expected: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A whole model, a GPU of that kind, Triton, and what Triton compiles its launchers with."""
+    """A GPU of that kind, Triton, and what Triton compiles its launchers with."""
     capability = (7, 5) if without == "Ampere" else (9, 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if without == "triton" else name)
@@ -90,11 +89,7 @@ def test_what_the_kernels_lack_is_named(
     if without != "headers":
         (tmp_path / "Python.h").touch()
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
-    width = 32 if without == "half of the heads" else 64
-    model: Any = SimpleNamespace(
-        device=torch.device("cuda"), attention_width=width, config=SimpleNamespace(hidden_size=64)
-    )
-    assert expected == what_kernels_lack(model)
+    assert expected == what_kernels_lack(torch.device("cuda"))
 
 
 @pytest.mark.parametrize(

@@ -1,20 +1,35 @@
 """A model split over ranks: the parts make up the whole, and the ranks together compute what one computes."""
 
+import pickle
 import socket
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
 
 from service.checkpoint.hub import read_config, read_state
-from service.model.gpt2 import logits_of
+from service.model.batch import Scored
+from service.model.gpt2 import GPT2, logits_of
 from service.model.parallel import ParallelError, check_split, part_of
+from service.model.runner import TorchRunner
+from tests.model.batches import BLOCK_SIZE, Part, make_batch
 from tests.model.conftest import Pair
-from tests.model.rank import write_logits
+from tests.model.kernels.conftest import ON_GPU
+from tests.model.rank import write_logits, write_steps
+from tests.model.test_graphs import check_output, run
 
 TOKEN_IDS = [*range(3, 400, 7), 514, 0]
+
+
+def run_ranks(work: Callable[..., None], num_ranks: int, *arguments: object) -> None:
+    """`work` in a process for each rank, with its rank, how many there are, and where they meet."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    mp.spawn(work, (num_ranks, address, *arguments), nprocs=num_ranks)  # type: ignore[no-untyped-call]
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
@@ -61,10 +76,7 @@ def test_ranks_compute_what_one_does(
 ) -> None:
     """Logits within 1e-4 in fp32, the best the same; the same to the bit on all ranks, as each samples by itself."""
     theirs, whole = make_pair(tie_word_embeddings=tied)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
-    mp.spawn(write_logits, (num_ranks, address, tmp_path, TOKEN_IDS), nprocs=num_ranks)  # type: ignore[no-untyped-call]
+    run_ranks(write_logits, num_ranks, tmp_path, TOKEN_IDS)
     logits = [torch.load(tmp_path / f"logits-{rank}.pt") for rank in range(num_ranks)]
     assert all(torch.equal(logits[0], other) for other in logits)
     expected = logits_of(whole, TOKEN_IDS)
@@ -72,3 +84,39 @@ def test_ranks_compute_what_one_does(
     assert torch.equal(expected.argmax(-1), logits[0].argmax(-1))
     with torch.inference_mode():
         assert 1e-4 > (theirs(torch.tensor([TOKEN_IDS])).logits[0] - logits[0]).abs().max()
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "dtype"),
+    [(2, torch.float32), (4, torch.float16), pytest.param(2, torch.bfloat16, marks=pytest.mark.gpu)],
+)
+def test_the_kernels_of_ranks(
+    make_pair: Callable[..., Pair], tmp_path: Path, num_ranks: int, dtype: torch.dtype
+) -> None:
+    """Prompts, then single tokens that the step before sampled: what plain operators make of the whole model.
+
+    On GPUs by no more ranks than there are: one at least, so that graphs have captured NCCL's sums.
+    """
+    num_ranks = min(num_ranks, torch.cuda.device_count()) if ON_GPU else num_ranks
+    config = make_pair(n_layer=2)[1].config
+    asked = {"logprobs": True, "scored": Scored(np.array([0, 3, 5], np.int32), np.array([4, 514, 0], np.int32))}
+    drawn = {"temperature": 0.8, "top_k": 20, "top_p": 0.8, "seed": 9}
+    prompts = [[3, 4, 5, 4, 3, 4], list(range(400, 430))]
+    first = make_batch(
+        Part([7], place=2), *(Part(prompt, place=place) for place, prompt in enumerate(prompts)), **asked
+    )
+    longer = [Part([*prompt, -1], len(prompt), place, source=place + 1) for place, prompt in enumerate(prompts)]
+    second = make_batch(Part([7, -1], 1, 2, source=0, sampling=drawn), *longer, logprobs=True)
+    batches = [first, second, make_batch(Part([9], place=3))]
+    run_ranks(write_steps, num_ranks, tmp_path, batches, dtype, BLOCK_SIZE, ON_GPU)
+    whole = GPT2(config, read_state(tmp_path, config, dtype=dtype, device="cuda" if ON_GPU else "cpu"))
+    plain = TorchRunner(whole, num_blocks=64, block_size=BLOCK_SIZE)
+    by_rank = [pickle.loads((tmp_path / f"steps-{rank}.pickle").read_bytes()) for rank in range(num_ranks)]
+    for number, batch in enumerate(batches):
+        expected = run(plain, batch)
+        for outputs in by_rank:
+            if dtype == torch.float32:
+                check_output(expected, outputs[number])
+            elif expected.logprobs is not None:
+                np.testing.assert_allclose(outputs[number].logprobs.top, expected.logprobs.top, atol=5e-3, rtol=0)
+        assert 1 == len({tuple(outputs[number].token_ids) for outputs in by_rank})

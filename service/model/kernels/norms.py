@@ -12,22 +12,28 @@ def embed(
     sources,  # [T] row of `sampled` that a token is, or -1
     sampled,  # [R]
     positions,  # [T]
-    token_table,  # [V, H]
+    token_table,  # [ROWS, H] of the ids from `first_id` on
     position_table,  # [context, H]
+    first_id,
     turn,  # [1] counts steps, modulo TURNS
     resolved,  # [T], out: the token ids
     x,  # [T, H] fp32, out
+    ROWS: tl.constexpr,
+    PLACED: tl.constexpr,
     H: tl.constexpr,
     WIDTH: tl.constexpr,
     TURNS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """x = token embedding + position embedding, in fp32; program t. A token that could not be sampled is 0."""
+    """x = token embedding + position embedding, in fp32; program t. A token that could not be sampled is 0.
+
+    Of an id that the table has not, x is the position embedding alone; unless PLACED, without that.
+    """
     begin(PDL)
     t = tl.program_id(0)
     h = tl.arange(0, WIDTH)
     inside = h < H
-    place = tl.load(position_table + tl.load(positions + t).to(tl.int64) * H + h, mask=inside, other=0.0)
+    place = tl.load(position_table + tl.load(positions + t).to(tl.int64) * H + h, mask=inside & PLACED, other=0.0)
     source = tl.load(sources + t)
     token = tl.load(token_ids + t)
     wait(PDL)
@@ -36,7 +42,8 @@ def embed(
     tl.store(resolved + t, token)
     if t == 0:
         tl.store(turn, (tl.load(turn) + 1) % TURNS)
-    value = tl.load(token_table + token.to(tl.int64) * H + h, mask=inside, other=0.0)
+    row = token - first_id
+    value = tl.load(token_table + row.to(tl.int64) * H + h, mask=inside & (row >= 0) & (row < ROWS), other=0.0)
     tl.store(x + t * H + h, value.to(tl.float32) + place.to(tl.float32), mask=inside)
 
 

@@ -69,11 +69,16 @@ _BY_SIZE = (
 )
 
 
-def plan_for(num_tokens: int, *, dtype: torch.dtype, decodes_only: bool, head_size: int, shared_memory: int) -> Plan:
-    """The plan of a body of `num_tokens`, whose programs may take `shared_memory` bytes each."""
+def plan_for(
+    num_tokens: int, *, dtype: torch.dtype, decodes_only: bool, split: bool, head_size: int, shared_memory: int
+) -> Plan:
+    """The plan of a body of `num_tokens`, whose programs may take `shared_memory` bytes each.
+
+    `split` over ranks, which sum between a product and the residual stream: so that is done by kernels of their own.
+    """
     if dtype == torch.float32:
         plan = _SINGLE
-    elif num_tokens == 1 and decodes_only:
+    elif num_tokens == 1 and decodes_only and not split:
         plan = _ONE
     else:
         plan = next((plan for most, plan in _BY_SIZE if num_tokens <= most), _MORE)
@@ -111,11 +116,11 @@ def _fit_prefill(prefill: Prefill, head_size: int, shared_memory: int, *, itemsi
     return replace(prefill, block_t=rows, block=columns, stages=max(1, min(prefill.stages, stages)))
 
 
-def head_for(num_rows: int, *, dtype: torch.dtype, shared_memory: int) -> Product:
+def head_for(num_rows: int, *, dtype: torch.dtype, split: bool, shared_memory: int) -> Product:
     """The product that gives the logits of `num_rows` rows; the rest as in `plan_for`."""
     if dtype == torch.float32:
         return Library()
-    if num_rows == 1:
+    if num_rows == 1 and not split:
         return Vector(16, 1024, 4)
     if 16 < num_rows <= 64:
         return _fit(Tiled(64, 64, 128, 1, 4, 3), shared_memory)

@@ -35,9 +35,12 @@ def test_embeddings_are_of_the_tokens_wherever_they_come_from(
         positions,
         tokens,
         places,
+        0,
         turn,
         resolved.inside,
         x.inside,
+        ROWS=515,
+        PLACED=True,
         H=hidden,
         WIDTH=power_of_two(hidden),
         TURNS=3,
@@ -50,6 +53,41 @@ def test_embeddings_are_of_the_tokens_wherever_they_come_from(
     assert resolved.is_untouched(slice(5, None))
     assert x.is_untouched(slice(5, None))
     resolved.check()
+    x.check()
+
+
+@pytest.mark.parametrize("placed", [True, False])
+def test_a_part_of_the_vocabulary(placed: bool, device: torch.device, chain: Chain) -> None:
+    """Of ids that the table has not, nothing is added; and positions by one of the ranks alone."""
+    tokens, places = (random(rows, 48, dtype=torch.float32, device=device, seed=rows) for rows in (6, 40))
+    token_ids = torch.tensor([9, 10, 15, 16], dtype=torch.int32, device=device)
+    nothing = torch.full_like(token_ids, -1)
+    positions = torch.tensor([39, 0, 3, 3], dtype=torch.int32, device=device)
+    x = Poisoned(4, 48, dtype=torch.float32, device=device)
+    resolved = torch.zeros_like(token_ids)
+    turn = torch.zeros(1, dtype=torch.int32, device=device)
+    norms.embed[(4,)](
+        token_ids,
+        nothing,
+        nothing,
+        positions,
+        tokens,
+        places,
+        10,
+        turn,
+        resolved,
+        x.inside,
+        ROWS=6,
+        PLACED=placed,
+        H=48,
+        WIDTH=64,
+        TURNS=3,
+        **chain,
+    )
+    zero = torch.zeros_like(tokens[0])
+    expected = torch.stack([zero, tokens[0], tokens[5], zero])
+    assert torch.equal(expected + places[positions.long()] if placed else expected, x.inside)
+    assert torch.equal(token_ids, resolved)
     x.check()
 
 
