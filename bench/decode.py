@@ -162,8 +162,8 @@ def parse_steps(text: str) -> Steps:
     return [(int(num), int(context)) for num, context in (step.split("@") for step in text.split(","))]
 
 
-def parse(description: str | None, *, steps: str) -> tuple[argparse.Namespace, torch.dtype]:
-    """The command line of a benchmark of the bare runner, and the dtype that it asks for."""
+def parser_of(description: str | None, *, steps: str) -> argparse.ArgumentParser:
+    """The flags of every benchmark of the bare runner."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="a GPT-2 folder; by default random weights of the 345M's shape")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -171,9 +171,19 @@ def parse(description: str | None, *, steps: str) -> tuple[argparse.Namespace, t
     parser.add_argument("--steps", type=parse_steps, default=steps, metavar="BATCH@CONTEXT,...")
     parser.add_argument("--repeats", type=int, default=100 if torch.cuda.is_available() else 16)
     parser.add_argument("--out", type=Path, help="write .json and, where there is one, .svg beside this name")
-    arguments = parser.parse_args()
+    return parser
+
+
+def parse(description: str | None, *, steps: str) -> tuple[argparse.Namespace, torch.dtype]:
+    """The command line of a benchmark of the bare runner, and the dtype that it asks for."""
+    arguments = parser_of(description, steps=steps).parse_args()
+    return arguments, dtype_of(arguments)
+
+
+def dtype_of(arguments: argparse.Namespace) -> torch.dtype:
     name = arguments.dtype or ("bfloat16" if arguments.device.startswith("cuda") else "float32")
-    return arguments, getattr(torch, name)
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 def load(arguments: argparse.Namespace, dtype: torch.dtype) -> GPT2:
