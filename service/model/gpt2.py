@@ -147,7 +147,7 @@ class GPT2:
                 scale=self.attention_scale(number),
                 upcast=config.upcast_attention,
             )
-            x = x + layer.attention_output(mixed.flatten(1)).float()
+            x = x + layer.attention_output(mixed.reshape(num_tokens, self.attention_width)).float()
             x = x + layer.down(self.activation(layer.up(layer.mlp_norm(x)))).float()
         return x
 
