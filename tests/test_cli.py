@@ -27,6 +27,7 @@ SERVER_ONLY = {
     "served_model_name",
     "host",
     "port",
+    "data_parallel_size",
     "max_num_seqs",
     "max_num_batched_tokens",
     "block_size",
