@@ -6,7 +6,7 @@ SECONDS ?= 30
 PROFILES ?= cpu
 DEVICE ?= cpu
 TARGETS ?= completion request text to_engine to_api safetensors config index vocabulary merges tokenizer_json pickled release
-.PHONY: run test lint format types check clients faults deploy image-test up bench inside load soak overload fuzz image
+.PHONY: run test lint format types check clients faults deploy image-test ray-test up bench inside load soak overload fuzz image
 
 run: .venv/ready  ## serve MODEL, a folder or a hub id; without one, the embedded demo model
 	.venv/bin/megatron-gpt2 serve $(MODEL) $(ARGS)
@@ -39,6 +39,9 @@ image-test: .venv/ready  ## the Dockerfile built by buildah, and its image run b
 	sh tests/packages.sh buildah=buildah podman=podman runc=runc catatonit=catatonit debootstrap=debootstrap nsenter=util-linux \
 		docker-compose=docker-compose /usr/lib/cni/bridge=containernetworking-plugins iptables=iptables ip=iproute2
 	.venv/bin/pytest tests/image --timeout 900 $(ARGS)
+
+ray-test: .venv/ready .venv-ray/ready  ## the application for Ray Serve on a local cluster of two nodes, one of which is lost; not in CI
+	PYTHONPATH=.venv-ray .venv/bin/pytest tests/ray -W default --timeout 240 $(ARGS)
 
 bench: .venv/ready  ## milliseconds a step of the bare runner beside transformers, on this machine
 	.venv/bin/python -m bench.decode $(ARGS)
@@ -76,6 +79,10 @@ image:  ## the container image, megatron-gpt2; with DEVICE=gpu megatron-gpt2:gpu
 .venv-fuzz/ready: requirements-fuzz.lock .venv/ready
 	.venv/bin/pip install --quiet --disable-pip-version-check --upgrade --target .venv-fuzz -r requirements-fuzz.lock
 	touch .venv-fuzz/ready
+
+.venv-ray/ready: requirements-ray.lock .venv/ready
+	.venv/bin/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv-ray -r requirements-ray.lock
+	touch .venv-ray/ready
 
 .venv-deploy/ready: requirements-deploy.lock
 	$(PYTHON) -m venv .venv-deploy

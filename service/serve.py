@@ -97,12 +97,8 @@ class Supervisor:
         asyncio.get_running_loop().add_reader(self._api.sentinel, self._on_api_end)
 
     def _start_engine(self) -> None:
-        ours, theirs = socket.socketpair()
         config = engine_config(self._settings, device=self._device, json_lines=self._json_lines)
-        # No daemon: those may not have children, as its ranks are.
-        self._engine = self._spawn.Process(target=engine.main, args=(config, theirs), name="engine")
-        _start(self._engine)
-        theirs.close()
+        self._engine, ours = start_engine(config)
         socket.send_fds(self._control, [api.ENGINE], [ours.fileno()])
         ours.close()
         asyncio.get_running_loop().add_reader(self._engine.sentinel, self._on_engine_end)
@@ -185,6 +181,17 @@ class Supervisor:
                     process.kill()
                     await asyncio.to_thread(process.join)
         self._control.close()
+
+
+def start_engine(config: EngineConfig) -> tuple[BaseProcess, socket.socket]:
+    """A new engine process, and the API's end of its channel."""
+    ours, theirs = socket.socketpair()
+    spawn = multiprocessing.get_context("spawn")
+    # No daemon: those may not have children, as its ranks are.
+    process = spawn.Process(target=engine.main, args=(config, theirs), name="engine")
+    _start(process)
+    theirs.close()
+    return process, ours
 
 
 def _start(process: BaseProcess) -> None:

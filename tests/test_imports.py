@@ -23,6 +23,8 @@ ALLOWED: dict[str, set[str]] = {
     "engine": {"model", "checkpoint", "logs"},
     "api": {"engine", "checkpoint", "logs"},
     "serve": {"api", "engine", "settings", "listening", "logs", "version"},
+    "ray_proxy": {"api"},
+    "ray_serve": {"api", "engine", "serve", "settings", "logs"},
     "generate": {"api", "engine", "serve", "settings", "logs"},
     "convert": {"checkpoint", "serve", "settings", "logs"},
     "drain": {"settings"},
@@ -47,6 +49,7 @@ TORCH_FREE = (
     "service.checkpoint.tokenizer",
     "service.settings",
     "service.serve",
+    "service.ray_proxy",
     "service.drain",
     "service.cli",
 )
@@ -123,7 +126,14 @@ def test_engine_speaks_no_http_and_no_text() -> None:
 
 def test_settings_are_read_by_the_command_line_and_the_composition_root_alone() -> None:
     readers = {module(file) for file in FILES if "service.settings" in imports(file)}
-    commands = {"service.serve", "service.generate", "service.convert", "service.verify", "service.drain"}
+    commands = {
+        "service.ray_serve",
+        "service.serve",
+        "service.generate",
+        "service.convert",
+        "service.verify",
+        "service.drain",
+    }
     assert {"service.cli", *commands} == readers
 
 

@@ -9,7 +9,7 @@ import contextlib
 import gc
 import logging
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,36 +68,31 @@ class ApiConfig:
     json_lines: bool
 
 
-class _Server(uvicorn.Server):
-    """uvicorn without signal handlers: signals are the supervisor's."""
+@dataclass(frozen=True, slots=True)
+class Api:
+    """The application over an engine's client, with what they report to. Belongs to the event loop's thread."""
 
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
+    app: ASGIApp
+    client: EngineClient
+    metrics: Metrics
+    tracing: Tracing | None
 
-
-def main(
-    config: ApiConfig, listener: socket.socket, admin_listeners: Sequence[socket.socket], control: socket.socket
-) -> None:
-    """The process: serve until the supervisor says stop, or drained after it said drain."""
-    start_child(level=config.log_level, json_lines=config.json_lines)
-    gc.set_threshold(_GC_YOUNG, *gc.get_threshold()[1:])
-    loop_factory = uvicorn.Config("", log_config=None).get_loop_factory()  # uvloop's, where there is one
-    with asyncio.Runner(loop_factory=loop_factory) as runner:
-        runner.run(_serve(config, listener, admin_listeners, control))
+    async def close(self) -> None:
+        """Send what is left of traces, and close the engine's channel, which ends the engine process."""
+        if self.tracing is not None:  # first: an engine that ended would be started again while a collector is away
+            await asyncio.to_thread(self.tracing.close)
+        await self.client.close()
 
 
-async def _serve(
-    config: ApiConfig, listener: socket.socket, admin_listeners: Sequence[socket.socket], control: socket.socket
-) -> None:
-    control.setblocking(False)
+def compose(config: ApiConfig, *, on_stall: Callable[[], None], on_up: Callable[[ModelInfo], None]) -> Api:
+    """All that answers HTTP, but for a server and an engine. The arguments are EngineClient's."""
     client = EngineClient(
         api_number=0,
         stall_seconds=config.stall_seconds,
         queue=config.queue,
         request_timeout_seconds=config.request_timeout_seconds,
-        on_stall=lambda: _say(control, STALLED),
-        on_up=lambda model: _up(control, model),
+        on_stall=on_stall,
+        on_up=on_up,
     )
     access = Access(config.access)
     metrics = Metrics(
@@ -122,12 +117,40 @@ async def _serve(
         cors_origins=config.cors_origins,
         tracing=tracing,
     )
+    return Api(app, client, metrics, tracing)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without signal handlers: signals are the supervisor's."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def main(
+    config: ApiConfig, listener: socket.socket, admin_listeners: Sequence[socket.socket], control: socket.socket
+) -> None:
+    """The process: serve until the supervisor says stop, or drained after it said drain."""
+    start_child(level=config.log_level, json_lines=config.json_lines)
+    gc.set_threshold(_GC_YOUNG, *gc.get_threshold()[1:])
+    loop_factory = uvicorn.Config("", log_config=None).get_loop_factory()  # uvloop's, where there is one
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
+        runner.run(_serve(config, listener, admin_listeners, control))
+
+
+async def _serve(
+    config: ApiConfig, listener: socket.socket, admin_listeners: Sequence[socket.socket], control: socket.socket
+) -> None:
+    control.setblocking(False)
+    api = compose(config, on_stall=lambda: _say(control, STALLED), on_up=lambda model: _up(control, model))
+    client = api.client
     drain = Drain(client, unready_seconds=config.unready_seconds)
     tls = config.tls
     server = _server(
-        app,
+        api.app,
         config,
-        http=protocol_within(config.http, on_refused=metrics.refused),
+        http=protocol_within(config.http, on_refused=api.metrics.refused),
         ssl_certfile=tls.certfile,
         ssl_keyfile=tls.keyfile,
         ssl_keyfile_password=tls.keyfile_password,
@@ -157,9 +180,7 @@ async def _serve(
         await server.serve(sockets=[listener])
         admin.should_exit = True  # after the public one, so that whoever waits for a drain hears of its end
     asyncio.get_running_loop().remove_reader(control)
-    if tracing is not None:  # before the engine ends, which the supervisor would start again while a collector is away
-        await asyncio.to_thread(tracing.close)
-    await client.close()
+    await api.close()
 
 
 def _server(app: ASGIApp, config: ApiConfig, **options: Any) -> _Server:
