@@ -69,9 +69,7 @@ class Placement(BaseModel):
     upscale_delay_seconds: NonNegativeFloat = 30
     downscale_delay_seconds: NonNegativeFloat = 600
     look_back_seconds: float = Field(30, gt=0)  # that the queue is averaged over
-    gpus: NonNegativeFloat | None = (
-        None  # a replica, by default as many as its engine has ranks; replicas share a share
-    )
+    gpus: NonNegativeFloat | None = None  # a replica, by default one a rank; replicas share a share
     cpus: NonNegativeFloat = 1  # a replica on a GPU; one on a CPU takes cpu_threads
 
 

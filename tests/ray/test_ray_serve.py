@@ -17,14 +17,16 @@ def built(**arguments: Any) -> tuple[Settings, dict[str, Any], AutoscalingConfig
     return settings, deployment.ray_actor_options, deployment._deployment_config.autoscaling_config
 
 
-def test_a_replica_takes_one_gpu() -> None:
-    """Unless it is told otherwise, in words as `serve run` has them or in numbers as a file has."""
+def test_a_replica_takes_a_gpu_a_rank() -> None:
+    """One, unless it is told otherwise, in words as `serve run` has them or in numbers as a file has."""
     settings, resources, scaling = built(model="someone/model", max_replicas="4", kv_memory="1GiB")
     assert ("someone/model", 2**30, "cuda") == (settings.model, settings.kv_memory, settings.device)
     assert (1.0, 1.0) == (resources["num_cpus"], resources["num_gpus"])
     assert (1, 4) == (scaling.min_replicas, scaling.max_replicas)
     _, resources, _ = built(gpus=0.5, cpus=2)
     assert (2.0, 0.5) == (resources["num_cpus"], resources["num_gpus"])
+    _, resources, _ = built(tensor_parallel_size="2")
+    assert 2.0 == resources["num_gpus"]
 
 
 def test_a_replica_on_a_cpu_takes_its_threads() -> None:
