@@ -148,7 +148,7 @@ def start(arguments: argparse.Namespace) -> tuple[BaseProcess, socket.socket, Se
         target=run_engine, args=(theirs, tuple(ids[:1024]), interval, arguments.tokens_per_event), daemon=True
     )
     engine.start()
-    socket.send_fds(control, [api.ENGINE], [ours.fileno()])
+    socket.send_fds(control, [api.said(api.ENGINE, 0)], [ours.fileno()])
     ours.close()
     theirs.close()
     while not control.recv(64).startswith(api.READY):

@@ -67,7 +67,7 @@ def measured(folder: Path, tensor: int, data: int, arguments: argparse.Namespace
     engines = []
     for number in range(data):
         ours, theirs = spawn.Pipe(duplex=False)
-        config = engine_config(folder, tensor, number, arguments)
+        config = engine_config(folder, tensor, data, number, arguments)
         engine = spawn.Process(target=run, args=(config, arguments.steps, arguments.repeats, together, theirs))
         engine.start()
         theirs.close()
@@ -85,17 +85,18 @@ def measured(folder: Path, tensor: int, data: int, arguments: argparse.Namespace
     return rows
 
 
-def engine_config(folder: Path, tensor: int, number: int, arguments: argparse.Namespace) -> EngineConfig:
-    on_gpu = arguments.device.startswith("cuda")
+def engine_config(folder: Path, tensor: int, data: int, number: int, arguments: argparse.Namespace) -> EngineConfig:
     most = max(batch for batch, _ in arguments.steps)
     return EngineConfig(
         model=str(folder),
         revision=None,
         offline=True,
         cache_dir=str(folder),
-        device=f"cuda:{number * tensor}" if on_gpu else "cpu",
+        device=arguments.device,
         dtype=arguments.dtype or "auto",
         tensor_parallel_size=tensor,
+        engine_number=number,
+        num_engines=data,
         max_num_seqs=most,
         max_num_batched_tokens=max(most, 16),
         block_size=BLOCK_SIZE,

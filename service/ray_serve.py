@@ -21,8 +21,9 @@ from starlette.types import ASGIApp
 from service.api.process import Api, compose
 from service.engine.request import ModelInfo
 from service.logs import configure_logging
-from service.serve import api_config, engine_config, start_engine, wants_json
+from service.serve import api_config, engine_config, wants_json
 from service.settings import Settings, SettingsError, load
+from service.supervised import start_engine
 
 log = logging.getLogger(__name__)
 
@@ -168,7 +169,9 @@ class Replica:
             log.warning("%s is not set: requests that are lost with a replica are not tried again", PROXY_CALLBACK)
         self._up: asyncio.Future[ModelInfo] = asyncio.get_running_loop().create_future()
         self._api: Api = compose(
-            api_config(settings, json_lines=json_lines), on_stall=self._on_stall, on_up=self._up.set_result
+            api_config(settings, json_lines=json_lines),
+            on_stall=lambda _: self._on_stall(),
+            on_up=lambda _, model: self._up.set_result(model),
         )
         client = self._api.client
         self._engine: BaseProcess

@@ -1,4 +1,4 @@
-"""Composition root and supervisor: opens the socket, starts the API and the engine process, restarts engines.
+"""Composition root and supervisor: opens the socket, starts the API process and the engines, restarts engines.
 
 The first SIGINT or SIGTERM drains, the second stops at once. Children are spawned, never forked; they ignore signals
 and end when their channel closes, so also when this process is killed.
@@ -10,18 +10,13 @@ import ipaddress
 import logging
 import multiprocessing
 import os
-import signal
 import socket
 import sys
-import time
-from collections import deque
 from collections.abc import Sequence
-from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import service.api.process as api
-import service.engine.process as engine
 from service.api.access import Access, AccessConfig
 from service.api.cors import check_origins
 from service.api.keys import AccessError, named_keys
@@ -34,6 +29,7 @@ from service.engine.config import EngineConfig
 from service.listening import ListenError, connections_within, open_admin, open_listener, removed_in_the_end
 from service.logs import configure_logging
 from service.settings import Settings
+from service.supervised import SIGNALS, SupervisedEngine, exit_code, start_process
 from service.version import VERSION
 
 log = logging.getLogger(__name__)
@@ -44,8 +40,6 @@ DEMO_NAME = "megatron-gpt2-demo"
 _END_SECONDS = 5.0  # for a child to end by itself, before it is killed
 _STOP_SECONDS = 0.5  # the same, after a second signal
 _DRAINED_SECONDS = 1.0  # from the end of an engine to that of the API process, which ends it when all is answered
-_LONGEST_BACK_OFF_SECONDS = 30.0
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Supervisor:
@@ -57,13 +51,11 @@ class Supervisor:
         self._settings = settings
         self._listener = listener
         self._admin_listeners = tuple(admin_listeners)
-        self._spawn = multiprocessing.get_context("spawn")
         self._json_lines = wants_json(settings)
         self._control, self._api_control = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._api: BaseProcess | None = None
-        self._engine: BaseProcess | None = None
-        self._device: str | None = None  # of the first engine that was ready; the ones after it get no other
-        self._restarts: deque[float] = deque()
+        self._engines = [self._supervised(number) for number in range(settings.data_parallel_size)]
+        self._device: str | None = None  # of the first engine that was ready; those after it are on no other kind
         self._stopping = False
         self._exit_code = 0
         self._end_seconds = _END_SECONDS
@@ -72,12 +64,13 @@ class Supervisor:
     async def run(self) -> int:
         """Serve until drained or stopped; the process's exit code."""
         loop = asyncio.get_running_loop()
-        for number in _SIGNALS:
+        for number in SIGNALS:
             loop.add_signal_handler(number, self._on_signal)
         loop.add_reader(self._control, self._on_word)
         try:
             self._start_api()
-            self._start_engine()
+            for each in self._engines:
+                each.start()
             await self._ended.wait()
         finally:
             await self._end_children()
@@ -85,23 +78,34 @@ class Supervisor:
 
     def _start_api(self) -> None:
         config = api_config(self._settings, json_lines=self._json_lines)
-        self._api = self._spawn.Process(
+        self._api = multiprocessing.get_context("spawn").Process(
             target=api.main,
             args=(config, self._listener, self._admin_listeners, self._api_control),
             name="api",
             daemon=True,
         )
-        _start(self._api)
+        start_process(self._api)
         for given in (self._api_control, self._listener, *self._admin_listeners):
             given.close()
         asyncio.get_running_loop().add_reader(self._api.sentinel, self._on_api_end)
 
-    def _start_engine(self) -> None:
-        config = engine_config(self._settings, device=self._device, json_lines=self._json_lines)
-        self._engine, ours = start_engine(config)
-        socket.send_fds(self._control, [api.ENGINE], [ours.fileno()])
-        ours.close()
-        asyncio.get_running_loop().add_reader(self._engine.sentinel, self._on_engine_end)
+    def _supervised(self, number: int) -> SupervisedEngine:
+        return SupervisedEngine(
+            number,
+            name=f"engine {number}" if self._settings.data_parallel_size > 1 else "the engine",
+            config=self._engine_config,
+            max_restarts=self._settings.max_restarts,
+            restart_window_seconds=self._settings.restart_window_seconds,
+            on_start=self._pass_on,
+            on_end=self._on_engine_end,
+        )
+
+    def _engine_config(self, number: int) -> EngineConfig:
+        of = self._settings.data_parallel_size
+        return engine_config(self._settings, number=number, of=of, device=self._device, json_lines=self._json_lines)
+
+    def _pass_on(self, number: int, sock: socket.socket) -> None:
+        socket.send_fds(self._control, [api.said(api.ENGINE, number)], [sock.fileno()])
 
     def _on_signal(self) -> None:
         if self._stopping:
@@ -118,95 +122,64 @@ class Supervisor:
         self._say(api.DRAIN)
 
     def _on_word(self) -> None:
-        word = self._control.recv(64)
-        if word.startswith(api.READY):
-            self._device = word.removeprefix(api.READY).decode()
-        elif word == api.STALLED and self._engine is not None:
-            log.error("the engine has stalled; killing it")
-            self._engine.kill()
+        word, *about = self._control.recv(64).split() or (b"",)
+        if word == api.READY:
+            self._device = about[1].decode()
+        elif word == api.STALLED:
+            self._engines[int(about[0])].kill()
 
     def _on_api_end(self) -> None:
         assert self._api is not None
         asyncio.get_running_loop().remove_reader(self._api.sentinel)
-        code = _exit_code(self._api)
+        code = exit_code(self._api)
         if not self._stopping or code:
             log.critical("the API process ended by itself (exit code %s)", code)
             self._exit_code = 1
         self._ended.set()
 
-    def _on_engine_end(self) -> None:
-        assert self._engine is not None
-        asyncio.get_running_loop().remove_reader(self._engine.sentinel)
-        code = _exit_code(self._engine)
-        self._engine = None
+    def _on_engine_end(self, ended: SupervisedEngine, code: int | None) -> None:
         if self._ended.is_set():
             return
         if self._stopping and code == 0:  # its channel was closed: at the end of the drain, but for a broken message
-            asyncio.get_running_loop().call_later(_DRAINED_SECONDS, self._restart_engine)
-            return
-        if code == EXIT_UNUSABLE and self._device is None:
+            self._start_again(ended, _DRAINED_SECONDS)
+        elif code == EXIT_UNUSABLE and self._device is None:
             self._exit_code = 2
             self._say(api.STOP)
             self._ended.set()
-            return
-        now = time.monotonic()
-        self._restarts.append(now)
-        while now - self._restarts[0] > self._settings.restart_window_seconds:
-            self._restarts.popleft()
-        if len(self._restarts) > self._settings.max_restarts:
-            log.critical("the engine ended %d times (exit code %s); giving up", len(self._restarts), code)
-            self._say(api.FAILED)
-            return
-        delay = 0.0 if len(self._restarts) == 1 else min(2.0 ** (len(self._restarts) - 2), _LONGEST_BACK_OFF_SECONDS)
-        log.error("the engine ended (exit code %s); restarting it in %g s", code, delay)
-        asyncio.get_running_loop().call_later(delay, self._restart_engine)
+        elif (delay := ended.next_delay(code)) is not None:
+            self._start_again(ended, delay)
+        else:
+            num_left = sum(not each.given_up for each in self._engines)
+            if num_left:
+                log.critical("the service goes on with %d of %d engines", num_left, len(self._engines))
+            self._say(api.said(api.FAILED, ended.number))
 
-    def _restart_engine(self) -> None:
-        if not self._ended.is_set():
-            self._start_engine()
+    def _start_again(self, ended: SupervisedEngine, delay: float) -> None:
+        def start() -> None:
+            if not self._ended.is_set():
+                ended.start()
+
+        asyncio.get_running_loop().call_later(delay, start)
 
     def _say(self, word: bytes) -> None:
         with contextlib.suppress(OSError):  # the API process is gone, which is heard from its sentinel
             self._control.send(word)
 
     async def _end_children(self) -> None:
-        """The API closes the engine's channel as it ends; whoever has not ended in time is killed."""
-        loop = asyncio.get_running_loop()
-        for process in (self._api, self._engine):
-            if process is not None:
-                loop.remove_reader(process.sentinel)
-                await asyncio.to_thread(process.join, self._end_seconds)
-                if process.is_alive():
-                    log.warning("the %s process did not end in %g s; killing it", process.name, self._end_seconds)
-                    process.kill()
-                    await asyncio.to_thread(process.join)
+        """The API closes the engines' channels as it ends; whoever has not ended in time is killed."""
+        await self._end(self._api)
+        await asyncio.gather(*(self._end(each.process) for each in self._engines))
         self._control.close()
 
-
-def start_engine(config: EngineConfig) -> tuple[BaseProcess, socket.socket]:
-    """A new engine process, and the API's end of its channel."""
-    ours, theirs = socket.socketpair()
-    spawn = multiprocessing.get_context("spawn")
-    # No daemon: those may not have children, as its ranks are.
-    process = spawn.Process(target=engine.main, args=(config, theirs), name="engine")
-    _start(process)
-    theirs.close()
-    return process, ours
-
-
-def _start(process: BaseProcess) -> None:
-    """Start a child that Ctrl-C, sent to the whole group, does not reach while it is not yet ignoring signals."""
-    resource_tracker.ensure_running()  # starting it would unblock them
-    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-    try:
-        process.start()
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-
-
-def _exit_code(process: BaseProcess) -> int | None:
-    process.join()
-    return process.exitcode
+    async def _end(self, process: BaseProcess | None) -> None:
+        if process is None:
+            return
+        asyncio.get_running_loop().remove_reader(process.sentinel)
+        await asyncio.to_thread(process.join, self._end_seconds)
+        if process.is_alive():
+            log.warning("the %s process did not end in %g s; killing it", process.name, self._end_seconds)
+            process.kill()
+            await asyncio.to_thread(process.join)
 
 
 def wants_json(settings: Settings) -> bool:
@@ -226,22 +199,34 @@ def cache_folder(settings: Settings) -> Path:
     return settings.cache_dir or caches / "megatron-gpt2"
 
 
-def engine_config(settings: Settings, *, json_lines: bool, device: str | None = None) -> EngineConfig:
-    """The engine's part of the settings, on `device` if given; without a model, the demo model."""
+def engine_config(
+    settings: Settings, *, json_lines: bool, number: int = 0, of: int = 1, device: str | None = None
+) -> EngineConfig:
+    """What of the settings engine `number` of so many is told; without a model, the demo model.
+
+    Where any device will do, it is to be of the same kind as `device`, if given. Of several the CPUs are shared.
+    """
+    cpu_threads, num_ranks = settings.cpu_threads, of * settings.tensor_parallel_size
+    if cpu_threads is None and num_ranks > 1:
+        num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cpu_threads = max(1, num_cores // num_ranks)
+    kind = device.partition(":")[0] if device is not None and settings.device == "auto" else settings.device
     return EngineConfig(
         model=settings.model or str(DEMO_MODEL),
         revision=settings.revision,
         offline=settings.offline,
         cache_dir=str(cache_folder(settings)),
-        device=device or settings.device,
+        device=kind,
         dtype=settings.dtype,
         tensor_parallel_size=settings.tensor_parallel_size,
+        engine_number=number,
+        num_engines=of,
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
         block_size=settings.block_size,
         kv_memory=settings.kv_memory,
         gpu_memory_utilization=settings.gpu_memory_utilization,
-        cpu_threads=settings.cpu_threads,
+        cpu_threads=cpu_threads,
         max_event_interval_ms=settings.max_event_interval_ms,
         log_level=settings.log_level,
         json_lines=json_lines,
@@ -276,6 +261,7 @@ def api_config(settings: Settings, *, json_lines: bool) -> api.ApiConfig:
         drain_seconds=settings.drain_seconds,
         unready_seconds=settings.unready_seconds,
         stall_seconds=settings.stall_seconds,
+        num_engines=settings.data_parallel_size,
         vllm_metrics=settings.vllm_metrics,
         traces_endpoint=traces_endpoint(settings.otlp_traces_endpoint, os.environ),
         version=VERSION,

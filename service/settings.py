@@ -125,7 +125,9 @@ class Settings(BaseSettings):
         description="Size of the KV cache, such as 4GiB; by default from gpu_memory_utilization, or 1GiB on a CPU.",
     )
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="Share of the GPU's memory to use in all.")
-    cpu_threads: int | None = Field(None, ge=1, description="Threads of a model on a CPU; by default one a core.")
+    cpu_threads: int | None = Field(
+        None, ge=1, description="Threads of an engine on a CPU; by default one a core, shared by all engines."
+    )
     max_body_bytes: Bytes = Field(8 * 2**20, description="Largest request body.")
     max_choices: int = Field(1024, ge=1, description="Sequences of one request: prompts x max(n, best_of), or items.")
     max_queued_requests: int = Field(2048, ge=1, description="Sequences that may wait; beyond, requests get a 429.")
@@ -164,7 +166,7 @@ class Settings(BaseSettings):
     max_restarts: int = Field(
         5,
         ge=0,
-        description="Engine restarts within the window before the service gives up.",
+        description="Restarts of an engine within the window before it is given up.",
     )
     restart_window_seconds: Seconds = Field(600, description="The window that max_restarts counts in.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")

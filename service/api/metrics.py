@@ -10,38 +10,12 @@ from prometheus_client import CollectorRegistry, Counter, ProcessCollector, gene
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from service.api.engine_metrics import EngineCollector, EngineMetrics, kv_usage
 from service.api.errors import ApiError
-from service.api.series import Count, Distribution
+from service.api.series import PREFIX, SECONDS, Count, Distribution
 from service.engine.client import EngineClient, Overloaded, Stream
 from service.engine.request import EngineStats
 
-_PREFIX = "megatron_gpt2"
-# Seconds; a step of a 345M model takes 0.4 to 2 ms on a GPU and a full answer a minute on a CPU.
-_SECONDS = (
-    0.001,
-    0.002,
-    0.003,
-    0.005,
-    0.0075,
-    0.01,
-    0.015,
-    0.02,
-    0.03,
-    0.05,
-    0.075,
-    0.1,
-    0.2,
-    0.3,
-    0.5,
-    1,
-    2,
-    5,
-    10,
-    30,
-    60,
-)
-_STEP_SECONDS = (0.00025, 0.0005, *_SECONDS)
-_SEQUENCES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"})
 
 
@@ -57,12 +31,11 @@ class Metrics:
 
         With `vllm_model_name`, what routers and gateways read of vLLM is there too, by its names and with this label.
         """
-        self._client = client
-        self._last_stats = EngineStats()
-        self._last_restarts = 0
+        self._engines = [EngineMetrics(client, engine) for engine in client.engines]
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)  # memory, descriptors, when it began
         self.registry.register(_ClientCollector(client, version, by_client))
+        self.registry.register(EngineCollector(self._engines))
         if vllm_model_name is not None:
             self.registry.register(_VllmCollector(client, vllm_model_name))
         self.finished = self._counter("requests_finished", "Choices that ended, by reason.", "finish_reason")
@@ -80,12 +53,6 @@ class Metrics:
         self._client_requests = self._counter(
             "client_requests", "HTTP requests by the name of their key, where keys are asked for.", "client", "status"
         )
-        self._steps = self._count("steps", "Steps of the engine.")
-        self._preemptions = self._count("preemptions", "Sequences that gave up their blocks and began again.")
-        self._prefix_queries = self._count("prefix_cache_queries", "Prompt tokens looked up in shared blocks.")
-        self._prefix_hits = self._count("prefix_cache_hits", "Prompt tokens found in shared blocks.")
-        self._step_seconds = self._histogram("step_seconds", "Time of a step.", buckets=_STEP_SECONDS)
-        self._batch_size = self._histogram("batch_size", "Sequences in a step.", buckets=_SEQUENCES)
         self._responses_of = cache(self._responses.labels)  # it checks and spells labels anew each time
         for reason in ("stop", "length", "abort", "refused", "error"):
             self.finished.labels(reason)
@@ -140,39 +107,26 @@ class Metrics:
             self.first_token.observe(now - stream.submitted_at)
         return now
 
-    def take_stats(self, stats: EngineStats) -> None:
-        """Add what the engine did since the last stats. A new engine counts from zero; our totals never go down."""
-        if self._client.num_restarts != self._last_restarts:
-            self._last_restarts = self._client.num_restarts
-            self._last_stats = EngineStats()
-        last = self._last_stats
-        self._last_stats = stats
-        self._steps.inc(stats.num_steps - last.num_steps)
-        self._preemptions.inc(stats.num_preemptions - last.num_preemptions)
-        self.dropped_tokens.inc(stats.num_dropped_tokens - last.num_dropped_tokens)
-        self._prefix_queries.inc(stats.num_prefix_queries - last.num_prefix_queries)
-        self._prefix_hits.inc(stats.num_prefix_hits - last.num_prefix_hits)
-        for seconds in stats.step_seconds:
-            self._step_seconds.observe(seconds)
-        for size in stats.batch_sizes:
-            self._batch_size.observe(size)
+    def take_stats(self, engine: int, stats: EngineStats) -> None:
+        """What the engine of that number said."""
+        self.dropped_tokens.inc(self._engines[engine].take_stats(stats))
 
     def render(self) -> bytes:
         """The text exposition format."""
         return generate_latest(self.registry)
 
     def _count(self, name: str, help: str) -> Count:
-        return Count(f"{_PREFIX}_{name}", help, self.registry)
+        return Count(f"{PREFIX}_{name}", help, self.registry)
 
     def _counter(self, name: str, help: str, *labels: str) -> Counter:
-        return Counter(f"{_PREFIX}_{name}", help, labels, registry=self.registry)
+        return Counter(f"{PREFIX}_{name}", help, labels, registry=self.registry)
 
-    def _histogram(self, name: str, help: str, *, buckets: tuple[float, ...] = _SECONDS) -> Distribution:
-        return Distribution(f"{_PREFIX}_{name}", help, self.registry, bounds=buckets)
+    def _histogram(self, name: str, help: str) -> Distribution:
+        return Distribution(f"{PREFIX}_{name}", help, self.registry, bounds=SECONDS)
 
 
 class _ClientCollector(Collector):
-    """What the client knows at the moment of a scrape."""
+    """What the client knows of the service at the moment of a scrape."""
 
     def __init__(self, client: EngineClient, version: str, by_client: bool) -> None:
         self._client = client
@@ -180,58 +134,33 @@ class _ClientCollector(Collector):
         self._by_client = by_client
 
     def collect(self) -> Iterator[Metric]:
-        client, stats = self._client, self._client.stats
+        client = self._client
         gauges = {
-            "requests_running": ("Sequences that the engine works on.", stats.num_running),
-            "requests_waiting": ("Sequences in the engine's queue.", stats.num_waiting),
             "requests_open": ("Requests of clients that were taken and are not answered whole.", client.num_open),
-            "queued_tokens": ("Tokens of requests that the engine has not begun.", client.backlog.num_tokens),
-            "kv_cache_usage_ratio": ("Share of the KV blocks in use.", _kv_usage(stats)),
-            "last_step_age_seconds": ("Silence of the engine while work is open.", client.last_message_age_seconds),
+            "queued_tokens": ("Tokens of requests that no engine has begun.", client.backlog.num_tokens),
             "ready": ("1 when requests are taken.", client.ready),
             "draining": ("1 when the service is shutting down.", client.draining),
         }
         for name, (help, value) in gauges.items():
-            yield GaugeMetricFamily(f"{_PREFIX}_{name}", help, value=float(value))
-        phase = GaugeMetricFamily(
-            f"{_PREFIX}_phase", "1 for what the service is at, as /readyz says.", labels=["phase"]
-        )
-        phase.add_metric([client.phase], 1)
-        yield phase
+            yield GaugeMetricFamily(f"{PREFIX}_{name}", help, value=float(value))
         if self._by_client:
             waiting = GaugeMetricFamily(
-                f"{_PREFIX}_client_requests_waiting",
-                "Sequences that wait, by the name of their key.",
-                labels=["client"],
+                f"{PREFIX}_client_requests_waiting", "Sequences that wait, by the name of their key.", labels=["client"]
             )
             for name, num_requests in client.backlog.num_requests_by_client():
                 waiting.add_metric([name], num_requests)
             yield waiting
         yield CounterMetricFamily(
-            f"{_PREFIX}_engine_restarts", "Engine processes started after the first.", value=client.num_restarts
+            f"{PREFIX}_drain_cut_requests", "Requests that a shutdown ended with an error.", value=client.num_cut
         )
-        yield CounterMetricFamily(
-            f"{_PREFIX}_drain_cut_requests", "Requests that a shutdown ended with an error.", value=client.num_cut
-        )
-        yield InfoMetricFamily(f"{_PREFIX}_build", "The service.", value={"version": self._version})
-        if (model := client.model) is not None:
-            yield GaugeMetricFamily(
-                f"{_PREFIX}_max_num_seqs", "Sequences that the engine works on at most.", value=model.max_num_seqs
-            )
-            about = {
-                "dtype": model.dtype,
-                "device": model.device,
-                "context_length": str(model.context_length),
-                "vocab_size": str(model.vocab_size),
-                "num_blocks": str(model.num_blocks),
-                "block_size": str(model.block_size),
-                "max_num_seqs": str(model.max_num_seqs),
-            }
-            yield InfoMetricFamily(f"{_PREFIX}_model", "What the engine loaded.", value=about)
+        yield InfoMetricFamily(f"{PREFIX}_build", "The service.", value={"version": self._version})
 
 
 class _VllmCollector(Collector):
-    """What the Kubernetes inference gateway and vLLM's router decide by, under the names that they look for."""
+    """What the Kubernetes inference gateway and vLLM's router decide by, under the names that they look for.
+
+    Of several engines it is the total: they read one series of a name.
+    """
 
     def __init__(self, client: EngineClient, model_name: str) -> None:
         self._client = client
@@ -240,15 +169,11 @@ class _VllmCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         stats = self._client.stats
         gauges = {
-            "num_requests_running": ("Sequences that the engine works on.", stats.num_running),
-            "num_requests_waiting": ("Sequences in the engine's queue.", stats.num_waiting),
-            "kv_cache_usage_perc": ("Share of the KV blocks in use, 0 to 1.", _kv_usage(stats)),
+            "num_requests_running": ("Sequences that are worked on.", stats.num_running),
+            "num_requests_waiting": ("Sequences that wait.", stats.num_waiting),
+            "kv_cache_usage_perc": ("Share of the KV blocks in use, 0 to 1.", kv_usage(stats)),
         }
         for name, (help, value) in gauges.items():
             family = GaugeMetricFamily(f"vllm:{name}", help, labels=["model_name"])
             family.add_metric([self._model_name], value)
             yield family
-
-
-def _kv_usage(stats: EngineStats) -> float:
-    return stats.num_blocks_used / (stats.num_blocks or 1)

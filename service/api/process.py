@@ -1,4 +1,4 @@
-"""The API process: uvicorn over the supervisor's listening socket, one engine client, the supervisor's words.
+"""The API process: uvicorn over the supervisor's listening socket, the engines' client, the supervisor's words.
 
 Spawned by serve.py, which passes engines' sockets over the control channel. It ignores SIGINT and SIGTERM, and ends
 when told to, or with its parent.
@@ -33,10 +33,10 @@ from service.engine.request import ModelInfo
 
 log = logging.getLogger(__name__)
 
-# The supervisor's words, one a datagram; ENGINE brings a socket along.
+# The supervisor's words, one a datagram. ENGINE and FAILED are followed by an engine's number; ENGINE brings a socket.
 ENGINE, DRAIN, STOP, FAILED = b"engine", b"drain", b"stop", b"failed"
-# The API's words; READY is followed by the name of the engine's device.
-STALLED, READY = b"stalled", b"ready "
+# The API's words, followed by an engine's number, and READY by its device too.
+STALLED, READY = b"stalled", b"ready"
 
 # Objects made before the young are looked at; Python's 700 are two requests' worth, and nearly all die by themselves.
 _GC_YOUNG = 20_000
@@ -61,6 +61,7 @@ class ApiConfig:
     drain_seconds: float
     unready_seconds: float
     stall_seconds: float
+    num_engines: int
     vllm_metrics: bool
     traces_endpoint: str | None
     version: str
@@ -84,11 +85,12 @@ class Api:
         await self.client.close()
 
 
-def compose(config: ApiConfig, *, on_stall: Callable[[], None], on_up: Callable[[ModelInfo], None]) -> Api:
+def compose(config: ApiConfig, *, on_stall: Callable[[int], None], on_up: Callable[[int, ModelInfo], None]) -> Api:
     """All that answers HTTP, but for a server and an engine. The arguments are EngineClient's."""
     client = EngineClient(
         api_number=0,
         stall_seconds=config.stall_seconds,
+        num_engines=config.num_engines,
         queue=config.queue,
         request_timeout_seconds=config.request_timeout_seconds,
         on_stall=on_stall,
@@ -143,7 +145,11 @@ async def _serve(
     config: ApiConfig, listener: socket.socket, admin_listeners: Sequence[socket.socket], control: socket.socket
 ) -> None:
     control.setblocking(False)
-    api = compose(config, on_stall=lambda: _say(control, STALLED), on_up=lambda model: _up(control, model))
+    api = compose(
+        config,
+        on_stall=lambda number: _say(control, said(STALLED, number)),
+        on_up=lambda number, model: _up(control, number, model),
+    )
     client = api.client
     drain = Drain(client, unready_seconds=config.unready_seconds)
     tls = config.tls
@@ -159,13 +165,14 @@ async def _serve(
     draining: set[asyncio.Task[None]] = set()
 
     def hear() -> None:
-        word, descriptors, _, _ = socket.recv_fds(control, 64, 1)
+        message, descriptors, _, _ = socket.recv_fds(control, 64, 1)
+        word, *about = message.split()
         if word == ENGINE and not descriptors:
-            log.error("no descriptor is left for the engine's channel; the engine ends, and is started again")
+            log.error("no descriptor is left for an engine's channel; the engine ends, and is started again")
         elif word == ENGINE:
-            client.attach(socket.socket(fileno=descriptors[0]))
+            client.attach(socket.socket(fileno=descriptors[0]), int(about[0]))
         elif word == FAILED:
-            client.fail()
+            client.give_up(int(about[0]))
         elif word == DRAIN:
             draining.add(asyncio.ensure_future(_finish(drain, config.drain_seconds, server)))
         elif word == STOP:
@@ -205,10 +212,15 @@ async def _finish(drain: Drain, drain_seconds: float, server: uvicorn.Server) ->
     server.should_exit = True
 
 
-def _up(control: socket.socket, model: ModelInfo) -> None:
+def said(word: bytes, *about: object) -> bytes:
+    """A word with what follows it."""
+    return b" ".join((word, *(str(each).encode() for each in about)))
+
+
+def _up(control: socket.socket, number: int, model: ModelInfo) -> None:
     gc.collect()
     gc.freeze()  # the application, the tokenizer, the schemas: nothing of them will ever be garbage
-    _say(control, READY + model.device.encode())
+    _say(control, said(READY, number, model.device))
 
 
 def _say(control: socket.socket, word: bytes) -> None:

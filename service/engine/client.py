@@ -1,10 +1,10 @@
-"""The engine as the API process sees it: submit requests, stream their deltas, abort by leaving.
+"""The engines as the API process sees them: submit requests, stream their deltas, abort by leaving.
 
 Errors:
     EngineUnavailable          the request was not taken; try again later
-    ├── EngineNotReady         loading, or being restarted
+    ├── EngineNotReady         every engine is loading, or being restarted
     ├── EngineDraining         the service is shutting down
-    └── EngineFailed           the supervisor has given up on the engine
+    └── EngineFailed           the supervisor has given up on every engine
     Overloaded                 the service has no time for it; `retry_after_seconds` says when to try again
     ├── QueueFull              there is no room in the queue, or it was given to others
     └── QueueTimeout           a request of the group did not start in time
@@ -13,28 +13,17 @@ A sequence that fails after it was taken ends with a Delta whose finish is ERROR
 """
 
 import asyncio
-import logging
+import functools
 import socket
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import msgspec
 
 from service.engine.backlog import Backlog, Overloaded, QueueFull, QueueLimits, QueueTimeout
-from service.engine.channel import HEADER_BYTES, MAX_MESSAGE_BYTES, MalformedMessage, decode, frame
-from service.engine.request import (
-    Abort,
-    EngineStats,
-    Finish,
-    ModelInfo,
-    Publish,
-    Ready,
-    Request,
-    SamplingParams,
-    Status,
-    Submit,
-    ToApi,
-)
+from service.engine.handle import EngineHandle
+from service.engine.request import EngineStats, Finish, ModelInfo, Request, SamplingParams, Status, Submit
+from service.engine.routing import Router
 from service.engine.stream import DeadlineExceeded, Stream
 
 __all__ = [
@@ -42,6 +31,7 @@ __all__ = [
     "EngineClient",
     "EngineDraining",
     "EngineFailed",
+    "EngineHandle",
     "EngineNotReady",
     "EngineUnavailable",
     "Overloaded",
@@ -50,18 +40,21 @@ __all__ = [
     "Stream",
 ]
 
-log = logging.getLogger(__name__)
-
-
-_MAX_UNSENT_BYTES = 64 * 2**20  # of messages to an engine that reads nothing: some twenty of the largest
+# An engine's phases, the furthest from taking requests first.
+_PHASES = {
+    phase: rank
+    for rank, phase in enumerate(("failed", "restart", "start", "download", "convert", "load", "warmup", "ready"))
+}
+# How many more sequences than the least loaded an engine that has all of a prompt may owe: a share of max_num_seqs.
+_PREFIX_MARGIN = 1 / 8
 
 
 class EngineUnavailable(Exception):
-    """The engine takes no requests now."""
+    """No engine takes requests now."""
 
 
 class EngineNotReady(EngineUnavailable):
-    """Loading, or being restarted."""
+    """Every engine is loading, or being restarted."""
 
 
 class EngineDraining(EngineUnavailable):
@@ -69,21 +62,22 @@ class EngineDraining(EngineUnavailable):
 
 
 class EngineFailed(EngineUnavailable):
-    """The supervisor has given up on the engine."""
+    """The supervisor has given up on every engine."""
 
 
 class EngineClient:
-    """One engine's face in the API process. All methods belong to the event loop's thread."""
+    """The engines' one face in the API process. All methods belong to the event loop's thread."""
 
     def __init__(
         self,
         *,
         api_number: int,
         stall_seconds: float,
+        num_engines: int = 1,
         queue: QueueLimits = QueueLimits(),  # noqa: B008 - frozen
         request_timeout_seconds: float | None = None,
-        on_stall: Callable[[], None],
-        on_up: Callable[[ModelInfo], None] = lambda _: None,
+        on_stall: Callable[[int], None],
+        on_up: Callable[[int, ModelInfo], None] = lambda *_: None,
     ) -> None:
         """`on_stall` hears of an engine that has stalled, `on_up` of each that requests are taken for from now on.
 
@@ -93,41 +87,46 @@ class EngineClient:
         self._request_timeout_seconds = request_timeout_seconds
         self.backlog = Backlog(queue)
         self._next_id = api_number << 48
-        self._stall_seconds = stall_seconds
         self._on_stall = on_stall
         self._on_up = on_up
-        self._encoder = msgspec.msgpack.Encoder()
-        self._decoder = msgspec.msgpack.Decoder(ToApi)
-        self._streams: dict[int, Stream] = {}  # request id -> its stream
-        self._busy: set[Stream] = set()  # those that the engine still owes something
-        self._writer: asyncio.StreamWriter | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._serving: asyncio.Task[None] | None = None  # the engine attached last
-        self._watcher: asyncio.Task[None] | None = None
-        self._work_open = asyncio.Event()
+        self.engines = tuple(
+            EngineHandle(
+                self,
+                number,
+                name=f"engine {number}" if num_engines > 1 else "the engine",
+                stall_seconds=stall_seconds,
+            )
+            for number in range(num_engines)
+        )
+        self._router = Router()
+        self._streams: dict[Stream, None] = {}  # those whose answer is not whole
         self._idle = asyncio.Event()
         self._idle.set()
-        self._last_message = time.monotonic()
+        self._loading = asyncio.Lock()
         self._draining = False
         self._failed: str | None = None  # why
-        self.model: ModelInfo | None = None  # the last engine's; kept over a restart
-        self.status = Status(phase="start", progress=0.0)
-        self.stats = EngineStats()
-        self.on_stats: Callable[[EngineStats], None] = lambda _: None
+        self.on_stats: Callable[[int, EngineStats], None] = lambda *_: None  # an engine's number, and what it said
         self.on_ready: Callable[[ModelInfo], Awaitable[None]] | None = None  # awaited before requests are taken
-        self.num_restarts = 0
         self.num_cut = 0  # requests that `abandon` has ended
 
     # What the routes ask
 
     @property
     def phase(self) -> str:
-        """start, download, convert, load, warmup, ready, restart, drain or failed."""
+        """failed, drain, or that of the engine that is nearest to ready: start, download, convert, load, warmup, ready
+        or restart."""
+        return self.phase_of(self._nearest)
+
+    def phase_of(self, engine: EngineHandle) -> str:
+        """The engine's own, while the service neither drains nor has failed."""
         if self._failed:
             return "failed"
-        if self._draining:
-            return "drain"
-        return self.status.phase
+        return "drain" if self._draining else engine.phase
+
+    @property
+    def status(self) -> Status:
+        """Of the same engine."""
+        return self._nearest.status
 
     @property
     def ready(self) -> bool:
@@ -138,14 +137,19 @@ class EngineClient:
         return self._draining
 
     @property
-    def num_open(self) -> int:
-        """Requests that were taken and whose answer is not whole."""
-        return len(self._unique_streams())
+    def model(self) -> ModelInfo | None:
+        """The last that an engine has loaded; kept over a restart."""
+        return next((engine.model for engine in self.engines if engine.model is not None), None)
 
     @property
-    def last_message_age_seconds(self) -> float:
-        """Seconds since the engine last said anything; 0 while no work is open."""
-        return time.monotonic() - self._last_message if self._work_open.is_set() else 0.0
+    def stats(self) -> EngineStats:
+        """Of all engines together."""
+        return functools.reduce(EngineStats.__add__, (engine.stats for engine in self.engines))
+
+    @property
+    def num_open(self) -> int:
+        """Requests that were taken and whose answer is not whole."""
+        return len(self._streams)
 
     def new_request_id(self) -> int:
         self._next_id += 1
@@ -157,9 +161,10 @@ class EngineClient:
             raise EngineFailed(self._failed)
         if self._draining:
             raise EngineDraining("the service is shutting down")
-        if self.status.phase != "ready" or self.model is None:
-            raise EngineNotReady(f"the model is not ready yet (phase: {self.status.phase})")
-        return self.model
+        for engine in self.engines:
+            if engine.ready and engine.model is not None:
+                return engine.model
+        raise EngineNotReady(f"the model is not ready yet (phase: {self.phase})")
 
     def check_room(self, client: str) -> None:
         """Raises QueueFull if whatever the client asks for now would be refused."""
@@ -177,14 +182,14 @@ class EngineClient:
         queue_timeout_seconds: float | None = None,
         arrived_at: float | None = None,
     ) -> Stream:
-        """Hand `requests` to the engine as one group, drawn by `params`. Raises EngineUnavailable and QueueFull.
+        """Hand `requests` to the engines as one group, drawn by `params`. Raises EngineUnavailable and QueueFull.
 
         `completing_ids`, `patient` and `client` are Submit's. All must have finished after `timeout_seconds`, and have
         started after `queue_timeout_seconds`, where the service's own limits are not less. The one is counted from
         `arrived_at`, in monotonic seconds, the other from now; None is now too.
         """
         self.check_ready()
-        if self._writer is not None and self._writer.transport.get_write_buffer_size() > _MAX_UNSENT_BYTES:
+        if all(engine.clogged for engine in self.engines if engine.ready):
             raise QueueFull("the engine reads nothing now; try again later", retry_after_seconds=5)
         submit = Submit(tuple(requests), params, completing_ids, patient, client)
         arrived_at = time.monotonic() if arrived_at is None else arrived_at
@@ -195,15 +200,16 @@ class EngineClient:
             queue_deadline=_deadline(time.monotonic(), queue_timeout_seconds, self._queue.timeout_seconds),
         )
         self.backlog.add(stream._entry)
-        self._hand_over(stream, submit)
+        self._streams[stream] = None
+        self._idle.clear()
+        self._route(stream, submit)
         return stream
 
     # What the supervisor's words lead to
 
-    def attach(self, sock: socket.socket) -> None:
-        """Speak to a new engine process over `sock`; ends by itself when that process closes its end."""
-        self.status = Status(phase="start" if self.model is None else "restart", progress=0.0)
-        self._serving = self._spawn(self._serve(sock, self._serving))
+    def attach(self, sock: socket.socket, number: int = 0) -> None:
+        """Speak to a new process of that engine over `sock`; ends by itself when that process closes its end."""
+        self.engines[number].attach(sock)
 
     def drain(self) -> None:
         """Take no more requests."""
@@ -215,141 +221,96 @@ class EngineClient:
 
     def abandon(self, error: str) -> int:
         """The service ends: so does everything open, as ABORT with an error. Returns how many requests that cut."""
-        num_cut = len(self._busy)
+        num_cut = sum(bool(stream._open) for stream in self._streams)
         self.num_cut += num_cut
-        for stream in self._unique_streams():
-            for request in stream._submit.requests:
-                self._abort(request.id, None)
+        for stream in list(self._streams):
+            stream._abort_all()
             stream._end(Finish.ABORT, error)
         return num_cut
 
-    def fail(self, reason: str = "the engine failed too often and is not being restarted") -> None:
+    def give_up(self, number: int) -> None:
+        """That engine is not started again. The others go on; where there is none, the service has failed."""
+        self.engines[number].given_up = True
+        if all(engine.given_up for engine in self.engines):
+            self.fail("the engine failed too often and is not being restarted")
+
+    def fail(self, reason: str) -> None:
         """Nothing can be served any more: everything open ends with an error, and liveness is false."""
         self._failed = reason
-        for stream in self._unique_streams():
+        for stream in list(self._streams):
             stream._end(Finish.ERROR, reason)
 
     async def close(self) -> None:
-        """Close the channel, which ends the engine process."""
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        """Close the channels, which ends the engine processes."""
+        await asyncio.gather(*(engine.close() for engine in self.engines))
 
-    # Inside
+    # What the engines and streams tell
 
-    def _spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
-        task = asyncio.ensure_future(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
+    async def _loaded(self, model: ModelInfo) -> None:
+        if self.on_ready is not None:
+            async with self._loading:  # one after the other: they have the same model
+                await self.on_ready(model)
 
-    async def _serve(self, sock: socket.socket, before: asyncio.Task[None] | None) -> None:
-        if before is not None:
-            await asyncio.wait([before])  # what the engine before left in its channel may still be on its way
-            self.num_restarts += 1  # only now are figures those of the new one
-        reader, writer = await asyncio.open_connection(sock=sock)
-        self._writer = writer
-        try:
-            while True:
-                header = await reader.readexactly(HEADER_BYTES)
-                size = int.from_bytes(header, "big")
-                if size > MAX_MESSAGE_BYTES:
-                    raise MalformedMessage(f"a message of {size} bytes")
-                message = decode(await reader.readexactly(size), self._decoder)
-                if isinstance(message, Ready) and self.on_ready is not None:
-                    await self.on_ready(message.model)
-                self._take(message)
-        except (asyncio.IncompleteReadError, OSError):
-            log.warning("the engine process closed its channel")
-        except MalformedMessage:
-            log.exception("malformed message from the engine process")
-        finally:
-            if self._watcher is not None:
-                self._watcher.cancel()
-            writer.close()
-            self._writer = None
-            self.status = Status(phase="restart", progress=0.0)
-            self.stats = EngineStats()
-            for stream in self._unique_streams():
-                stream._engine_lost("the engine stopped while it worked on this request")
+    def _up(self, engine: EngineHandle, model: ModelInfo) -> None:
+        if self._failed is None:
+            self._on_up(engine.number, model)
+        for other in self.engines:
+            if other is engine or not other.ready:
+                self._move_unstarted(other)
 
-    async def _watch(self) -> None:
-        """Call on_stall when work has been open for stall_seconds without a word from the ready engine."""
-        await self._work_open.wait()
-        while (wait_seconds := self._last_message + self._stall_seconds - time.monotonic()) > 0:
-            await asyncio.sleep(wait_seconds)
-            await self._work_open.wait()
-        log.error(
-            "the engine has not said a word for %g s while work is open",
-            self._stall_seconds,
-        )
-        self._on_stall()
+    def _lost(self, engine: EngineHandle) -> None:
+        self._router.forget(engine.number)
+        for stream in engine.streams:
+            stream._engine_lost(engine, "the engine stopped while it worked on this request")
+        self._move_unstarted(engine)
 
-    def _take(self, message: ToApi) -> None:
-        self._last_message = time.monotonic()
-        match message:
-            case Publish(started, deltas, stats):
-                for request_id in started:
-                    if request_id in self._streams:
-                        self._streams[request_id]._mark_started(request_id)
-                for delta in deltas:
-                    if delta.request_id in self._streams:
-                        self._streams[delta.request_id]._deliver(delta)
-                if stats is not None:
-                    self.stats = stats
-                    self.on_stats(stats)
-            case Status():
-                self.status = message
-            case Ready(model):
-                self.model = model
-                self.status = Status(phase="ready", progress=1.0)
-                self._watcher = self._spawn(self._watch())
-                if self._failed is None:
-                    self._on_up(model)
-                for stream in self._unique_streams():
-                    if (again := stream._take_unstarted()) is not None:
-                        self._send(again)
-
-    def _hand_over(self, stream: Stream, submit: Submit) -> None:
-        for request in submit.requests:
-            self._streams[request.id] = stream
-        if not self._busy:
-            self._last_message = time.monotonic()
-        self._busy.add(stream)
-        self._work_open.set()
-        self._idle.clear()
-        self._send(submit)
-
-    def _go_on(self, stream: Stream, before: Sequence[Request]) -> None:
-        """Hand over a stream's requests that follow those `before`. It is open all the while, so nothing is idle."""
-        self._hand_over(stream, stream._submit)
-        for request in before:
-            del self._streams[request.id]
-
-    def _unique_streams(self) -> list[Stream]:
-        return list(dict.fromkeys(self._streams.values()))
-
-    def _abort(self, request_id: int, choice: int | None) -> None:
-        self._send(Abort(request_id, choice))
+    def _stalled(self, engine: EngineHandle) -> None:
+        self._on_stall(engine.number)
 
     def _forget(self, stream: Stream) -> None:
-        self._settled(stream)
         self.backlog.remove(stream._entry)
-        for request in stream._submit.requests:
-            self._streams.pop(request.id, None)
+        for request_id, engine in stream._engines.items():
+            engine.forget(request_id)
+        self._streams.pop(stream, None)
         if not self._streams:
             self._idle.set()
 
-    def _settled(self, stream: Stream) -> None:
-        """The engine owes it nothing more; a reader may still take its time."""
-        self._busy.discard(stream)
-        if not self._busy:
-            self._work_open.clear()
+    # Inside
 
-    def _send(self, message: Submit | Abort) -> None:
-        # Without an engine there is nothing to tell: a new one starts empty, and unstarted requests are sent again.
-        if self._writer is not None:
-            self._writer.write(frame(message, self._encoder))
+    @property
+    def _nearest(self) -> EngineHandle:
+        """The engine that is, or will be, the first to be ready."""
+        return max(self.engines, key=lambda engine: (_PHASES.get(engine.phase, 0), engine.status.progress))
+
+    def _move_unstarted(self, engine: EngineHandle) -> None:
+        """Ask those that are ready for what a lost process had not begun. If none is, it waits for the first."""
+        if not any(each.ready for each in self.engines):
+            return
+        for stream in engine.streams:
+            if requests := stream._take_unstarted(engine):
+                for request in requests:
+                    engine.forget(request.id, num_open=stream._num_open(request))
+                self._route(stream, msgspec.structs.replace(stream._submit, requests=requests))
+
+    def _route(self, stream: Stream, submit: Submit) -> None:
+        """Hand each request to an engine that is ready, with a message for each engine that gets some."""
+        if len(self.engines) == 1:
+            self.engines[0].hand_over(stream, submit)
+            return
+        ready = [engine for engine in self.engines if engine.ready]
+        engines = [engine for engine in ready if not engine.clogged] or ready
+        loads = {engine.number: engine.num_owed for engine in engines}
+        model = engines[0].model
+        assert model is not None, "it is ready"
+        parts: dict[int, list[Request]] = {}
+        for request in submit.requests:
+            number = self._router.choose(
+                request, loads, block_size=model.block_size, margin=_PREFIX_MARGIN * model.max_num_seqs
+            )
+            loads[number] += request.n
+            parts.setdefault(number, []).append(request)
+        for number, part in parts.items():
+            self.engines[number].hand_over(stream, msgspec.structs.replace(submit, requests=tuple(part)))
 
 
 def _deadline(arrived_at: float, *seconds: float | None) -> float | None:

@@ -270,19 +270,25 @@ def served_folder(config: EngineConfig, report: Report) -> Path:
 
 
 def _device(config: EngineConfig, *, rank: int) -> torch.device:
+    """A rank's own; engines and their ranks are on GPUs one after the other, from the one that was asked for."""
     name, num_ranks = config.device, config.tensor_parallel_size
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
-    if device.type == "cpu":
+    if device.type != "cuda":
         return device
     if not torch.cuda.is_available():
         raise DeviceError(f"device: {name} was asked for, and this torch ({torch.__version__}) sees no GPU")
-    first = device.index or 0
-    if first + num_ranks > torch.cuda.device_count():
-        wanted = name if num_ranks == 1 else f"{name} with a tensor_parallel_size of {num_ranks}"
-        raise DeviceError(f"device: {wanted} was asked for, and there are {torch.cuda.device_count()} GPUs")
-    return torch.device("cuda", first + rank)
+    first, num_gpus = device.index or 0, torch.cuda.device_count()
+    wanted = config.num_engines * num_ranks
+    if first + wanted > num_gpus and wanted == 1:
+        raise DeviceError(f"device: {name} was asked for, and there are {num_gpus} GPUs")
+    if first + wanted > num_gpus:
+        raise DeviceError(
+            f"data_parallel_size, tensor_parallel_size: {config.num_engines} engines of {num_ranks} GPUs each "
+            f"take {wanted} GPUs from {name} on, and there are {num_gpus}"
+        )
+    return torch.device("cuda", first + config.engine_number * num_ranks + rank)
 
 
 Unusable = (CheckpointError, DeviceError, KernelError, KVMemoryError, ParallelError)  # what another try would not mend

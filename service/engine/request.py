@@ -117,6 +117,11 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True, gc=False):
     step_seconds: tuple[float, ...] = ()  # one entry a step since the last stats
     batch_sizes: tuple[int, ...] = ()  # sequences in each of these steps
 
+    def __add__(self, other: "EngineStats") -> "EngineStats":
+        """Of two engines together."""
+        pairs = zip(msgspec.structs.astuple(self), msgspec.structs.astuple(other), strict=True)
+        return EngineStats(*(one + another for one, another in pairs))
+
 
 class ModelInfo(msgspec.Struct, frozen=True, array_like=True):
     """What the engine loaded: enough for the API to admit requests and describe the model."""

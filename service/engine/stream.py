@@ -14,6 +14,7 @@ from service.engine.request import Delta, Finish, Request, Submit, count_tokens
 
 if TYPE_CHECKING:
     from service.engine.client import EngineClient
+    from service.engine.handle import EngineHandle
 
 # Token ids and log-probabilities that wait for a reader of a stream: several times what all rows make in one publish.
 _MAX_UNREAD = 2**20
@@ -38,6 +39,7 @@ class Stream:
         requests = submit.requests
         self._client = client
         self._submit = submit
+        self._engines: dict[int, EngineHandle] = {}  # request id -> who was asked for it
         self._deadline = deadline
         self._queue_deadline = queue_deadline
         self._open = {(request.id, choice) for request in requests for choice in range(request.n)}
@@ -55,7 +57,7 @@ class Stream:
             submit.client, requests[0].priority, len(self._queued), sum(self._queued.values()), self._refuse
         )
         self._refused: QueueFull | None = None
-        self._resubmitted = False
+        self._resubmitted: set[int] = set()  # ids of requests that were asked for again
         self._ended: tuple[Finish, str] | None = None  # how the client ended it for good
         self.submitted_at = time.monotonic()
         # When the requests that the group began with left the engine's queue, by id (monotonic seconds).
@@ -64,9 +66,9 @@ class Stream:
 
     def close(self) -> None:
         """Abort whatever has not finished, and read no more."""
-        for request_id in {request_id for request_id, _ in self._open}:
-            self._client._abort(request_id, None)
-        self._open.clear()
+        self._abort_all()
+        for key in list(self._open):
+            self._close(key)
         self._client._forget(self)
 
     def __aiter__(self) -> Self:
@@ -112,7 +114,10 @@ class Stream:
         self._submit = msgspec.structs.replace(self._submit, requests=tuple(requests))
         self._open = {(request.id, choice) for request in requests for choice in range(request.n)}
         self._unstarted = {request.id: request for request in requests}
-        self._client._go_on(self, before)
+        engine = self._engines[before[0].id]  # which has what they begin with in its blocks
+        engine.hand_over(self, self._submit)
+        for request in before:
+            self._engines.pop(request.id).forget(request.id)
         if self._ended is not None:
             self._end(*self._ended)
 
@@ -120,7 +125,7 @@ class Stream:
         """End one sequence: nothing more of it is delivered. Used when a stop string is found in its text."""
         if (request_id, choice) in self._open:
             self._close((request_id, choice))
-            self._client._abort(request_id, choice)
+            self._engines[request_id].abort(request_id, choice)
             self._leave_queue((request_id, choice), served=False)
             if request_id in self._unstarted and not any(open_id == request_id for open_id, _ in self._open):
                 del self._unstarted[request_id]  # nobody waits for its start
@@ -149,14 +154,17 @@ class Stream:
         """Keep nothing for it but an error of each sequence that had not finished."""
         self._mailbox.clear()
         self._num_unread = 0
-        for request_id in {request_id for request_id, _ in self._open}:
-            self._client._abort(request_id, None)
+        self._abort_all()
         self._end(Finish.ERROR, "the client takes its answer too slowly")
 
     def _close(self, key: tuple[int, int]) -> None:
-        self._open.discard(key)
-        if not self._open:
-            self._client._settled(self)
+        self._open.remove(key)
+        self._engines[key[0]].settled()
+
+    def _abort_all(self) -> None:
+        """Let the engines compute no more of what has not finished."""
+        for request_id in {request_id for request_id, _ in self._open}:
+            self._engines[request_id].abort(request_id, None)
 
     def _mark_started(self, request_id: int) -> None:
         if self._unstarted.pop(request_id, None) is not None and not self._has_gone_on:
@@ -175,26 +183,29 @@ class Stream:
         self.close()
         self._arrived()
 
-    def _engine_lost(self, error: str) -> None:
-        """End what the lost engine had begun. What it had not begun stays, to be submitted again, once."""
-        if self._resubmitted:
-            self._unstarted.clear()
-        self._end(Finish.ERROR, error, kept=self._unstarted)
+    def _num_open(self, request: Request) -> int:
+        """How many of its sequences have not ended."""
+        return sum((request.id, choice) in self._open for choice in range(request.n))
 
-    def _end(self, finish: Finish, error: str, *, kept: Collection[int] = ()) -> None:
-        """End every open sequence but those of the requests `kept`."""
-        if not kept:
+    def _engine_lost(self, engine: EngineHandle, error: str) -> None:
+        """End what the lost engine had begun. What it had not begun stays, to be asked for again, once."""
+        lost = {request_id for request_id, other in self._engines.items() if other is engine}
+        kept = (lost & self._unstarted.keys()) - self._resubmitted
+        self._end(Finish.ERROR, error, lost - kept, for_good=not kept)
+
+    def _end(self, finish: Finish, error: str, of: Collection[int] | None = None, *, for_good: bool = True) -> None:
+        """End every open sequence, or those `of` the requests; `for_good`: nor does the group go on."""
+        if for_good:
             self._ended = finish, error
         for request_id, choice in list(self._open):
-            if request_id not in kept:
+            if of is None or request_id in of:
                 self._deliver(Delta(request_id, choice, (), finish, error))
 
-    def _take_unstarted(self) -> Submit | None:
-        """What is to be submitted again."""
-        self._resubmitted = True
-        if not self._unstarted:
-            return None
-        return msgspec.structs.replace(self._submit, requests=tuple(self._unstarted.values()))
+    def _take_unstarted(self, engine: EngineHandle) -> tuple[Request, ...]:
+        """What of the engine's has not begun, and is now to be asked for again."""
+        requests = tuple(each for each in self._unstarted.values() if self._engines[each.id] is engine)
+        self._resubmitted.update(request.id for request in requests)
+        return requests
 
     def _check_deadlines(self) -> float | None:
         """Seconds until the next deadline, if there is one. Raises QueueTimeout, DeadlineExceeded."""

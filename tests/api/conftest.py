@@ -104,7 +104,7 @@ async def start(tokenizer: Tokenizer) -> AsyncIterator[Start]:
     ) -> Service:
         engine = FakeEngine()
         await engine.start()
-        client = EngineClient(api_number=0, stall_seconds=60, queue=queue or QueueLimits(), on_stall=lambda: None)
+        client = EngineClient(api_number=0, stall_seconds=60, queue=queue or QueueLimits(), on_stall=lambda _: None)
         defaults: dict[str, Any] = {
             "model_names": ["demo", "org/alias"],
             "max_body_bytes": 8 * 2**20,

@@ -15,7 +15,7 @@ PLAIN_END = (27, 91, 437, 1659, 5239, 91, 29)  # the end of text as plain text
 
 @pytest.fixture
 async def served(tokenizer: Tokenizer) -> ServedModel:
-    client = EngineClient(api_number=0, stall_seconds=60, on_stall=lambda: None)
+    client = EngineClient(api_number=0, stall_seconds=60, on_stall=lambda _: None)
     model = ServedModel(client, names=["demo", "org/alias"], version="1", load_tokenizer=lambda _: tokenizer)
     await model.on_ready(MODEL)
     return model
@@ -108,7 +108,7 @@ async def test_a_tokenizer_that_cannot_be_read_fails_the_client() -> None:
     def fail(_: object) -> Tokenizer:
         raise ValueError("vocab.json: no such thing")
 
-    client = EngineClient(api_number=0, stall_seconds=60, on_stall=lambda: None)
+    client = EngineClient(api_number=0, stall_seconds=60, on_stall=lambda _: None)
     served = ServedModel(client, names=["demo"], version="1", load_tokenizer=fail)
     await served.on_ready(MODEL)
     with pytest.raises(EngineFailed, match=r"the tokenizer cannot be used: vocab\.json: no such thing"):

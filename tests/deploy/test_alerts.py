@@ -28,6 +28,7 @@ from tests.service.server import COMMAND, Server, Start
 __all__ = ["one_thread", "scripted_model", "start", "tokenizer"]
 OF_A_CROWD = ("MegatronGpt2QueueHigh", "MegatronGpt2FirstTokenSlow", "MegatronGpt2KvCacheFull")
 OF_RESTARTS = ("MegatronGpt2RestartLoop", "MegatronGpt2Errors")
+LOST = "MegatronGpt2EngineLost"
 OF_A_LIFE = NOT_READY, SLOW, DRAINING, DOWN = (
     "MegatronGpt2NotReady",
     "MegatronGpt2TokensSlow",
@@ -134,6 +135,15 @@ def test_an_engine_that_dies_again_and_again(start: Start, watch: Watch, scripte
     pytest.fail(f"never fired: {missing}")
 
 
+def test_an_engine_of_two_that_is_given_up(start: Start, watch: Watch, scripted_model: ScriptedModel) -> None:
+    """The service goes on with the other, and says so until it is started again."""
+    server = start(str(scripted_model.folder), "--data-parallel-size", "2", "--max-restarts", "0")
+    prometheus = watch(server)
+    server.engines[1].kill()
+    prometheus.wait_firing(LOST, seconds=SCRAPE_SECONDS)
+    assert set() == {DOWN, NOT_READY} & prometheus.alerts("firing")
+
+
 def wait_working(http: httpx.Client, *, num_restarts: int) -> None:
     """Return when the engine that was started after so many others has requests to work on."""
     deadline = time.monotonic() + 60
@@ -211,7 +221,7 @@ def end(process: subprocess.Popen[str]) -> None:
 
 def test_every_alert_is_caused_here() -> None:
     """No alert is shipped that no test waits for."""
-    assert {rule["alert"] for rule in shipped_rules()} == {*OF_A_CROWD, *OF_RESTARTS, *OF_A_LIFE}
+    assert {rule["alert"] for rule in shipped_rules()} == {*OF_A_CROWD, *OF_RESTARTS, LOST, *OF_A_LIFE}
 
 
 def test_the_runbook_has_a_line_an_alert() -> None:

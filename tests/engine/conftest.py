@@ -27,7 +27,7 @@ async def client(stalls: list[float], queue: QueueLimits) -> AsyncIterator[Engin
         api_number=3,
         stall_seconds=0.2,
         queue=queue,
-        on_stall=lambda: stalls.append(asyncio.get_running_loop().time()),
+        on_stall=lambda _: stalls.append(asyncio.get_running_loop().time()),
     )
     yield client
     await client.close()

@@ -95,7 +95,7 @@ async def test_when_the_engine_dies_the_begun_end_and_the_queued_are_served_by_t
         with pytest.raises(EngineNotReady):
             client.submit([request(client)], PARAMS)
         await attach()
-        assert client.num_restarts == 1
+        assert client.engines[0].num_restarts == 1
         served = await collect(two)
         whole = functools.reduce(Delta.then, served[queued.id, 0])
         (expected,) = answers(Ask(queued, other))
@@ -149,7 +149,7 @@ async def test_a_silent_engine_with_open_work_is_a_stall(
     with closing(client.submit([request(client)], PARAMS)):
         await until(lambda: bool(stalls))
         assert stalls[0] - began >= 0.19
-        assert client.last_message_age_seconds >= 0.19
+        assert client.engines[0].last_message_age_seconds >= 0.19
         gate.release(1000)
     assert len(stalls) == 1
 
@@ -163,7 +163,7 @@ async def test_a_reader_that_takes_its_time_is_no_stall(
         await until(lambda: not stream._open)
         await asyncio.sleep(0.3)
         assert [] == stalls
-        assert client.last_message_age_seconds == 0
+        assert client.engines[0].last_message_age_seconds == 0
         idle = asyncio.ensure_future(client.wait_idle())
         await asyncio.sleep(0)
         assert not idle.done()
@@ -181,7 +181,7 @@ async def test_nothing_is_taken_before_ready_while_draining_or_after_failure(
     client.drain()
     with pytest.raises(EngineDraining):
         client.submit([request(client)], PARAMS)
-    client.fail()
+    client.give_up(0)
     with pytest.raises(EngineFailed):
         client.submit([request(client)], PARAMS)
     assert issubclass(EngineFailed, EngineUnavailable)
@@ -217,7 +217,7 @@ async def test_abandon_ends_everything_with_an_error(client: EngineClient, attac
 async def test_the_last_words_of_an_engine_are_its_own(client: EngineClient) -> None:
     """Stats that it left in its channel are not taken for those of the one attached after it."""
     heard: list[tuple[int, int]] = []
-    client.on_stats = lambda stats: heard.append((client.num_restarts, stats.num_steps))
+    client.on_stats = lambda _, stats: heard.append((client.engines[0].num_restarts, stats.num_steps))
     encoder = msgspec.msgpack.Encoder()
     peers = []
     for num_steps in (50, 3):

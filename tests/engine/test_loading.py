@@ -1,39 +1,44 @@
 """What loading hands to the engine's loop, of the demo model that the package carries."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
+import pytest
+import torch
 
 import service.demo
 from service.checkpoint.tokenizer import read_tokenizer
 from service.engine.config import EngineConfig
-from service.engine.loading import Reporter, load
+from service.engine.loading import DeviceError, Reporter, _device, load
 
 FOLDER = Path(service.demo.__file__).parent / "model"
+CONFIG = EngineConfig(
+    model=str(FOLDER),
+    revision=None,
+    offline=True,
+    cache_dir="unused",
+    device="cpu",
+    dtype="auto",
+    max_num_seqs=2,
+    max_num_batched_tokens=16,
+    block_size=16,
+    kv_memory=None,
+    gpu_memory_utilization=0.9,
+    cpu_threads=1,
+    tensor_parallel_size=1,
+    engine_number=0,
+    num_engines=1,
+    max_event_interval_ms=16,
+    log_level="warning",
+    json_lines=False,
+)
 
 
 def test_grammars_are_compiled_for_the_loaded_models_own_tokens() -> None:
     """The first mask of a grammar allows exactly the tokens that can begin a match."""
-    config = EngineConfig(
-        model=str(FOLDER),
-        revision=None,
-        offline=True,
-        cache_dir="unused",
-        device="cpu",
-        dtype="auto",
-        max_num_seqs=2,
-        max_num_batched_tokens=16,
-        block_size=16,
-        kv_memory=None,
-        gpu_memory_utilization=0.9,
-        cpu_threads=1,
-        tensor_parallel_size=1,
-        max_event_interval_ms=16,
-        log_level="warning",
-        json_lines=False,
-    )
     with Reporter(lambda phase, progress: None) as reporter:
-        loaded = load(config, reporter)
+        loaded = load(CONFIG, reporter)
     words = np.zeros(-(-loaded.model.vocab_size // 32), np.int32)
     loaded.compile_grammar("start: /[01]+;/").fill(words)
     allowed = np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little")).tolist()
@@ -41,3 +46,41 @@ def test_grammars_are_compiled_for_the_loaded_models_own_tokens() -> None:
     assert {b"0", b"1"} <= set(tokens)
     assert all(data.strip(b"01") in (b"", b";") and data[:1] in (b"0", b"1") for data in tokens)
     loaded.runner.close()
+
+
+@pytest.fixture
+def four_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+
+
+@pytest.mark.usefixtures("four_gpus")
+def test_engines_and_their_ranks_take_gpus_one_after_the_other() -> None:
+    """From the one that was asked for."""
+
+    def devices(name: str, num_engines: int, size: int) -> list[str]:
+        config = dataclasses.replace(CONFIG, device=name, num_engines=num_engines, tensor_parallel_size=size)
+        engines = [dataclasses.replace(config, engine_number=number) for number in range(num_engines)]
+        return [str(_device(engine, rank=rank)) for engine in engines for rank in range(size)]
+
+    assert ["cuda:0"] == devices("auto", 1, 1)
+    assert ["cuda:2"] == devices("cuda:2", 1, 1)
+    assert ["cuda:0", "cuda:1", "cuda:2", "cuda:3"] == devices("auto", 4, 1)
+    assert ["cuda:0", "cuda:1", "cuda:2", "cuda:3"] == devices("cuda", 2, 2)
+    assert ["cuda:1", "cuda:2"] == devices("cuda:1", 1, 2)
+    assert ["cuda:2", "cuda:3"] == devices("cuda:2", 2, 1)
+    assert ["cpu"] * 8 == devices("cpu", 8, 1)
+
+
+@pytest.mark.usefixtures("four_gpus")
+@pytest.mark.parametrize(
+    ("device", "num_engines", "size"), [("auto", 5, 1), ("cuda", 3, 2), ("cuda:2", 3, 1), ("cuda:2", 1, 3)]
+)
+def test_more_gpus_than_there_are(device: str, num_engines: int, size: int) -> None:
+    """Every engine refuses, also one whose own GPU is there, so that the service ends at once."""
+    config = dataclasses.replace(CONFIG, device=device, num_engines=num_engines, tensor_parallel_size=size)
+    for number in range(num_engines):
+        with pytest.raises(
+            DeviceError, match=rf"^data_parallel_size, tensor_parallel_size: {num_engines} engines .* there are 4$"
+        ):
+            _device(dataclasses.replace(config, engine_number=number), rank=0)

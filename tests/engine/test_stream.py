@@ -125,7 +125,7 @@ async def test_a_choice_aborted_before_its_start_is_not_waited_for(client: Engin
         assert {(first.id, 0)} == set(deltas)
         engine.die(gate)
         await until(lambda: not client.ready)
-        assert stream._take_unstarted() is None
+        assert not stream._take_unstarted(client.engines[0])
 
 
 async def test_a_reader_finds_what_came_meanwhile_as_one_delta(client: EngineClient, attach: Attach) -> None:
@@ -189,7 +189,7 @@ async def test_a_group_goes_on_with_more_requests(client: EngineClient, attach: 
                 group = [request(client, prompt=(len(asked), number)) for number in range(2)]
                 asked += group
                 stream.go_on(group)
-                assert {each.id for each in group} == client._streams.keys()
+                assert {each.id for each in group} == client.engines[0]._streams.keys()
                 assert not client._idle.is_set()
     assert 9 == len(asked)
     for each in asked:

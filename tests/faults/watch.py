@@ -124,7 +124,7 @@ class Watch:
         self._ends, self._gives_up, self._may_break = ends, gives_up, may_break
         self._before: list[_Footprint] = []
         self._probed_at = 0.0  # the last time, in monotonic seconds
-        self._refusals: list[float] = []  # when readiness was false, in monotonic seconds
+        self.refusals: list[float] = []  # when readiness was false, in monotonic seconds
         self._dishonest: list[str] = []
         self._prober: asyncio.Task[None] | None = None
 
@@ -172,6 +172,17 @@ class Watch:
         await self.client.wait_metric("engine_restarts_total", since + 1, seconds=60)
         await self.client.wait_status("/readyz", 200)
 
+    async def wait_phases(self, *phases: str) -> None:
+        """Return once the engines, by their numbers, are at these."""
+
+        async def reached() -> bool:
+            found = await self.client.samples("phase")
+            return {(str(number), phase) for number, phase in enumerate(phases)} == {
+                (labels["engine"], labels["phase"]) for labels, _ in found
+            }
+
+        await eventually(reached, seconds=60)
+
     # What it does itself
 
     async def _fetch(self, answer: Answer, body: dict[str, Any]) -> Answer:
@@ -208,7 +219,7 @@ class Watch:
                 if ready not in (200, 503) or taken not in (400, 503):
                     self._dishonest.append(f"/readyz said {ready}, and a request was told {taken}")
                 if ready == 503:
-                    self._refusals.append(now)
+                    self.refusals.append(now)
                 if live != 200 and not self._gives_up:
                     self._dishonest.append("liveness fell")
                 if (ready == 503) == (taken == 503):
@@ -226,7 +237,7 @@ class Watch:
         for answer in (task.result() for task in self.answers):
             answer.check(self._model, may_break=self._may_break)
             if answer.status == 503 and answer.at < self._probed_at:  # what ends may not be asked again
-                assert any(abs(answer.at - at) < _HONEST_SECONDS + _PROBE_SECONDS for at in self._refusals), (
+                assert any(abs(answer.at - at) < _HONEST_SECONDS + _PROBE_SECONDS for at in self.refusals), (
                     "a request was refused while readiness was true"
                 )
         if not (self._ends or self._gives_up):

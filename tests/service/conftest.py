@@ -53,7 +53,7 @@ def start() -> Iterator[Start]:
         servers.append(server)
         if ready:
             server.wait_ready()
-            assert server.engine.is_running()
+            assert server.engines
         return server
 
     yield start_server

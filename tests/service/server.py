@@ -81,10 +81,15 @@ class Server:
         self._reader.start()
 
     def wait_ready(self, seconds: float = 90) -> None:
-        """Return when /readyz is 200."""
+        """Return when /readyz is 200, and every engine is ready."""
         with httpx.Client(base_url=self.url, timeout=seconds, verify=self.verify) as http:
             deadline = time.monotonic() + seconds
-            while http.get("/readyz").status_code != 200:
+
+            def all_ready() -> bool:
+                phases = [line for line in http.get("/metrics").text.splitlines() if "_phase{" in line]
+                return all('phase="ready"' in line for line in phases)
+
+            while http.get("/readyz").status_code != 200 or not all_ready():
                 assert time.monotonic() < deadline, self.log
                 time.sleep(_POLL_SECONDS)
 
@@ -109,10 +114,15 @@ class Server:
 
     @property
     def engine(self) -> psutil.Process:
-        """The engine process, which must be there."""
-        spawned = self._spawned()
-        assert len(spawned) == 2, spawned
-        return spawned[1]
+        """The engine process, which must be there and the only one."""
+        engines = self.engines
+        assert len(engines) == 1, engines
+        return engines[0]
+
+    @property
+    def engines(self) -> list[psutil.Process]:
+        """The engine processes that are there, the oldest first."""
+        return self._spawned()[1:]
 
     @property
     def ranks(self) -> list[psutil.Process]:
@@ -163,7 +173,7 @@ def until_drained(server: Server) -> Iterator[Server]:
     """For a fixture: `server` when it is ready; drained in the end, which must go well."""
     try:
         server.wait_ready()
-        assert server.engine.is_running()  # this also notes who must be gone at the end
+        assert server.engines  # this also notes who must be gone at the end
         yield server
         server.process.terminate()
         assert server.wait(20) == 0
@@ -237,11 +247,22 @@ class Client:
         return (await self.http.get(path)).status_code
 
     async def metric(self, name: str) -> float:
-        """The value of the metric megatron_gpt2_`name`, which has no labels."""
-        text = (await self.http.get("/metrics")).text
-        samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
-        (value,) = (sample.value for sample in samples if sample.name == f"megatron_gpt2_{name}" and not sample.labels)
-        return value
+        """The value of the metric megatron_gpt2_`name`, which has no labels; of several engines their sum."""
+        return sum(await self.metric_by_engine(name))
+
+    async def metric_by_engine(self, name: str) -> list[float]:
+        """The same, of each engine."""
+        found = await self.samples(name)
+        values = {labels.get("engine"): value for labels, value in found if labels.keys() <= {"engine"}}
+        assert values, name
+        assert values.keys() == {None} or values.keys() == {str(number) for number in range(len(values))}, values
+        return list(values.values())
+
+    async def samples(self, name: str) -> list[tuple[dict[str, str], float]]:
+        """Labels and value of each sample of the metric megatron_gpt2_`name`."""
+        families = text_string_to_metric_families((await self.http.get("/metrics")).text)
+        samples = [sample for family in families for sample in family.samples]
+        return [(sample.labels, sample.value) for sample in samples if sample.name == f"megatron_gpt2_{name}"]
 
     async def wait_metric(self, name: str, value: float, *, seconds: float = 20) -> None:
         """Return once the metric has this value."""

@@ -98,7 +98,7 @@ def break_channel(module):
         before(self, message)
 
 
-def break_client(module):
+def break_handle(module):
     """API to engine: the same."""
 
     @around(module, "frame")
@@ -216,7 +216,7 @@ _BREAKS = {
     "service.model.runner": break_runner,
     "service.model.gpt2": break_model,
     "service.engine.channel": break_channel,
-    "service.engine.client": break_client,
+    "service.engine.handle": break_handle,
     "service.api.text": break_text,
     "service.checkpoint.tokenizer": break_tokenizer_files,
 }
