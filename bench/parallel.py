@@ -96,7 +96,7 @@ def engine_config(folder: Path, tensor: int, data: int, number: int, arguments: 
         dtype=arguments.dtype or "auto",
         tensor_parallel_size=tensor,
         engine_number=number,
-        num_engines=data,
+        data_parallel_size=data,
         max_num_seqs=most,
         max_num_batched_tokens=max(most, 16),
         block_size=BLOCK_SIZE,

@@ -61,7 +61,7 @@ class ApiConfig:
     drain_seconds: float
     unready_seconds: float
     stall_seconds: float
-    num_engines: int
+    data_parallel_size: int
     vllm_metrics: bool
     traces_endpoint: str | None
     version: str
@@ -90,7 +90,7 @@ def compose(config: ApiConfig, *, on_stall: Callable[[int], None], on_up: Callab
     client = EngineClient(
         api_number=0,
         stall_seconds=config.stall_seconds,
-        num_engines=config.num_engines,
+        num_engines=config.data_parallel_size,
         queue=config.queue,
         request_timeout_seconds=config.request_timeout_seconds,
         on_stall=on_stall,

@@ -14,8 +14,8 @@ class EngineConfig:
     device: str
     dtype: str
     tensor_parallel_size: int
-    engine_number: int  # of the engines behind the port: 0 to num_engines - 1
-    num_engines: int
+    engine_number: int  # of the engines behind the port: 0 to data_parallel_size - 1
+    data_parallel_size: int
     max_num_seqs: int | None
     max_num_batched_tokens: int | None
     block_size: int

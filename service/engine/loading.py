@@ -280,12 +280,12 @@ def _device(config: EngineConfig, *, rank: int) -> torch.device:
     if not torch.cuda.is_available():
         raise DeviceError(f"device: {name} was asked for, and this torch ({torch.__version__}) sees no GPU")
     first, num_gpus = device.index or 0, torch.cuda.device_count()
-    wanted = config.num_engines * num_ranks
+    wanted = config.data_parallel_size * num_ranks
     if first + wanted > num_gpus and wanted == 1:
         raise DeviceError(f"device: {name} was asked for, and there are {num_gpus} GPUs")
     if first + wanted > num_gpus:
         raise DeviceError(
-            f"data_parallel_size, tensor_parallel_size: {config.num_engines} engines of {num_ranks} GPUs each "
+            f"data_parallel_size, tensor_parallel_size: {config.data_parallel_size} engines of {num_ranks} GPUs each "
             f"take {wanted} GPUs from {name} on, and there are {num_gpus}"
         )
     return torch.device("cuda", first + config.engine_number * num_ranks + rank)

@@ -28,7 +28,7 @@ CONFIG = EngineConfig(
     cpu_threads=1,
     tensor_parallel_size=1,
     engine_number=0,
-    num_engines=1,
+    data_parallel_size=1,
     max_event_interval_ms=16,
     log_level="warning",
     json_lines=False,
@@ -58,9 +58,9 @@ def four_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_engines_and_their_ranks_take_gpus_one_after_the_other() -> None:
     """From the one that was asked for."""
 
-    def devices(name: str, num_engines: int, size: int) -> list[str]:
-        config = dataclasses.replace(CONFIG, device=name, num_engines=num_engines, tensor_parallel_size=size)
-        engines = [dataclasses.replace(config, engine_number=number) for number in range(num_engines)]
+    def devices(name: str, data: int, size: int) -> list[str]:
+        config = dataclasses.replace(CONFIG, device=name, data_parallel_size=data, tensor_parallel_size=size)
+        engines = [dataclasses.replace(config, engine_number=number) for number in range(data)]
         return [str(_device(engine, rank=rank)) for engine in engines for rank in range(size)]
 
     assert ["cuda:0"] == devices("auto", 1, 1)
@@ -74,13 +74,13 @@ def test_engines_and_their_ranks_take_gpus_one_after_the_other() -> None:
 
 @pytest.mark.usefixtures("four_gpus")
 @pytest.mark.parametrize(
-    ("device", "num_engines", "size"), [("auto", 5, 1), ("cuda", 3, 2), ("cuda:2", 3, 1), ("cuda:2", 1, 3)]
+    ("device", "data", "size"), [("auto", 5, 1), ("cuda", 3, 2), ("cuda:2", 3, 1), ("cuda:2", 1, 3)]
 )
-def test_more_gpus_than_there_are(device: str, num_engines: int, size: int) -> None:
+def test_more_gpus_than_there_are(device: str, data: int, size: int) -> None:
     """Every engine refuses, also one whose own GPU is there, so that the service ends at once."""
-    config = dataclasses.replace(CONFIG, device=device, num_engines=num_engines, tensor_parallel_size=size)
-    for number in range(num_engines):
+    config = dataclasses.replace(CONFIG, device=device, data_parallel_size=data, tensor_parallel_size=size)
+    for number in range(data):
         with pytest.raises(
-            DeviceError, match=rf"^data_parallel_size, tensor_parallel_size: {num_engines} engines .* there are 4$"
+            DeviceError, match=rf"^data_parallel_size, tensor_parallel_size: {data} engines .* there are 4$"
         ):
             _device(dataclasses.replace(config, engine_number=number), rank=0)
