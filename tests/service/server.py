@@ -127,7 +127,11 @@ class Server:
     @property
     def ranks(self) -> list[psutil.Process]:
         """The engine's other ranks."""
-        return self._spawned(self.engine.pid)
+        return self.ranks_of(self.engine)
+
+    def ranks_of(self, engine: psutil.Process) -> list[psutil.Process]:
+        """Those of one of several."""
+        return self._spawned(engine.pid)
 
     def _spawned(self, parent: int | None = None) -> list[psutil.Process]:
         """Children of the supervisor, or of another process, that Python has spawned."""

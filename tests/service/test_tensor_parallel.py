@@ -72,6 +72,26 @@ async def test_a_broken_rank_is_replaced_with_its_engine(
     assert 0 == await asyncio.to_thread(server.wait, 20)
 
 
+async def test_a_rank_of_one_of_two_engines(start: Start, connect: Connect) -> None:
+    """It takes its own engine with it; the other, with ranks of its own, serves on."""
+    server = start("--tensor-parallel-size", "2", "--data-parallel-size", "2")
+    client = connect(server)
+    ask = {"prompt": [PROMPTS[0], PROMPTS[1]], "max_tokens": 16, "temperature": 0}
+    expected = await client.complete(**ask)
+    assert all(num_steps >= 16 for num_steps in await client.metric_by_engine("steps_total"))
+    broken, other = server.engines
+    server.ranks_of(broken)[0].kill()
+    assert not await asyncio.to_thread(survivors, [broken], seconds=5)
+    assert 200 == await client.status("/readyz")
+    assert expected["choices"] == (await client.complete(**ask))["choices"]
+    await client.wait_metric("engine_restarts_total", 1)
+    assert other.is_running()
+    server.wait_ready()
+    assert [1, 1] == [len(server.ranks_of(engine)) for engine in server.engines]
+    server.process.terminate()
+    assert 0 == await asyncio.to_thread(server.wait, 20)
+
+
 def test_a_split_that_does_not_come_out_even_is_refused(start: Start) -> None:
     """Before anything is loaded: exit code 2, and an error that names the setting."""
     server = start("--tensor-parallel-size", "3", ready=False)
