@@ -10,6 +10,7 @@ gain is theirs over the first layout's. Devices are GPUs, or without any, thread
 import argparse
 import json
 import multiprocessing
+import tempfile
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.synchronize import Barrier
@@ -91,7 +92,7 @@ def engine_config(folder: Path, tensor: int, data: int, number: int, arguments: 
         model=str(folder),
         revision=None,
         offline=True,
-        cache_dir=str(folder),
+        cache_dir=tempfile.gettempdir(),
         device=arguments.device,
         dtype=arguments.dtype or "auto",
         tensor_parallel_size=tensor,
@@ -113,8 +114,12 @@ def run(config: EngineConfig, steps: Steps, repeats: int, together: Barrier, con
     """An engine's process: send the median seconds of each step."""
     from service.engine.loading import Reporter, load
 
-    with Reporter(lambda *_: None) as reporter:
-        runner = load(config, reporter).runner
+    try:
+        with Reporter(lambda *_: None) as reporter:
+            runner = load(config, reporter).runner
+    except BaseException:
+        together.abort()  # the others would wait for it
+        raise
     rounds = []
     for _ in range(_ROUNDS):
         together.wait(_SECONDS)

@@ -122,7 +122,8 @@ class Settings(BaseSettings):
     block_size: int = Field(16, ge=1, le=256, description="Tokens in a KV block.")
     kv_memory: Bytes | None = Field(
         None,
-        description="Size of the KV cache, such as 4GiB; by default from gpu_memory_utilization, or 1GiB on a CPU.",
+        description="Size of the KV cache, or of each rank's, such as 4GiB; by default from gpu_memory_utilization, "
+        "or 1GiB on a CPU.",
     )
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="Share of the GPU's memory to use in all.")
     cpu_threads: int | None = Field(

@@ -1,12 +1,16 @@
-"""What every child process of the service does first: it leaves signals to its parent, ends with it, and logs."""
+"""How processes of the service begin, and how they end with their parent."""
 
+import ctypes
 import multiprocessing
 import multiprocessing.connection
 import os
 import signal
+import sys
 import threading
 
 from service.logs import configure_logging
+
+_PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 EXIT_UNUSABLE = 3  # the model, the device or a setting cannot be used: another try would not mend it
 
@@ -24,3 +28,9 @@ def start_child(*, level: str, json_lines: bool) -> None:
 def _end_with(sentinel: int) -> None:
     multiprocessing.connection.wait([sentinel])
     os._exit(1)
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when its parent is gone, also while it is stopped; on Linux."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -17,6 +17,7 @@ from typing import Any, Never, Self
 
 import torch
 from huggingface_hub.utils.tqdm import disable_progress_bars
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from tqdm import tqdm
 
 from service.checkpoint.cache import converted, is_raw
@@ -24,11 +25,11 @@ from service.checkpoint.download import resolve
 from service.checkpoint.errors import CheckpointError
 from service.checkpoint.hub import read_config, read_state
 from service.checkpoint.tokenizer import read_tokenizer
-from service.engine.child import EXIT_UNUSABLE, start_child
+from service.engine.child import EXIT_UNUSABLE, die_with_parent, start_child
 from service.engine.compiler import Compile
 from service.engine.config import EngineConfig
 from service.engine.grammar import Grammars
-from service.engine.ranks import LeadingRunner, Ranks, end_with_parent, follow, meet
+from service.engine.ranks import LeadingRunner, Ranks, follow, meet
 from service.engine.request import ModelInfo
 from service.engine.scheduler import Scheduler
 from service.model.batch import OutOfMemory, Runner
@@ -125,12 +126,12 @@ def _load(config: EngineConfig, report: Reporter) -> Loaded:
     check_split(model_config, config.tensor_parallel_size)
     ranks: Ranks | None = None
     with ExitStack() as on_failure:
-        meeting = ""
         if config.tensor_parallel_size > 1:
             ranks = Ranks(config.tensor_parallel_size, partial(follow_as_rank, config, folder, model_config))
             on_failure.callback(ranks.close)
-            meeting = ranks.meeting
-        model, runner = _compute(config, folder, model_config, device, report, rank=0, meeting=meeting)
+        model, runner = _compute(
+            config, folder, model_config, device, report, rank=0, store=None if ranks is None else ranks.store
+        )
         on_failure.pop_all()
     report("warmup", 1.0)
     report.close()
@@ -168,15 +169,15 @@ def _load(config: EngineConfig, report: Reporter) -> Loaded:
 
 
 def follow_as_rank(
-    config: EngineConfig, folder: Path, model_config: ModelConfig, rank: int, meeting: str, connection: Connection
+    config: EngineConfig, folder: Path, model_config: ModelConfig, rank: int, port: int, connection: Connection
 ) -> None:
     """The process of a rank other than 0: load its part, and compute what rank 0 does until `connection` closes."""
     start_child(level=config.log_level, json_lines=config.json_lines)
-    end_with_parent()
+    die_with_parent()
     try:
         device = _prepare(config, rank=rank)
         with _room_needed():
-            _, runner = _compute(config, folder, model_config, device, lambda *_: None, rank=rank, meeting=meeting)
+            _, runner = _compute(config, folder, model_config, device, lambda *_: None, rank=rank, store=port)
     except Unusable as error:
         log.error("%s", error)
         sys.exit(EXIT_UNUSABLE)
@@ -211,9 +212,9 @@ def _compute(
     report: Report,
     *,
     rank: int,
-    meeting: str,
+    store: TCPStore | int | None,
 ) -> tuple[GPT2, Runner]:
-    """What computes a rank's part of the model, or all of it where there is one rank; `meeting` is for engine.ranks."""
+    """What computes a rank's part of the model, or all of it where there is one rank; `store` is for `meet`."""
     num_ranks = config.tensor_parallel_size
     name = config.dtype
     if name == "auto":
@@ -230,7 +231,8 @@ def _compute(
     else:
         part = partial(part_of, config=model_config, rank=rank, num_ranks=num_ranks)
         state = read_state(folder, model_config, **reading, part=part)
-        group = meet(meeting, rank=rank, num_ranks=num_ranks, device=device)
+        assert store is not None
+        group = meet(store, rank=rank, num_ranks=num_ranks, device=device)
         model = ParallelGPT2(model_config, state, group)
         agree = partial(group.least, device=device)
     report("warmup", 0.0)

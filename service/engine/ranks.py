@@ -4,15 +4,13 @@ The engine process is rank 0. It starts the others, tells them each batch, and e
 it. None of them schedules: a Batch is complete, and every rank samples the same tokens. Called by loading.py.
 """
 
-import ctypes
 import logging
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.util
 import os
 import pickle
-import signal
 import sys
-import tempfile
 import threading
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -20,6 +18,7 @@ from multiprocessing.context import SpawnProcess
 
 import torch
 import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from service.engine.child import EXIT_UNUSABLE
 from service.model.batch import Batch, DeviceLost, Runner, StepOutput
@@ -27,31 +26,32 @@ from service.model.parallel import Group
 
 log = logging.getLogger(__name__)
 
-_PR_SET_PDEATHSIG = 1  # of prctl(2)
+_HERE = "127.0.0.1"  # an engine's ranks are on one host
 
 
 class Ranks:
     """The ranks 1 to N - 1 of an engine. Whatever ends one of them ends this process."""
 
-    def __init__(self, num_ranks: int, target: Callable[[int, str, Connection], None]) -> None:
-        """Start them: each is `target` with its rank, the file by which ranks meet, and a connection to `follow`."""
+    def __init__(self, num_ranks: int, target: Callable[[int, int, Connection], None]) -> None:
+        """Start them: each is `target` with its rank, the port at which ranks meet, and a connection to `follow`."""
         self.num_ranks = num_ranks
         self._closing = threading.Event()
-        self._meeting = tempfile.TemporaryDirectory(prefix="megatron-gpt2-ranks-")
-        self.meeting = os.path.join(self._meeting.name, "store")
+        self.store = TCPStore(_HERE, 0, num_ranks, is_master=True, wait_for_workers=False)
         spawn = multiprocessing.get_context("spawn")
         self._connections: list[Connection] = []
         self._processes: list[SpawnProcess] = []
         for rank in range(1, num_ranks):
             theirs, ours = spawn.Pipe(duplex=False)
             process = spawn.Process(
-                target=target, args=(rank, self.meeting, theirs), name=f"tensor-parallel rank {rank}", daemon=True
+                target=target, args=(rank, self.store.port, theirs), name=f"tensor-parallel rank {rank}", daemon=True
             )
             process.start()
             theirs.close()
             self._connections.append(ours)
             self._processes.append(process)
         threading.Thread(target=self._watch, daemon=True).start()
+        # However this process ends: at its exit it would wait for its children, which heed no signal to terminate.
+        multiprocessing.util.Finalize(None, self.close, exitpriority=0)
 
     def tell(self, batch: Batch) -> None:
         """Have all of them launch it. Raises OSError."""
@@ -61,14 +61,20 @@ class Ranks:
 
     def close(self) -> None:
         """End them: they have nothing to lose."""
+        if self._closing.is_set():
+            return
         self._closing.set()
+        self._kill()
+        for connection in self._connections:
+            connection.close()
+        if dist.is_initialized():
+            dist.destroy_process_group()  # whose threads would otherwise end this process by SIGABRT
+
+    def _kill(self) -> None:
         for process in self._processes:
             process.kill()
         for process in self._processes:
             process.join()
-        for connection in self._connections:
-            connection.close()
-        self._meeting.cleanup()
 
     def _watch(self) -> None:
         ended = multiprocessing.connection.wait([process.sentinel for process in self._processes])
@@ -77,7 +83,7 @@ class Ranks:
         process = next(process for process in self._processes if process.sentinel in ended)
         process.join()
         log.critical("%s ended (exit code %s), and the engine with it", process.name, process.exitcode)
-        self._meeting.cleanup()
+        self._kill()
         os._exit(EXIT_UNUSABLE if process.exitcode == EXIT_UNUSABLE else 1)
 
 
@@ -106,9 +112,8 @@ class LeadingRunner:
             raise DeviceLost(f"the ranks are out of step: {error}") from error
 
     def close(self) -> None:
-        self._runner.close()
-        dist.destroy_process_group()  # whose threads would otherwise end this process by SIGABRT
         self._ranks.close()
+        self._runner.close()
 
 
 def follow(runner: Runner, connection: Connection) -> None:
@@ -125,18 +130,13 @@ def follow(runner: Runner, connection: Connection) -> None:
             runner.collect()
 
 
-def end_with_parent() -> None:
-    """Have the kernel kill this process when its parent is gone, also while it is stopped; on Linux."""
+def meet(store: TCPStore | int, *, rank: int, num_ranks: int, device: torch.device) -> Group:
+    """The group of an engine's ranks, when all of them are there. `store` is rank 0's, or its port."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def meet(meeting: str, *, rank: int, num_ranks: int, device: torch.device) -> Group:
-    """The group of an engine's ranks, when all of them are there; `meeting` is a file that only they know."""
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # they are on one host, whose name may not resolve
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the host's own name may not resolve
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        init_method=f"file://{meeting}",
+        store=TCPStore(_HERE, store, num_ranks) if isinstance(store, int) else store,
         rank=rank,
         world_size=num_ranks,
         device_id=device if device.type == "cuda" else None,

@@ -2,7 +2,8 @@
 
 As Megatron-LM does it (Shoeybi et al., arXiv 1909.08053, section 3): the first matrix of a block is split by columns
 and the second by rows, so that a block ends in one sum over the ranks; attention by heads; the vocabulary by rows.
-Each rank gathers all logits, in order of rank, and so samples the same tokens. Called by engine/loading.py.
+Each rank gathers all logits, in order of rank, and so samples the same tokens. Made by
+engine/loading.py.
 """
 
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from service.model.gpt2 import GPT2, Linear
 _COLUMNS = frozenset({"qkv", "up"})  # split where a matrix gives: each rank computes some of the outputs
 _ROWS = frozenset({"attention_output", "down"})  # split where it takes: each computes a part of every output's sum
 _VOCABULARY = frozenset({"token_embedding", "head"})
+_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
 _MULTIPLE = 128  # of rows that a rank's part of the vocabulary has, as Megatron pads it
 
 
@@ -34,7 +36,7 @@ def check_split(config: ModelConfig, num_ranks: int) -> None:
 
 
 def part_of(name: str, tensor: Tensor, config: ModelConfig, *, rank: int, num_ranks: int) -> Tensor:
-    """What `rank` has of the canonical tensor `name` (checkpoint/hub.py); a view, but for the end of the vocabulary.
+    """What `rank` has of the canonical tensor `name` (checkpoint/hub.py); a view, but for qkv and the end of the vocabulary.
 
     Of qkv it has the queries, keys and values of its heads. What is not split (norms, the biases of what is split by
     rows, positions) each rank has whole. The vocabulary is padded to a multiple of 128 rows a rank, with zeros.
@@ -70,9 +72,9 @@ class Group:
 
     def gather(self, part: Tensor) -> Tensor:
         """[ranks, ...] of each rank's part."""
-        whole = part.new_empty(self.num_ranks, *part.shape)
-        dist.all_gather(list(whole), part, group=self._group)
-        return whole
+        whole = part.new_empty(self.num_ranks * len(part), *part.shape[1:])
+        _gather(whole, part, group=self._group)
+        return whole.view(self.num_ranks, *part.shape)
 
     def least(self, number: int, device: torch.device) -> int:
         """The least of the ranks' numbers."""

@@ -18,9 +18,14 @@ DRAWN = {"temperature": 1.0, "top_p": 0.9, "seed": 7}
 
 
 @pytest.fixture(scope="module", params=[2, 4])
-def ranked(request: pytest.FixtureRequest) -> Iterator[Server]:
-    """The demo model, which has four heads, over two and over four ranks."""
-    yield from until_drained(Server("--tensor-parallel-size", str(request.param)))
+def num_ranks(request: pytest.FixtureRequest) -> int:
+    """The demo model has four heads."""
+    return int(request.param)
+
+
+@pytest.fixture(scope="module")
+def ranked(num_ranks: int) -> Iterator[Server]:
+    yield from until_drained(Server("--tensor-parallel-size", str(num_ranks)))
 
 
 @pytest.fixture
@@ -30,8 +35,11 @@ async def client(ranked: Server) -> AsyncIterator[Client]:
     await client.http.aclose()
 
 
-async def test_the_texts_of_one_rank(ranked: Server, client: Client, tokenizer: Tokenizer) -> None:
-    """Greedy and drawn with a seed, many at a time: transformers' own but for ties; a prompt's scores too."""
+async def test_the_texts_of_one_rank(
+    ranked: Server, num_ranks: int, client: Client, demo: Client, tokenizer: Tokenizer
+) -> None:
+    """Greedy and drawn with a seed, many at a time: transformers' own but for ties. Scores are those of one rank."""
+    assert num_ranks - 1 == len(ranked.ranks)
     reference = Reference(DEMO, tokenizer)
     for sampling in ({"temperature": 0}, DRAWN):
         body = {"max_tokens": 24, **sampling}
@@ -40,7 +48,10 @@ async def test_the_texts_of_one_rank(ranked: Server, client: Client, tokenizer: 
             reference.check([choice["text"]], prompt, 0, **body)
     streamed = await client.stream(prompt=PROMPTS[0], max_tokens=24, temperature=0)
     reference.check([streamed.text()], tokenizer.encode(PROMPTS[:1])[0], 0, max_tokens=24, temperature=0)
-    assert len(ranked.ranks) in (1, 3)
+    ask = {"prompt": PROMPTS[1], "max_tokens": 0, "echo": True, "logprobs": 2}
+    expected, got = [(await each.complete(**ask))["choices"][0]["logprobs"] for each in (demo, client)]
+    assert expected["tokens"] == got["tokens"]
+    assert pytest.approx(expected["token_logprobs"][1:], abs=1e-4) == got["token_logprobs"][1:]
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
@@ -97,6 +108,24 @@ def test_a_split_that_does_not_come_out_even_is_refused(start: Start) -> None:
     server = start("--tensor-parallel-size", "3", ready=False)
     assert 2 == server.wait(60)
     assert any("tensor_parallel_size: 4 attention heads do not split over 3 ranks" in line for line in server.log)
+
+
+def test_a_rank_that_cannot_load_ends_the_service(start: Start) -> None:
+    """As one engine's does, with 2, whichever rank finds it first; nobody is left."""
+    server = start("--tensor-parallel-size", "2", "--kv-memory", "1KiB", ready=False)
+    assert 2 == server.wait(60)
+    assert any("kv_memory: 1024 bytes hold 0 blocks" in line for line in server.log)
+
+
+@pytest.mark.parametrize("ends", ["well", "badly"])
+def test_generate_over_ranks(ends: str) -> None:
+    """It prints what one rank does, or why it cannot, and leaves no rank behind."""
+    command = [COMMAND, "generate", PROMPTS[0], "--max-tokens", "8", "--temperature", "0", "--cpu-threads", "1"]
+    alone = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    more = ["--tensor-parallel-size", "2", *(["--kv-memory", "1KiB"] if ends == "badly" else [])]
+    done = subprocess.run([*command, *more], capture_output=True, text=True, timeout=60)
+    assert ends == "badly" or (0, alone.stdout) == (done.returncode, done.stdout)
+    assert ends == "well" or (done.returncode and "kv_memory" in done.stderr)
 
 
 async def test_a_megatron_tree_is_served_over_another_number_of_ranks(

@@ -82,6 +82,8 @@ def plan_for(
         plan = _ONE
     else:
         plan = next((plan for most, plan in _BY_SIZE if num_tokens <= most), _MORE)
+    if split:  # what is summed over ranks is whole first
+        plan = replace(plan, out=_whole(plan.out), down=_whole(plan.down))
     return replace(
         plan,
         qkv=_fit(plan.qkv, shared_memory),
@@ -91,6 +93,11 @@ def plan_for(
         decode=_fit_decode(plan.decode, head_size),
         prefill=_fit_prefill(plan.prefill, head_size, shared_memory, itemsize=dtype.itemsize),
     )
+
+
+def _whole(product: Product) -> Product:
+    """Not split over K."""
+    return replace(product, splits=1) if isinstance(product, Tiled) else product
 
 
 def _fit(product: Product, shared_memory: int) -> Product:
