@@ -36,7 +36,7 @@ def check_split(config: ModelConfig, num_ranks: int) -> None:
 
 
 def part_of(name: str, tensor: Tensor, config: ModelConfig, *, rank: int, num_ranks: int) -> Tensor:
-    """What `rank` has of the canonical tensor `name` (checkpoint/hub.py); a view, but for qkv and the end of the vocabulary.
+    """What `rank` has of the canonical tensor `name` (checkpoint/hub.py). A view, but for qkv and the last rows.
 
     Of qkv it has the queries, keys and values of its heads. What is not split (norms, the biases of what is split by
     rows, positions) each rank has whole. The vocabulary is padded to a multiple of 128 rows a rank, with zeros.

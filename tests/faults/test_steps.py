@@ -1,10 +1,13 @@
 """Steps that go wrong within an engine: their sequences end with an error, and all others are answered."""
 
+import asyncio
+
 import pytest
 
 from tests.faults.conftest import Watching
 from tests.faults.trigger import Triggers
-from tests.service.server import Server
+from tests.service.scripted_model import ScriptedModel
+from tests.service.server import Server, Start, survivors
 
 _TIMES = 6  # in one engine's life: what a fault leaves behind would add up
 
@@ -83,3 +86,22 @@ async def test_a_device_that_is_lost(shared_server: Server, shared_triggers: Tri
             await load.running_failed()
             await watch.restarted(since=restarts)
     assert any("the device is lost: CUDA error: injected" in line for line in shared_server.log)
+
+
+@pytest.mark.parametrize("fault", ["launch", "device_lost"])
+async def test_a_step_that_raises_on_a_rank(
+    start: Start, scripted_model: ScriptedModel, triggers: Triggers, watching: Watching, fault: str
+) -> None:
+    """Of two, whichever comes first: the engine ends with both of them, and not only when it is found silent."""
+    server = start(
+        *(str(scripted_model.folder), "--max-num-seqs", "4", "--tensor-parallel-size", "2"),
+        environment=triggers.environment(),
+    )
+    async with watching(server) as watch:
+        ranks = server.ranks
+        load = await watch.load()
+        triggers.pull(fault)
+        await load.running_failed()
+        await watch.restarted(since=0)
+    assert not await asyncio.to_thread(survivors, ranks, seconds=1)
+    assert not any("has not said a word" in line for line in server.log)
