@@ -8,6 +8,7 @@ that is lost, they answer with a bare 500, or break off what they have begun. Im
 import asyncio
 import json
 import logging
+from collections import deque
 from collections.abc import Sequence
 
 from starlette.middleware import Middleware
@@ -52,14 +53,14 @@ class Retries:
             if answer.is_whole or request.is_left:
                 return
             if answer.has_begun:
-                log.warning("the answer to %s broke off", scope["path"])
+                log.warning("the answer to %r broke off", scope["path"])
                 await answer.break_off()
                 return
             num_losses += not answer.is_refused
             if pause is None or num_losses == _MAX_LOSSES or not request.is_kept:
                 break
             await asyncio.sleep(pause)
-        log.warning("%s was lost with its replica", scope["path"])
+        log.warning("%r was lost with its replica", scope["path"])
         await _lost().response(scope)(scope, receive, send)
 
 
@@ -70,26 +71,28 @@ class _Request:
         self._receive = receive
         self._messages: list[Message] = []
         self._num_bytes = 0
+        self.is_kept = True
         self.is_left = False  # the client has gone
 
-    @property
-    def is_kept(self) -> bool:
-        return self._num_bytes <= _MAX_KEPT_BYTES
+    def let_go(self) -> None:
+        """It is not read again; the present reader may go on."""
+        self.is_kept = False
+        self._messages.clear()
 
     def again(self) -> Receive:
         """ASGI's `receive` for one more reader, who may stop at any time; there must be no other."""
-        messages = iter(self._messages.copy())
+        unread = deque(self._messages)
 
         async def receive() -> Message:
-            for message in messages:
-                return message
+            if unread:
+                return unread.popleft()
             message = await self._receive()
             self._num_bytes += len(message.get("body", b""))
             self.is_left = message["type"] == "http.disconnect"
+            if self._num_bytes > _MAX_KEPT_BYTES:
+                self.let_go()
             if self.is_kept:
                 self._messages.append(message)
-            else:
-                self._messages.clear()
             return message
 
         return receive
@@ -115,6 +118,7 @@ class _Answer:
         if self.is_refused:
             return
         self.has_begun = True
+        self._request.let_go()
         await self._send(message)
         self.is_whole = message["type"] == "http.response.body" and not message.get("more_body", False)
 

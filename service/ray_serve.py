@@ -79,8 +79,6 @@ def build(arguments: Mapping[str, Any]) -> serve.Application:
     given = dict(arguments)
     own = {name: given.pop(name) for name in Placement.model_fields if name in given}
     for name in given:
-        if name in _OTHERS:
-            raise SettingsError(f"{name}: has no effect under Ray Serve; see docs/ray.md")
         if name not in Settings.model_fields:
             raise SettingsError(f"{name}: neither a setting nor one of {', '.join(Placement.model_fields)}")
     try:
@@ -89,11 +87,16 @@ def build(arguments: Mapping[str, Any]) -> serve.Application:
         reasons = (f"{item['loc'][0]}: {item['msg']} (got {item['input']!r})" for item in error.errors())
         raise SettingsError("; ".join(reasons)) from error
     settings = load(given)
+    for name in sorted(_OTHERS & settings.model_fields_set):
+        raise SettingsError(f"{name}: has no effect under Ray Serve; see docs/ray.md")
+    if settings.api_key:  # it would lie in Serve's own state, and in its files of configuration
+        raise SettingsError("api_key: cannot be kept secret under Ray Serve; use api_key_file")
     if settings.device.startswith("cuda:"):
         raise SettingsError(f"device: Ray chooses the card; give cuda (got {settings.device})")
     if settings.device == "cpu":
-        settings = settings.model_copy(update={"cpu_threads": settings.cpu_threads or 1})
-        resources = {"num_cpus": float(settings.cpu_threads or 1), "num_gpus": 0.0}
+        cpu_threads = settings.cpu_threads or 1
+        settings = settings.model_copy(update={"cpu_threads": cpu_threads})
+        resources = {"num_cpus": float(cpu_threads), "num_gpus": 0.0}
     else:
         settings = settings.model_copy(update={"device": "cuda"})
         gpus = settings.tensor_parallel_size if placement.gpus is None else placement.gpus
@@ -119,6 +122,7 @@ def build(arguments: Mapping[str, Any]) -> serve.Application:
         autoscaling_config=autoscaling,
         request_router_config=RequestRouterConfig(request_router_class=f"{__name__}:{LeastLoaded.__name__}"),
         max_ongoing_requests=_MAX_ONGOING,
+        max_queued_requests=settings.max_queued_requests,
         graceful_shutdown_timeout_s=settings.drain_seconds,
         graceful_shutdown_wait_loop_s=1.0,
         health_check_period_s=_HEALTH_CHECK_SECONDS,

@@ -25,7 +25,7 @@ from service.api.tls import TlsConfig, check_tls
 from service.api.tracing import TracingError, traces_endpoint
 from service.engine.backlog import QueueLimits
 from service.engine.child import EXIT_UNUSABLE
-from service.engine.config import EngineConfig
+from service.engine.config import EngineConfig, engine_name
 from service.listening import ListenError, connections_within, open_admin, open_listener, removed_in_the_end
 from service.logs import configure_logging
 from service.settings import Settings
@@ -81,7 +81,7 @@ class Supervisor:
         self._api = multiprocessing.get_context("spawn").Process(
             target=api.main,
             args=(config, self._listener, self._admin_listeners, self._api_control),
-            name="api",
+            name="the API",
             daemon=True,
         )
         start_process(self._api)
@@ -92,7 +92,7 @@ class Supervisor:
     def _supervised(self, number: int) -> SupervisedEngine:
         return SupervisedEngine(
             number,
-            name=f"engine {number}" if self._settings.data_parallel_size > 1 else "the engine",
+            name=engine_name(number, of=self._settings.data_parallel_size),
             config=self._engine_config,
             max_restarts=self._settings.max_restarts,
             restart_window_seconds=self._settings.restart_window_seconds,
@@ -177,7 +177,7 @@ class Supervisor:
         asyncio.get_running_loop().remove_reader(process.sentinel)
         await asyncio.to_thread(process.join, self._end_seconds)
         if process.is_alive():
-            log.warning("the %s process did not end in %g s; killing it", process.name, self._end_seconds)
+            log.warning("the process of %s did not end in %g s; killing it", process.name, self._end_seconds)
             process.kill()
             await asyncio.to_thread(process.join)
 

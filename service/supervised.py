@@ -1,6 +1,7 @@
 """One engine as the supervisor sees it: its process, restarts with back-off, and when these are too many."""
 
 import asyncio
+import contextlib
 import logging
 import multiprocessing
 import signal
@@ -12,7 +13,7 @@ from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
 
 import service.engine.process as engine_process
-from service.engine.config import EngineConfig
+from service.engine.config import EngineConfig, engine_name
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ class SupervisedEngine:
         on_end: Callable[["SupervisedEngine", int | None], None],
     ) -> None:
         """`name` is what the log calls it. `config` is asked at each start, of whose channel `on_start` gets the API's
-        end. `on_end` hears of each end with its exit code, and says what follows."""
+        end. `on_end` hears of each end with its exit code, and says what follows. Without one it never started."""
         self.number = number
         self.name = name
         self.process: BaseProcess | None = None
@@ -48,10 +49,18 @@ class SupervisedEngine:
         self._restarts: deque[float] = deque()
 
     def start(self) -> None:
-        self.process, ours = start_engine(self._config(self.number), name=self.name.removeprefix("the "))
-        with ours:
-            self._on_start(self.number, ours)
+        try:
+            self.process, ours = start_engine(self._config(self.number))
+        except OSError as error:
+            log.error("%s cannot be started: %s", self.name, error)
+            self._on_end(self, None)
+            return
         asyncio.get_running_loop().add_reader(self.process.sentinel, self._ended)
+        with ours:
+            try:
+                self._on_start(self.number, ours)
+            except OSError as error:  # nobody has the channel: as it is closed here, the process ends, and is heard of
+                log.error("the channel of %s cannot be passed on: %s", self.name, error)
 
     def kill(self) -> None:
         """It has stalled."""
@@ -82,15 +91,19 @@ class SupervisedEngine:
         self._on_end(self, code)
 
 
-def start_engine(config: EngineConfig, *, name: str = "engine") -> tuple[BaseProcess, socket.socket]:
-    """A new engine process, and the API's end of its channel."""
+def start_engine(config: EngineConfig) -> tuple[BaseProcess, socket.socket]:
+    """A new engine process, and the API's end of its channel. Raises OSError."""
     ours, theirs = socket.socketpair()
-    with theirs:
+    with theirs, contextlib.ExitStack() as on_error:
+        on_error.enter_context(ours)
         # No daemon: those may not have children, as its ranks are.
         process = multiprocessing.get_context("spawn").Process(
-            target=engine_process.main, args=(config, theirs), name=name
+            target=engine_process.main,
+            args=(config, theirs),
+            name=engine_name(config.engine_number, of=config.data_parallel_size),
         )
         start_process(process)
+        on_error.pop_all()
     return process, ours
 
 

@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+import weakref
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import pytest
 from starlette.types import Message, Receive, Scope, Send
@@ -180,6 +182,53 @@ async def test_a_body_that_is_not_kept_is_asked_once(monkeypatch: pytest.MonkeyP
     app = App(refuses, answers)
     sent = await ask(app)
     assert (503, b"busy") == (status(sent), sent[1]["body"])
+
+
+@pytest.mark.parametrize("num_losses", [0, 1])
+async def test_a_body_is_let_go_of_as_its_answer_begins(num_losses: int) -> None:
+    """Also what another try had read before: an answer may take minutes, and is not asked for again."""
+
+    class Part(dict[str, Any]):
+        """A message, as it can be watched."""
+
+    parts: list[Message] = [Part(type="http.request", body=b"a", more_body=False)]
+    kept = weakref.ref(parts[0])
+    seen: list[bool] = []
+
+    async def watching(receive: Receive, send: Send) -> None:
+        assert b"a" == (await receive())["body"]
+        seen.append(kept() is not None)
+        await send(START)
+        seen.append(kept() is not None)
+        await send(body(b"{}"))
+
+    tries = [*num_losses * [lost], watching]
+
+    async def app(_scope: Scope, receive: Receive, send: Send) -> None:
+        await tries.pop(0)(receive, send)
+
+    async def receive() -> Message:
+        return parts.pop()
+
+    async def send(_message: Message) -> None:
+        pass
+
+    await Retries(app, pauses=(0,))({"type": "http", "path": "/", "headers": []}, receive, send)
+    assert [True, False] == seen
+
+
+async def test_an_answer_may_begin_before_its_body_is_read() -> None:
+    """What an earlier try has read is there for the one that answers, to its end."""
+
+    async def answers_first(receive: Receive, send: Send) -> None:
+        await send(START)
+        while (await receive()).get("more_body"):
+            pass
+        await send(body(b"{}"))
+
+    app = App(lost, answers_first)
+    assert 200 == status(await ask(app))
+    assert [b"ab", b"ab"] == app.read
 
 
 async def test_what_is_no_request_passes() -> None:

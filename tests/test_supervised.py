@@ -1,9 +1,14 @@
 """When an engine is started again, and when no more."""
 
+import asyncio
+import resource
+import socket
 import time
 
 import pytest
 
+from service.serve import engine_config
+from service.settings import load
 from service.supervised import SupervisedEngine
 
 
@@ -53,3 +58,53 @@ def test_what_was_long_ago_is_forgiven(clock: Clock) -> None:
         clock.now += 101
     assert not engine.given_up
     assert [0, None] == [engine.next_delay(1), engine.next_delay(1)]
+
+
+class Ends:
+    """An engine of the demo model whose channel goes to a process that is gone, and the ends that are heard of."""
+
+    def __init__(self) -> None:
+        self.codes: asyncio.Queue[int | None] = asyncio.Queue()
+        self.num_started = 0
+        settings = load({"device": "cpu", "kv_memory": "12MiB"})
+        self.engine = SupervisedEngine(
+            0,
+            name="the engine",
+            config=lambda number: engine_config(settings, number=number, json_lines=False),
+            max_restarts=1,
+            restart_window_seconds=100,
+            on_start=self.pass_on,
+            on_end=lambda _, code: self.codes.put_nowait(code),
+        )
+
+    def pass_on(self, _number: int, channel: socket.socket) -> None:
+        self.num_started += 1
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        theirs.close()
+        with ours:
+            socket.send_fds(ours, [b"engine"], [channel.fileno()])
+
+
+async def test_a_process_that_cannot_be_started_is_an_end(caplog: pytest.LogCaptureFixture) -> None:
+    """As no descriptor is left, say: there is a next time, until it is given up."""
+    ends = Ends()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        ends.engine.start()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert ends.codes.get_nowait() is None
+    assert (0, None) == (ends.num_started, ends.engine.process)
+    assert "the engine cannot be started: [Errno 24] Too many open files" in caplog.messages
+
+
+async def test_a_process_whose_channel_is_not_passed_on_ends(caplog: pytest.LogCaptureFixture) -> None:
+    """By itself, as any whose channel closes; that is heard of."""
+    ends = Ends()
+    ends.engine.start()
+    process = ends.engine.process
+    assert process is not None
+    await asyncio.wait_for(ends.codes.get(), 60)
+    assert (1, None, False) == (ends.num_started, ends.engine.process, process.is_alive())
+    assert any(message.startswith("the channel of the engine cannot be passed on: ") for message in caplog.messages)

@@ -65,7 +65,8 @@ class EngineMetrics:
         max_num_seqs = GaugeMetricFamily(f"{PREFIX}_max_num_seqs", "Sequences that the engine works on at most.")
         about = InfoMetricFamily(f"{PREFIX}_model", "What the engine loaded.")
         if model is not None:
-            max_num_seqs.add_metric([], model.max_num_seqs)
+            if not engine.given_up or len(self._client.engines) == 1:  # what the others take at most is in their sum
+                max_num_seqs.add_metric([], model.max_num_seqs)
             words = {
                 "dtype": model.dtype,
                 "device": model.device,

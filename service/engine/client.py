@@ -21,6 +21,7 @@ from collections.abc import Awaitable, Callable, Sequence
 import msgspec
 
 from service.engine.backlog import Backlog, Overloaded, QueueFull, QueueLimits, QueueTimeout
+from service.engine.config import engine_name
 from service.engine.handle import EngineHandle
 from service.engine.request import EngineStats, Finish, ModelInfo, Request, SamplingParams, Status, Submit
 from service.engine.routing import Router
@@ -93,7 +94,7 @@ class EngineClient:
             EngineHandle(
                 self,
                 number,
-                name=f"engine {number}" if num_engines > 1 else "the engine",
+                name=engine_name(number, of=num_engines),
                 stall_seconds=stall_seconds,
             )
             for number in range(num_engines)
@@ -138,7 +139,7 @@ class EngineClient:
 
     @property
     def model(self) -> ModelInfo | None:
-        """The last that an engine has loaded; kept over a restart."""
+        """What the lowest-numbered engine that has loaded one has loaded last; kept over a restart."""
         return next((engine.model for engine in self.engines if engine.model is not None), None)
 
     @property

@@ -25,3 +25,8 @@ class EngineConfig:
     max_event_interval_ms: float
     log_level: str
     json_lines: bool
+
+
+def engine_name(number: int, *, of: int) -> str:
+    """What logs call engine `number` of so many: without its number where it is the only one."""
+    return f"engine {number}" if of > 1 else "the engine"

@@ -87,6 +87,8 @@ async def test_two_engines() -> None:
             "ready": 1,
         }
         assert expected == {name: got[f"megatron_gpt2_{name}"] for name in expected}
+        assert "megatron_gpt2_max_num_seqs engine=0" not in got, "what was given up takes none"
+        assert 64 == got["megatron_gpt2_max_num_seqs engine=1"]
         client.give_up(1)
         assert 0 == scrape(metrics)["megatron_gpt2_ready"]
         await client.close()
