@@ -28,7 +28,7 @@ from tests.service.server import COMMAND, Server, Start
 __all__ = ["one_thread", "scripted_model", "start", "tokenizer"]
 OF_A_CROWD = ("MegatronGpt2QueueHigh", "MegatronGpt2FirstTokenSlow", "MegatronGpt2KvCacheFull")
 OF_RESTARTS = ("MegatronGpt2RestartLoop", "MegatronGpt2Errors")
-LOST = "MegatronGpt2EngineLost"
+OF_AN_ENGINE = LOST, AWAY = ("MegatronGpt2EngineLost", "MegatronGpt2EngineNotReady")
 OF_A_LIFE = NOT_READY, SLOW, DRAINING, DOWN = (
     "MegatronGpt2NotReady",
     "MegatronGpt2TokensSlow",
@@ -144,6 +144,20 @@ def test_an_engine_of_two_that_is_given_up(start: Start, watch: Watch, scripted_
     assert set() == {DOWN, NOT_READY} & prometheus.alerts("firing")
 
 
+def test_an_engine_of_two_that_does_not_start(start: Start, watch: Watch, scripted_model: ScriptedModel) -> None:
+    """The service goes on with the other; this one has done nothing that could be found stalled."""
+    server = start(str(scripted_model.folder), "--data-parallel-size", "2", ready=False)
+    wait_engine(server, num_engines=2)
+    engine = server.engines[1]
+    engine.suspend()
+    server.wait_ready()
+    prometheus = watch(server)
+    prometheus.wait_firing(AWAY, seconds=90)
+    assert set() == {DOWN, NOT_READY, LOST} & prometheus.alerts("firing")
+    engine.resume()
+    prometheus.wait(lambda: not prometheus.alerts("firing"), seconds=SCRAPE_SECONDS, what="nothing to fire")
+
+
 def wait_working(http: httpx.Client, *, num_restarts: int) -> None:
     """Return when the engine that was started after so many others has requests to work on."""
     deadline = time.monotonic() + 60
@@ -176,10 +190,10 @@ def test_a_life(start: Start, watch: Watch, scripted_model: ScriptedModel) -> No
     prometheus.wait_firing(DOWN, seconds=SCRAPE_SECONDS)
 
 
-def wait_engine(server: Server) -> psutil.Process:
-    """The engine process, as soon as it runs its own program."""
+def wait_engine(server: Server, *, num_engines: int = 1) -> psutil.Process:
+    """The first engine's process, as soon as all run their own program."""
     deadline = time.monotonic() + 60
-    while sum("spawn_main" in " ".join(child.cmdline()) for child in server.children) < 2:
+    while sum("spawn_main" in " ".join(child.cmdline()) for child in server.children) < 1 + num_engines:
         assert time.monotonic() < deadline, server.log
         time.sleep(0.01)
     return server.engine
@@ -221,7 +235,7 @@ def end(process: subprocess.Popen[str]) -> None:
 
 def test_every_alert_is_caused_here() -> None:
     """No alert is shipped that no test waits for."""
-    assert {rule["alert"] for rule in shipped_rules()} == {*OF_A_CROWD, *OF_RESTARTS, LOST, *OF_A_LIFE}
+    assert {rule["alert"] for rule in shipped_rules()} == {*OF_A_CROWD, *OF_RESTARTS, *OF_AN_ENGINE, *OF_A_LIFE}
 
 
 def test_the_runbook_has_a_line_an_alert() -> None:
