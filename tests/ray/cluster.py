@@ -29,7 +29,9 @@ class RayCluster:
 
     def __init__(self, *, port: int, worker_port: int, retries: bool = True) -> None:
         """The proxies' ports; with `retries` they have the service's middleware."""
+        self._folder = Path(tempfile.mkdtemp(prefix="ray-"))  # pytest's own is too long for Ray's sockets
         self._environment = {
+            "RAY_TMPDIR": str(self._folder),
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_SERVE_WORKER_PROXY_HTTP_PORT": str(worker_port),
             "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.5",
@@ -37,12 +39,11 @@ class RayCluster:
         }
         self.url = f"http://127.0.0.1:{port}"
         self.worker_url = f"http://127.0.0.1:{worker_port}"
-        self._folder = Path(tempfile.mkdtemp(prefix="ray-"))  # pytest's own is too long for Ray's sockets
         self._seen: set[psutil.Process] = set()
         with self._as_environment():
             self._cluster = Cluster(
                 initialize_head=True,
-                head_node_args={**self._node(), "include_dashboard": False, "temp_dir": str(self._folder)},
+                head_node_args={**self._node(), "include_dashboard": False},
             )
             self.worker = self.add_worker()
             ray.init(address=self._cluster.address, log_to_driver=False)
@@ -134,7 +135,8 @@ class RayCluster:
             self.node_processes(node)
         serve.shutdown()
         ray.shutdown()
-        self._cluster.shutdown()
+        with self._as_environment():  # it removes its note of the address, which is in that folder
+            self._cluster.shutdown()
         left = survivors(list(self._seen), seconds=_GONE_SECONDS)
         for process in left:
             process.kill()

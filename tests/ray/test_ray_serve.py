@@ -41,6 +41,7 @@ def test_a_replica_on_a_cpu_takes_its_threads() -> None:
     ("arguments", "named"),
     [
         ({"port": 80}, "port"),
+        ({"api_key": "a" * 20}, "api_key: .* use api_key_file"),
         ({"modle": "x"}, "modle"),
         ({"device": "cuda:1"}, "device"),
         ({"max_replicas": "many"}, "max_replicas"),
@@ -52,6 +53,26 @@ def test_a_replica_on_a_cpu_takes_its_threads() -> None:
 def test_what_cannot_be_used_is_named(arguments: dict[str, Any], named: str) -> None:
     with pytest.raises(SettingsError, match=named):
         build(arguments)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "named"),
+    [
+        ("MGPT_DATA_PARALLEL_SIZE", "2", "^data_parallel_size: has no effect"),
+        ("MGPT_API_KEY", "a" * 20, "^api_key: .* use api_key_file"),
+    ],
+)
+def test_variables_are_no_way_around(monkeypatch: pytest.MonkeyPatch, variable: str, value: str, named: str) -> None:
+    """What is refused as an argument is refused from the environment too."""
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(SettingsError, match=named):
+        build({})
+
+
+def test_no_more_than_the_setting_waits_at_a_proxy() -> None:
+    """Where there is no replica that takes it, Serve keeps what comes, by default all."""
+    assert 7 == build({"max_queued_requests": "7"})._bound_deployment._deployment_config.max_queued_requests
+    assert 2048 == build({})._bound_deployment._deployment_config.max_queued_requests
 
 
 @pytest.mark.parametrize(
