@@ -147,10 +147,8 @@ def test_an_engine_of_two_that_is_given_up(start: Start, watch: Watch, scripted_
 def test_an_engine_of_two_that_does_not_start(start: Start, watch: Watch, scripted_model: ScriptedModel) -> None:
     """The service goes on with the other; this one has done nothing that could be found stalled."""
     server = start(str(scripted_model.folder), "--data-parallel-size", "2", ready=False)
-    wait_engine(server, num_engines=2)
-    engine = server.engines[1]
+    _, engine = wait_engines(server, number=2)
     engine.suspend()
-    server.wait_ready()
     prometheus = watch(server)
     prometheus.wait_firing(AWAY, seconds=90)
     assert set() == {DOWN, NOT_READY, LOST} & prometheus.alerts("firing")
@@ -173,7 +171,7 @@ def wait_working(http: httpx.Client, *, num_restarts: int) -> None:
 def test_a_life(start: Start, watch: Watch, scripted_model: ScriptedModel) -> None:
     """It does not get ready; then it is well; then slow; then a drain does not end; then it is away."""
     server = start(str(scripted_model.folder), "--stall-seconds", "600", "--drain-seconds", "60", ready=False)
-    engine = wait_engine(server)
+    (engine,) = wait_engines(server, number=1)
     engine.suspend()
     prometheus = watch(server)
     prometheus.wait_firing(NOT_READY, seconds=90)
@@ -190,13 +188,13 @@ def test_a_life(start: Start, watch: Watch, scripted_model: ScriptedModel) -> No
     prometheus.wait_firing(DOWN, seconds=SCRAPE_SECONDS)
 
 
-def wait_engine(server: Server, *, num_engines: int = 1) -> psutil.Process:
-    """The first engine's process, as soon as all run their own program."""
+def wait_engines(server: Server, *, number: int) -> list[psutil.Process]:
+    """The processes of all engines, as soon as they run their own program."""
     deadline = time.monotonic() + 60
-    while sum("spawn_main" in " ".join(child.cmdline()) for child in server.children) < 1 + num_engines:
+    while sum("spawn_main" in " ".join(child.cmdline()) for child in server.children) < 1 + number:
         assert time.monotonic() < deadline, server.log
         time.sleep(0.01)
-    return server.engine
+    return server.engines
 
 
 def test_a_service_that_starts_again_and_again(tmp_path: Path, scripted_model: ScriptedModel) -> None:
