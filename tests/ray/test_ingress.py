@@ -4,6 +4,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator
+from typing import Any
 
 import psutil
 
@@ -88,9 +89,17 @@ async def read(lines: AsyncIterator[str], streamed: Streamed) -> None:
 
 
 async def test_both_engines_work(cluster: RayCluster, client: Client) -> None:
-    """Requests that come through one proxy go to the replica with the fewest, also on the other node."""
+    """Requests that come through one proxy, one after another, go to the replica with fewer, also on the other node."""
     before = [engine.cpu_times().user for engine in cluster.engines]
-    await asyncio.gather(*(client.complete(prompt="The people", max_tokens=200, ignore_eos=True) for _ in range(8)))
+    requests: list[asyncio.Task[dict[str, Any]]] = []
+
+    async def is_there() -> bool:
+        return len(requests) == sum(await asyncio.to_thread(lambda: cluster.num_ongoing))
+
+    for _ in range(4):
+        requests.append(asyncio.create_task(client.complete(prompt="The people", max_tokens=900, ignore_eos=True)))
+        await eventually(is_there)
+    await asyncio.gather(*requests)
     after = [engine.cpu_times().user for engine in cluster.engines]
     assert all(later - earlier > 0.2 for earlier, later in zip(before, after, strict=True)), (before, after)
 
