@@ -24,7 +24,7 @@ from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from service.api.errors import ApiError
-from service.api.transport import GatheredWrites
+from service.api.transport import GatheredWrites, num_untaken
 
 log = logging.getLogger(__name__)
 
@@ -212,7 +212,7 @@ class EnvelopeProtocol(HttpToolsProtocol):
     def _check_reader(self, num_before: float) -> None:
         """Cut a reader off that has taken too little since there were so many bytes for it, or look again."""
         seconds = self.limits.send_seconds
-        num_unsent = self.transport.get_write_buffer_size()
+        num_unsent = num_untaken(self.transport)
         if num_before - num_unsent < _LEAST_RATE * seconds:
             self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _AT_ONCE)
             self.transport.abort()

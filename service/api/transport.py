@@ -1,6 +1,9 @@
-"""How an answer's bytes go out: once a turn of the event loop. Used by protocol.py."""
+"""How an answer's bytes go out: once a turn of the event loop; and how many are still there. Used by protocol.py."""
 
 import asyncio
+import fcntl
+import sys
+import termios
 from typing import Any
 
 
@@ -38,3 +41,16 @@ class GatheredWrites:
             self._waiting.clear()
             if not self._transport.is_closing():  # else it was torn down in the same turn: uvloop would raise
                 self._transport.write(data)
+
+
+def num_untaken(transport: asyncio.Transport) -> int:
+    """Bytes that were written and the peer has not taken: the transport's, and on Linux those in the kernel's buffer.
+
+    The kernel asks for more only when a good part of its buffer, which may be megabytes, is empty: until then a slow
+    reader takes nothing from the transport.
+    """
+    num_bytes = transport.get_write_buffer_size()
+    if sys.platform == "linux":
+        queued = fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
+        num_bytes += int.from_bytes(queued, sys.byteorder)
+    return num_bytes

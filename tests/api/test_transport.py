@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import uvloop
 
-from service.api.transport import GatheredWrites
+from service.api.transport import GatheredWrites, num_untaken
 
 Talk = Callable[[asyncio.Transport, GatheredWrites], None]
 
@@ -53,3 +53,24 @@ def run(work: Awaitable[tuple[bytes, list[dict[str, Any]]]], factory: Callable[[
 def test_all_or_nothing(talk: Talk, said: bytes, factory: Callable[[], asyncio.AbstractEventLoop]) -> None:
     """A connection that was torn down in the same turn takes nothing more, and nobody complains."""
     assert (said, []) == run(heard(talk), factory)
+
+
+async def test_what_a_slow_reader_takes_is_seen_at_once() -> None:
+    """Also while the kernel's buffer is so full that it asks the transport for nothing."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    reader = socket.create_connection(listener.getsockname())
+    connection, _ = listener.accept()
+    transport, _ = await asyncio.get_running_loop().connect_accepted_socket(asyncio.Protocol, connection)
+    try:
+        assert 0 == num_untaken(transport)
+        transport.write(bytes(32 * 2**20))
+        in_transport, before = transport.get_write_buffer_size(), num_untaken(transport)
+        assert before > in_transport > 0
+        while num_untaken(transport) == before:  # until a good part of the reader's own buffer is empty
+            assert reader.recv(2**16)
+        assert before > num_untaken(transport)
+        assert in_transport == transport.get_write_buffer_size()
+    finally:
+        transport.abort()
+        reader.close()
+        listener.close()

@@ -1,6 +1,7 @@
 """Clients that reset their connections, at every stage of a request: its work ends, and nobody else notices."""
 
 import asyncio
+import itertools
 from typing import Any
 
 import pytest
@@ -11,16 +12,23 @@ from tests.faults.watch import LONG
 from tests.service.server import Server, eventually
 
 _TIMES = 5
-_BLOCKS = [[50000 - number] * 700 for number in range(16)]  # prompts that share nothing: seconds of prefill
 _COMPLETIONS = "POST /v1/completions"
+_new_ids = itertools.count(50_000, -1)
+
+
+def _blocks() -> list[list[int]]:
+    """Prompts that share nothing, also with those before them: seconds of prefill."""
+    return [[next(_new_ids)] * 700 for _ in range(16)]
+
+
 _STAGES: dict[str, tuple[str, dict[str, Any]]] = {
-    "prefill": (_COMPLETIONS, {"prompt": _BLOCKS, "max_tokens": 1}),
-    "prefill of a stream": (_COMPLETIONS, {"prompt": _BLOCKS, "max_tokens": 1, "stream": True}),
+    "prefill": (_COMPLETIONS, {"prompt": _blocks, "max_tokens": 1}),
+    "prefill of a stream": (_COMPLETIONS, {"prompt": _blocks, "max_tokens": 1, "stream": True}),
     "plain": (_COMPLETIONS, {"prompt": "", "max_tokens": LONG}),
     "plain with n": (_COMPLETIONS, {"prompt": "", "max_tokens": LONG, "n": 3}),
     "stream": (_COMPLETIONS, {"prompt": "", "max_tokens": LONG, "stream": True}),
     "stream with n": (_COMPLETIONS, {"prompt": "", "max_tokens": LONG, "n": 3, "stream": True}),
-    "scored": ("POST /v1/score", {"items": [{"context": ids[:1], "continuation": ids} for ids in _BLOCKS]}),
+    "scored": ("POST /v1/score", {"items": lambda: [{"context": ids[:1], "continuation": ids} for ids in _blocks()]}),
     "sampled texts": ("PUT /api", {"prompts": [""], "add_BOS": True, "tokens_to_generate": LONG}),
     "beams": ("PUT /api", {"prompts": [""], "add_BOS": True, "tokens_to_generate": LONG, "beam_width": 3}),
 }
@@ -46,7 +54,7 @@ class Leaver:
 @pytest.mark.parametrize("num_bytes", [0, 30, 100_000], ids=["connected", "head", "body"])
 async def test_a_reset_before_there_is_a_request(shared_server: Server, watching: Watching, num_bytes: int) -> None:
     """In the midst of its head or of its body."""
-    content = request({"prompt": _BLOCKS * 4})[:num_bytes]
+    content = request({"prompt": _blocks() * 4})[:num_bytes]
     assert num_bytes == len(content)
     async with watching(shared_server) as watch:
         beside = watch.ask(stream=True, max_tokens=100)
@@ -95,8 +103,8 @@ async def test_a_reset_while_it_is_worked_on(shared_server: Server, watching: Wa
 
         for _ in range(_TIMES):
             aborted = await watch.client.metric("requests_aborted_total")
-            leaver = await asyncio.to_thread(Leaver, shared_server, request(body, route))
-
+            fields = {name: value() if callable(value) else value for name, value in body.items()}
+            leaver = await asyncio.to_thread(Leaver, shared_server, request(fields, route))
             if stage.startswith("stream"):
                 await asyncio.to_thread(leaver.hear)
             else:
