@@ -144,16 +144,20 @@ def test_variables_change_what_they_say(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert "0123abcd" == cpu["build"]["args"]["REVISION"]
 
 
+# What is said is the same where a make runs these tests.
+_MAKE = ("env", "-u", "MAKEFLAGS", "-u", "MAKELEVEL", "make", "--no-print-directory", "--dry-run")
+
+
 @pytest.mark.parametrize("device", ["cpu", "gpu"])
 def test_make_tags_as_compose(device: str, services: dict[str, Any]) -> None:
     """So that the image of one device never takes the other's name."""
-    said = output("make", "--dry-run", "image", f"DEVICE={device}")
+    said = output(*_MAKE, "image", f"DEVICE={device}")
     assert said.startswith(f"docker build -t {services[device]['image']} --build-arg DEVICE={device} ")
 
 
 def test_make_tells_either_build_its_revision() -> None:
     """The one of `git`, for the image's label: `make image` as an argument, `make up` by compose's variable."""
     revision = "$(git rev-parse HEAD)"
-    assert f" --build-arg REVISION={revision} " in output("make", "--dry-run", "image")
-    up = output("make", "--dry-run", "up", "PROFILES=cpu observability").split(" docker compose ")
+    assert f" --build-arg REVISION={revision} " in output(*_MAKE, "image")
+    up = output(*_MAKE, "up", "PROFILES=cpu observability").split(" docker compose ")
     assert [f"REVISION={revision}", "-f docker/compose.yaml --profile cpu --profile observability up --build\n"] == up
