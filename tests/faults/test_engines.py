@@ -11,6 +11,7 @@ from tests.faults.watch import Load, Watch
 from tests.service.scripted_model import ScriptedModel
 from tests.service.server import Server, Start, survivors, until_drained
 
+_CACHE_BYTES = 26 * 2**20  # of two sequences, whole
 _TWO = ("--data-parallel-size", "2", "--max-num-seqs", "2")
 
 
@@ -18,7 +19,10 @@ _TWO = ("--data-parallel-size", "2", "--max-num-seqs", "2")
 def pair(scripted_model: ScriptedModel) -> Iterator[Server]:
     """Two engines of two sequences each, which may die as often as tests kill them."""
     yield from until_drained(
-        Server(str(scripted_model.folder), *_TWO, "--stall-seconds", "2", "--restart-window-seconds", "0.1")
+        Server(
+            *(str(scripted_model.folder), *_TWO, "--kv-memory", str(_CACHE_BYTES)),
+            *("--stall-seconds", "2", "--restart-window-seconds", "0.1"),
+        )
     )
 
 
@@ -44,7 +48,7 @@ async def check(watch: Watch, load: Load) -> None:
 async def test_one_that_is_killed(pair: Server, watching: Watching) -> None:
     """Either of them, again and again."""
     for number in (0, 1, 0):
-        async with watching(pair) as watch:
+        async with watching(pair, cache_bytes=_CACHE_BYTES) as watch:
             restarts = await watch.client.metric("engine_restarts_total")
             load = await loaded(watch)
             pair.engines[number].kill()
@@ -55,7 +59,7 @@ async def test_one_that_is_killed(pair: Server, watching: Watching) -> None:
 
 async def test_one_that_freezes(pair: Server, watching: Watching) -> None:
     """It alone is killed and restarted, after stall_seconds."""
-    async with watching(pair) as watch:
+    async with watching(pair, cache_bytes=_CACHE_BYTES) as watch:
         before = await watch.client.metric_by_engine("engine_restarts_total")
         load = await loaded(watch)
         frozen, other = pair.engines
@@ -71,7 +75,7 @@ async def test_one_that_freezes(pair: Server, watching: Watching) -> None:
 
 async def test_both_that_are_killed(pair: Server, watching: Watching) -> None:
     """Readiness falls and rises by itself; what neither had begun is answered by whoever is there first."""
-    async with watching(pair) as watch:
+    async with watching(pair, cache_bytes=_CACHE_BYTES) as watch:
         restarts = await watch.client.metric("engine_restarts_total")
         load = await loaded(watch)
         for engine in pair.engines:
