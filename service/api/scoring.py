@@ -229,8 +229,9 @@ def _pairs(items: Sequence[ScoreItem], served: ServedModel, model: ModelInfo) ->
             raise invalid(f"items.{number}.continuation", "has no token of its own after this context")
         pair = _Pair(tuple(context_ids) or (served.tokenizer.end_of_text_id,), tuple(continuation_ids))
         length = len(pair.context) + len(pair.continuation)
-        if length > model.context_length:
-            message = f"has {length} tokens, context and continuation together; the model takes {model.context_length}"
+        most = model.context_length + 1  # the last one is only predicted
+        if length > most:
+            message = f"has {length} tokens, context and continuation together; the model scores {most}"
             raise invalid(f"items.{number}", message, code="context_length_exceeded")
         pairs.append(pair)
     return pairs

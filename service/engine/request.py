@@ -47,7 +47,10 @@ class SamplingParams(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class Request(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """One prompt and the `n` sequences wanted from it. len(prompt) >= 1; len(prompt) + max_tokens <= context."""
+    """One prompt and the `n` sequences wanted from it. len(prompt) >= 1; len(prompt) + max_tokens <= context.
+
+    One that is scored only may have a token more: nothing is computed from its last.
+    """
 
     id: int
     prompt: tuple[int, ...]
@@ -55,6 +58,12 @@ class Request(msgspec.Struct, frozen=True, array_like=True, gc=False):
     score_from: int | None = None  # prompt tokens from this index (>= 1) on get log-probabilities
     priority: int = 0  # lower leaves the queue first
     cache_salt: str = ""  # blocks are shared only with requests of the same salt
+
+
+def is_scored_only(request: Request, params: SamplingParams) -> bool:
+    """Whether log-probabilities of the prompt are all that is asked."""
+    scores = request.score_from is not None and request.score_from < len(request.prompt)
+    return scores and request.n == 1 and not params.max_tokens
 
 
 def count_tokens(request: Request, params: SamplingParams, choice: int) -> int:

@@ -86,6 +86,8 @@ class Rows:
         num_known = len(tokens)
         self.sequences[row] = sequence
         self.tokens[row, :num_known] = tokens
+        if sequence.target is not None:  # until a token is sampled in its place
+            self.tokens[row, sequence.num_prompt] = sequence.target
         self.num_known[row] = self.num_told[row] = num_known
         self.num_scheduled[row] = self.capacities[row] = num_computed
         self._patient[row] = sequence.patient
@@ -313,7 +315,7 @@ class Rows:
         ):
             start = length - (end - begin)
             first = max(start + 1, sequence.next_score)
-            stop = min(length + 1, sequence.num_prompt)
+            stop = min(length + 1, sequence.score_to)
             if first < stop:
                 scorings.append(Scoring(sequence, first, len(targets), len(targets) + stop - first))
                 indices += range(begin + first - 1 - start, begin + stop - 1 - start)

@@ -12,7 +12,15 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from service.engine.logprobs import PackedLogprobs
-from service.engine.request import Delta, EngineStats, Finish, Logprobs, Request, SamplingParams
+from service.engine.request import (
+    Delta,
+    EngineStats,
+    Finish,
+    Logprobs,
+    Request,
+    SamplingParams,
+    is_scored_only,
+)
 from service.engine.rows import Placing, Plan
 from service.engine.running import Running
 from service.engine.sequence import Group, Sequence
@@ -118,7 +126,8 @@ class Scheduler:
         The requests of a group come one after the other, with one and the same `params`. Clients take turns.
         """
         assert request.prompt
-        assert len(request.prompt) + params.max_tokens <= self._context_length
+        num_computed = len(request.prompt) - is_scored_only(request, params) + params.max_tokens
+        assert num_computed <= self._context_length
         assert request.score_from is None or request.score_from >= 1
         assert (params.num_logprobs or 0) <= NUM_TOP
         group = self._group

@@ -9,7 +9,7 @@ import numpy as np
 
 from service.engine.blocks import ROOT, TOKEN_BYTES, Node
 from service.engine.masks import Mask
-from service.engine.request import Finish, Logprobs, Request, SamplingParams, count_tokens
+from service.engine.request import Finish, Logprobs, Request, SamplingParams, count_tokens, is_scored_only
 from service.model.batch import Float32, Int32
 
 if TYPE_CHECKING:
@@ -115,9 +115,11 @@ class Sequence:
         "root",
         "row",
         "running",
+        "score_to",
         "scores",
         "started",
         "stop_ids",
+        "target",
         "tokens",
         "turn",
         "waiting",
@@ -134,17 +136,20 @@ class Sequence:
         self.waiting = False
         self.arrived_at = 0.0
         self.turn = (0, self.order)
-        self.tokens = array("i", request.prompt).tobytes()
-        self.num_prompt = len(request.prompt)
+        scored_from = request.score_from if choice == 0 else None
+        # Where nothing is to follow, the last token is only told how likely it is: it is not computed.
+        self.target = request.prompt[-1] if is_scored_only(request, group.params) else None
+        self.tokens = array("i", request.prompt if self.target is None else request.prompt[:-1]).tobytes()
+        self.num_prompt = len(self.tokens) // TOKEN_BYTES
         self.patient = patient  # its tokens wait for its end, or an urgent one
         self.limit = self.num_prompt + max(1, group.params.max_tokens)  # a token is sampled also where none is wanted
         self.stop_ids = group.stop_ids
         self.pending = group.params.grammar is not None  # until its constraint is there
         self.constraint: Constraint | None = None
         self.follows = group.mask is not None and group.mask.follows
-        scored_from = request.score_from if choice == 0 else None
-        self.scores = None if scored_from is None else Logprobs()  # of prompt[scored_from:next_score]
-        self.next_score = self.num_prompt if scored_from is None else scored_from
+        self.scores = None if scored_from is None else Logprobs()  # of request.prompt[scored_from:next_score]
+        self.score_to = len(request.prompt)
+        self.next_score = self.score_to if scored_from is None else scored_from
         self.plain = group.plain and self.scores is None
         self.logprobs: Logprobs | None = None  # of the tokens that no Delta has told yet
         self.row = -1  # its row; also when it has left the running ones, until its last token in flight is back

@@ -145,17 +145,17 @@ ITEM = {"context": "a", "continuation": " b"}
         ({"items": [{"context": 5, "continuation": "a"}]}, "items.0.context", None),
         ({"items": [{"context": "Hel", "continuation": "lo"}]}, "items.0.continuation", None),
         (
-            {"items": [ITEM, {"context": [1] * 1024, "continuation": [1]}]},
+            {"items": [ITEM, {"context": [1] * 1024, "continuation": [1, 1]}]},
             "items.1",
             "context_length_exceeded",
         ),
         (
-            {"items": [ITEM, {"context": "", "continuation": [1] * 1024}]},
+            {"items": [ITEM, {"context": "", "continuation": [1] * 1025}]},
             "items.1",
             "context_length_exceeded",
         ),
         (
-            {"items": [ITEM, {"context": "a", "continuation": " world" * 1024}]},
+            {"items": [ITEM, {"context": "a", "continuation": " world" * 1025}]},
             "items.1",
             "context_length_exceeded",
         ),
@@ -187,10 +187,10 @@ async def test_a_text_that_no_context_holds_is_refused_unread(api: Service) -> N
 
 
 async def test_the_whole_context_can_be_filled(api: Service) -> None:
-    """1,023 tokens and one, as 1,024 items."""
-    answer = await score(api, *[([7] * 1023, [token_id]) for token_id in range(1024)])
+    """1,024 tokens and one that is only predicted, as 1,024 items."""
+    answer = await score(api, *[([7] * 1024, [token_id]) for token_id in range(1024)])
     assert list(range(1024)) == [result["token_ids"][0] for result in answer["results"]]
-    assert 1024 * 1024 == answer["usage"]["prompt_tokens"]
+    assert 1025 * 1024 == answer["usage"]["prompt_tokens"]
 
 
 async def test_an_unknown_model_is_not_found(api: Service) -> None:

@@ -166,11 +166,24 @@ def sampling_params(draw: st.DrawFn, *, most: int) -> SamplingParams:
 
 
 @st.composite
+def scored_only(draw: st.DrawFn, *, request_id: int) -> Ask:
+    """A long prompt, up to a token more than the context, from which nothing is generated."""
+    prefix = draw(st.sampled_from(PREFIXES))
+    prompt = (*prefix, *draw(st.lists(TOKEN_IDS, min_size=1, max_size=CONTEXT_LENGTH + 1 - len(prefix))))
+    request = Request(request_id, prompt, score_from=draw(st.integers(1, len(prompt) - 1)))
+    params = SamplingParams(max_tokens=0, temperature=0.0, num_logprobs=draw(st.sampled_from([0, 1, 20])))
+    return Ask(request, params, patient=draw(st.booleans()))
+
+
+@st.composite
 def asks_strategy(draw: st.DrawFn, *, most_requests: int = 12) -> list[Ask]:
     """Requests that share prefixes, some of them in groups with the same parameters."""
     asks: list[Ask] = []
     num_requests = draw(st.integers(1, most_requests))
     while len(asks) < num_requests:
+        if draw(st.sampled_from([False] * 7 + [True])):
+            asks.append(draw(scored_only(request_id=len(asks))))
+            continue
         prompts = []
         for _ in range(draw(st.sampled_from([1, 1, 3]))):
             prefix = draw(st.sampled_from(PREFIXES))[: draw(st.integers(0, 40))]
