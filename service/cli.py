@@ -1,4 +1,4 @@
-"""The command `megatron-gpt2`: serve, generate, convert, verify, drain, key."""
+"""The command `megatron-gpt2`: serve, generate, convert, verify, eval, drain, key."""
 
 import argparse
 import os
@@ -63,6 +63,10 @@ def _run(command: str, settings: Settings, own: dict[str, Any]) -> int:
             from service.convert import convert
 
             return convert(settings, target=own.pop("target"), options=own)
+        case "eval":
+            from service.evaluation.command import evaluate
+
+            return evaluate(settings, task=own.pop("task"), options=own)
         case "drain":
             from service.drain import drain
 
@@ -120,6 +124,34 @@ _CONVERTING: dict[str, dict[str, Any]] = {
     "tokenizer": {"flag": "--tokenizer", "help": "Folder with the tokenizer; by default the checkpoint's, or GPT-2's."},
     "num_heads": {"flag": "--num-heads", "type": int, "help": "Attention heads, of a file that does not tell."},
 }
+# Those of all tasks; and what each task has besides.
+_EVALUATING: dict[str, dict[str, Any]] = {
+    "out": {"type": Path, "metavar": "FILE", "help": "Where the report goes (default eval-TASK.json)."},
+    "url": {"help": "Score by a running service, through its POST /v1/score, instead of loading a model."},
+    "header": {"action": "append", "metavar": "NAME:VALUE", "help": "Header for --url; may be given again."},
+    "tokenizer": {"type": Path, "metavar": "FOLDER", "help": "With --url: the server's tokenizer (default GPT-2's)."},
+}
+_STRIDE = {"type": int, "metavar": "TOKENS"}
+_TASKS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
+    "wikitext103": (
+        "perplexity by the paper's protocol; needs wiki.test.tokens",
+        {"stride": _STRIDE | {"help": "From one window to the next (default 32, the paper's; 512 for a CPU)."}},
+    ),
+    "lambada": (
+        "accuracy of the last word by the paper's protocol; needs lambada_test.jsonl",
+        {
+            "strict": {
+                "action": argparse.BooleanOptionalAction,
+                "help": "The whole last word, as in the paper (the default), or the last token.",
+            },
+            "skip_bad_lines": {"action": "store_true", "help": "Leave out lines that cannot be used, and name them."},
+        },
+    ),
+    "text": (
+        "perplexity of any text",
+        {"stride": _STRIDE | {"help": "From one window to the next (default 512, or the context where it is less)."}},
+    ),
+}
 _LIMITS = {
     "requests_per_minute": "Requests a minute; without, as many as come.",
     "max_concurrent": "Requests that may be open at a time; without, as many as come.",
@@ -129,6 +161,7 @@ _LIMITS = {
 _OWN = {
     "generate": ("text", *_SAMPLING),
     "convert": ("target", *_CONVERTING),
+    "eval": ("task", "data", *_EVALUATING, *{name for _, options in _TASKS.values() for name in options}),
     "drain": ("seconds",),
     "key": ("action", "name", "file", *_LIMITS),
 }
@@ -175,7 +208,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_settings(drain, ("admin_port", "admin_socket", "config"))
     _add_key(commands.add_parser("key", help="make, list and remove API keys", allow_abbrev=False))
+    _add_eval(commands.add_parser("eval", help="perplexity and accuracy, by the paper's protocols", allow_abbrev=False))
     return parser
+
+
+def _add_eval(parser: argparse.ArgumentParser) -> None:
+    tasks = parser.add_subparsers(dest="task", required=True)
+    for name, (description, options) in _TASKS.items():
+        task = tasks.add_parser(name, help=description, description=description, epilog=_EPILOG, allow_abbrev=False)
+        if name == "text":
+            task.add_argument("data", type=Path, metavar="FILE", help="The text, UTF-8.")
+        else:
+            task.add_argument("--data", type=Path, metavar="FILE", required=True, help="The test set's file.")
+        for option, how in (options | _EVALUATING).items():
+            task.add_argument(_flag(option), default=argparse.SUPPRESS, **how)
+        task.add_argument("--model", default=argparse.SUPPRESS, help=Settings.model_fields["model"].description)
+        _add_settings(task, (*_GENERATE_SETTINGS, "max_num_seqs", "max_num_batched_tokens"))
 
 
 def _add_key(parser: argparse.ArgumentParser) -> None:

@@ -28,10 +28,11 @@ ALLOWED: dict[str, set[str]] = {
     "ray_serve": {"api", "engine", "serve", "settings", "supervised", "logs"},
     "generate": {"api", "engine", "serve", "settings", "logs"},
     "convert": {"checkpoint", "serve", "settings", "logs"},
+    "evaluation": {"api", "checkpoint", "engine", "serve", "settings", "version"},
     "drain": {"settings"},
     "verify": {"checkpoint", "engine", "model", "serve", "settings", "logs"},
     "key": {"api"},
-    "cli": {"api", "key", "serve", "generate", "convert", "verify", "drain", "settings", "version"},
+    "cli": {"api", "key", "serve", "generate", "convert", "verify", "evaluation", "drain", "settings", "version"},
     "load": {"version"},
     "demo": set(),
 }
@@ -52,6 +53,7 @@ TORCH_FREE = (
     "service.serve",
     "service.ray_proxy",
     "service.drain",
+    "service.evaluation.command",
     "service.cli",
 )
 

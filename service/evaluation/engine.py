@@ -1,0 +1,80 @@
+"""Scores items by the service's own engine, in this process. Called by command.py."""
+
+import hashlib
+import math
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from service.api.text import load_tokenizer
+from service.checkpoint.hub import read_config
+from service.engine.config import EngineConfig
+from service.engine.core import Core
+from service.engine.loading import Reporter, Unusable, load
+from service.engine.request import Finish, Request, SamplingParams
+from service.evaluation.errors import EvaluationError
+from service.evaluation.items import Item, Outcome
+from service.evaluation.tasks import PAPER_SHAPE
+
+_SCORING = SamplingParams(max_tokens=0, temperature=0.0, num_logprobs=1)
+
+
+class EngineScorer:
+    """A Scorer that loads the model here."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        """Raises EvaluationError."""
+        try:
+            with Reporter(lambda phase, progress: None) as reporter:
+                self._loaded = load(config, reporter)
+        except Unusable as error:
+            raise EvaluationError(str(error)) from error
+        info = self._loaded.model
+        folder = Path(info.folder)
+        self.tokenizer = load_tokenizer(folder, end_of_text_id=info.end_of_text_id)
+        self.context_length = info.context_length
+        self.model = {
+            "name": config.model,
+            "sha256": _digest(folder),
+            "dtype": info.dtype,
+            "device": info.device,
+        }
+        shape = read_config(folder, vocab_size=info.vocab_size)
+        found = (shape.num_layers, shape.hidden_size, shape.num_heads, shape.context_length, shape.vocab_size)
+        self.incomparable = None if found == PAPER_SHAPE else "the model has another shape than the paper's 345M"
+
+    def score(self, items: Iterable[tuple[int, Item]]) -> Iterator[tuple[int, Outcome]]:
+        scheduler = self._loaded.scheduler
+        core = Core(scheduler, self._loaded.runner)
+        waiting = iter(items)
+        targets: dict[int, tuple[int, ...]] = {}  # of the items that are open
+        most_open = 2 * self._loaded.model.max_num_seqs
+        while True:
+            for number, item in islice(waiting, most_open - len(targets)):
+                targets[number] = item.ids[item.score_from :]
+                scheduler.add(Request(number, item.ids, score_from=item.score_from), _SCORING, patient=True)
+            if core.idle:
+                return
+            for delta in core.step():
+                if delta.finish is Finish.ERROR:
+                    raise EvaluationError(f"the engine failed: {delta.error}")
+                scores = delta.prompt_logprobs
+                assert scores is not None, "score_from was asked for"
+                logprob = math.fsum(np.frombuffer(scores.chosen, np.float32).tolist())
+                best = tuple(np.frombuffer(scores.top_ids, np.int32).tolist())
+                yield delta.request_id, Outcome(logprob, best == targets.pop(delta.request_id))
+
+    def close(self) -> None:
+        """Give the device's memory back."""
+        self._loaded.runner.close()
+
+
+def _digest(folder: Path) -> str:
+    """SHA-256 over the model's config and weights."""
+    digest = hashlib.sha256()
+    for file in (folder / "config.json", *sorted(folder.glob("*.safetensors"))):
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
