@@ -15,36 +15,28 @@ class Journal:
     def __init__(self, file: Path, about: Mapping[str, Any]) -> None:
         """Open or make `file`. Raises EvaluationError where it is of another evaluation, or cannot be written."""
         self.file = file
-        self.outcomes: dict[int, Outcome] = {}
         head = json.dumps(about, sort_keys=True).encode() + b"\n"
         try:
-            self._stream = file.open("a+b")
-            self._stream.seek(0)
-            lines = self._stream.readlines()
-            whole = lines[:-1] if lines and not lines[-1].endswith(b"\n") else lines
-            if whole and whole[0] != head:
-                self._stream.close()
+            is_new = not file.exists()
+            known = b"" if is_new else file.read_bytes()
+            whole = known[: known.rfind(b"\n") + 1] or head
+            if not whole.startswith(head):
                 raise EvaluationError(
                     f"--out: {file}: is of an evaluation of something else; take it away, or give another --out"
                 )
-            if not whole:
-                whole = [head]
-                self._stream.truncate(0)
-                self._write(head)
-            self._stream.truncate(sum(map(len, whole)))
-            for line in whole[1:]:
-                number, logprob, is_greedy = json.loads(line)
-                self.outcomes[number] = Outcome(logprob, is_greedy)
-        except (OSError, ValueError) as error:
-            if isinstance(error, EvaluationError):
-                raise
-            reason = error.strerror if isinstance(error, OSError) else "is no journal of an evaluation"
-            raise EvaluationError(f"--out: {file}: {reason}") from error
+            self.outcomes = _outcomes(file, whole)
+            self._stream = file.open("xb" if is_new else "r+b")
+            self._stream.write(whole)
+            self._stream.truncate()
+            self._stream.flush()
+        except OSError as error:
+            raise EvaluationError(f"--out: {file}: {error.strerror}") from error
 
     def add(self, number: int, outcome: Outcome) -> None:
         """Raises OSError."""
         self.outcomes[number] = outcome
-        self._write(json.dumps([number, outcome.logprob, outcome.is_greedy]).encode() + b"\n")
+        self._stream.write(json.dumps([number, outcome.logprob, outcome.is_greedy]).encode() + b"\n")
+        self._stream.flush()
 
     def close(self) -> None:
         self._stream.close()
@@ -54,6 +46,10 @@ class Journal:
         self.close()
         self.file.unlink(missing_ok=True)
 
-    def _write(self, line: bytes) -> None:
-        self._stream.write(line)
-        self._stream.flush()
+
+def _outcomes(file: Path, content: bytes) -> dict[int, Outcome]:
+    try:
+        lines = map(json.loads, content.splitlines()[1:])
+        return {number: Outcome(logprob, is_greedy) for number, logprob, is_greedy in lines}
+    except (ValueError, TypeError) as error:
+        raise EvaluationError(f"--out: {file}: is no journal of an evaluation") from error
