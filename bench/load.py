@@ -8,4 +8,4 @@ import sys
 from service.load.command import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:], program="python -m bench.load"))

@@ -1,4 +1,4 @@
-"""The command `megatron-gpt2`: serve, generate, convert, verify, eval, drain, key."""
+"""The command `megatron-gpt2`: serve, generate, convert, verify, eval, bench, drain, key."""
 
 import argparse
 import os
@@ -33,6 +33,11 @@ _EPILOG = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the process's exit code. 2 is a mistake in what was asked, told in one line."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0] == "bench":  # it has no settings, and a parser of its own
+        from service.load.command import main as bench
+
+        return bench(arguments[1:])
     given = vars(_parser().parse_args(arguments))
     command = given.pop("command")
     own = {name: given.pop(name) for name in _OWN.get(command, ()) if name in given}
@@ -207,6 +212,7 @@ def _parser() -> argparse.ArgumentParser:
         "are over, so that balancers have noticed.",
     )
     _add_settings(drain, ("admin_port", "admin_socket", "config"))
+    commands.add_parser("bench", help="load on a server with OpenAI's completions, and what it takes", add_help=False)
     _add_key(commands.add_parser("key", help="make, list and remove API keys", allow_abbrev=False))
     _add_eval(commands.add_parser("eval", help="perplexity and accuracy, by the paper's protocols", allow_abbrev=False))
     return parser

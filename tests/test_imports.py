@@ -32,7 +32,19 @@ ALLOWED: dict[str, set[str]] = {
     "drain": {"settings"},
     "verify": {"checkpoint", "engine", "model", "serve", "settings", "logs"},
     "key": {"api"},
-    "cli": {"api", "key", "serve", "generate", "convert", "verify", "evaluation", "drain", "settings", "version"},
+    "cli": {
+        "api",
+        "key",
+        "serve",
+        "generate",
+        "convert",
+        "verify",
+        "evaluation",
+        "load",
+        "drain",
+        "settings",
+        "version",
+    },
     "load": {"version"},
     "demo": set(),
 }
@@ -135,6 +147,7 @@ def test_settings_are_read_by_the_command_line_and_the_composition_root_alone() 
         "service.generate",
         "service.convert",
         "service.verify",
+        "service.evaluation.command",
         "service.drain",
     }
     assert {"service.cli", *commands} == readers

@@ -12,15 +12,7 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from service.engine.logprobs import PackedLogprobs
-from service.engine.request import (
-    Delta,
-    EngineStats,
-    Finish,
-    Logprobs,
-    Request,
-    SamplingParams,
-    is_scored_only,
-)
+from service.engine.request import Delta, EngineStats, Finish, Logprobs, Request, SamplingParams, is_scored_only
 from service.engine.rows import Placing, Plan
 from service.engine.running import Running
 from service.engine.sequence import Group, Sequence

@@ -1,4 +1,4 @@
-"""The load generator's command line: `main` is called by bench/load.py."""
+"""The load generator's command line: `main` is `megatron-gpt2 bench`, and is called by bench/load.py."""
 
 import argparse
 import asyncio
@@ -10,17 +10,18 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Never
 
 import msgspec
 from prometheus_client.parser import text_string_to_metric_families
+from tqdm import tqdm
 
 from service.load.connection import Connection
 from service.load.crowd import Crowd, CrowdError
-from service.load.figures import Figures, figures_of
+from service.load.figures import Figures, figures_of, is_flat
 from service.load.plan import Level, Plan, Server
 from service.load.report import load_name, picture, table, to_json
 from service.version import VERSION
@@ -31,6 +32,7 @@ Load on a server with OpenAI's /v1/completions, and what it takes: a table, and 
 Clients ask again as soon as they have the whole answer (--concurrency), or requests arrive at random (--rate). Prompts
 are random token ids, or the lines of a file. Only OpenAI's own fields are sent, and ignore_eos where the server takes
 it; --body adds others."""
+_MOST_CLIENTS = 1024
 _MODEL_INFO = "megatron_gpt2_model_info"
 
 
@@ -38,19 +40,17 @@ class LoadError(Exception):
     """What was asked cannot be done; the message names the flag."""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str], *, program: str = "megatron-gpt2 bench") -> int:
     """Measure; the process's exit code: 0, 1 where no request was answered, 2 for a mistake, 130 after Ctrl-C."""
-    asked = _parser().parse_args(arguments)
+    asked = _parser(program).parse_args(arguments)
     try:
         levels = _levels(asked)
         plan, about = asyncio.run(_prepare(asked))
         rows, interrupted = _measure(plan, levels)
-        about["command"] = shlex.join(
-            ["python", "-m", "bench.load", *(sys.argv[1:] if arguments is None else arguments)]
-        )
+        about["command"] = shlex.join([*program.split(), *arguments])
         _write(asked.out, about, rows)
     except (LoadError, CrowdError) as error:
-        print(f"load: {error}", file=sys.stderr)
+        print(f"{program}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -59,15 +59,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if all(row.requests for row in rows) else 1
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(program: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="load", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        prog=program, description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     flag = parser.add_argument
     flag("--url", default="http://127.0.0.1:8000", help="base URL of the server (default %(default)s)")
     flag("--model", help="name of the model; by default the first of GET /v1/models")
     load = parser.add_mutually_exclusive_group()
-    load.add_argument("--concurrency", metavar="C,C", help="clients with one request open each (default 1)")
+    load.add_argument(
+        "--concurrency",
+        metavar="C,C",
+        help="clients with one request open each; by default 1 and then twice as many each time, until that gains "
+        f"hardly any throughput, or there are {_MOST_CLIENTS}",
+    )
     load.add_argument("--rate", metavar="R,R", help="requests a second, arriving at random whatever became of others")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--seconds", type=_positive, default=20, help="time measured of each load (default 20)")
@@ -106,11 +111,14 @@ def _count(text: str) -> int:
     return value
 
 
-def _levels(asked: argparse.Namespace) -> list[Level]:
+def _levels(asked: argparse.Namespace) -> list[Level] | None:
+    """Those that were asked for; None: as many as it takes."""
     try:
         if asked.rate is not None:
             return [Level("open", _positive(item)) for item in asked.rate.split(",")]
-        return [Level("closed", _count(item)) for item in (asked.concurrency or "1").split(",")]
+        if asked.concurrency is None:
+            return None
+        return [Level("closed", _count(item)) for item in asked.concurrency.split(",")]
     except (ValueError, argparse.ArgumentTypeError):
         if asked.rate is not None:
             raise LoadError(f"--rate: must be numbers above 0, by commas, not {asked.rate!r}") from None
@@ -216,7 +224,8 @@ async def _accepted(plan: Plan, fields: Mapping[str, Any], *, optional: Set[str]
             return plan
         if status not in (400, 422):
             break
-    raise LoadError(f"the server refuses the request with {status}: {body[:500].decode('utf-8', 'replace')}")
+    hint = "" if plan.texts or status not in (400, 422) else " (a server that takes no token ids needs --prompts)"
+    raise LoadError(f"the server refuses the request with {status}: {body[:500].decode('utf-8', 'replace')}{hint}")
 
 
 async def _version(server: Server) -> Any:
@@ -256,17 +265,38 @@ def _device() -> str:
     return platform.processor() or platform.machine()
 
 
-def _measure(plan: Plan, levels: Sequence[Level]) -> tuple[list[Figures], bool]:
-    """The figures of each level, or of those before Ctrl-C."""
+def _doubling(rows: Sequence[Figures]) -> Iterator[Level]:
+    """Twice the clients each time, until the last of `rows`, which grow meanwhile, gained hardly anything."""
+    clients = 1
+    while clients <= _MOST_CLIENTS and not (rows and (is_flat(rows) or not rows[-1].requests)):
+        yield Level("closed", clients)
+        clients *= 2
+
+
+def _measure(plan: Plan, levels: Sequence[Level] | None) -> tuple[list[Figures], bool]:
+    """The figures of each level, or of those before Ctrl-C; without levels, of as many as it takes."""
     rows: list[Figures] = []
+    total = None if plan.seconds is None else plan.warmup_seconds + plan.seconds
     with Crowd(plan) as crowd:
-        for level in levels:
-            tallies, interrupted = crowd.measure(level)
+        for level in _doubling(rows) if levels is None else levels:
+            with _progress(level, total) as bar:
+                tallies, interrupted = crowd.measure(level, on_wait=lambda seconds: _advance(bar, seconds))
             rows.append(figures_of(level, plan, tallies, interrupted=interrupted))
             print(f"{load_name(rows[-1])}: {rows[-1].tokens_per_second:,.0f} tokens/s", file=sys.stderr, flush=True)
             if interrupted:
                 return rows, True
     return rows, False
+
+
+def _progress(level: Level, total: float | None) -> "tqdm[Never]":
+    """A bar of seconds on a terminal; without an end where the requests are counted."""
+    shape = "{desc}: {percentage:3.0f}%|{bar}| {remaining} left" if total else "{desc}: {elapsed}"
+    name = f"{level.load:g} {'clients' if level.loop == 'closed' else 'requests/s'}"
+    return tqdm(total=total, desc=name, bar_format=shape, leave=False, disable=not sys.stderr.isatty())
+
+
+def _advance(bar: "tqdm[Never]", seconds: float) -> None:
+    bar.update(max(0.0, min(seconds, bar.total or seconds) - bar.n))
 
 
 def _write(out: Path | None, about: dict[str, Any], rows: Sequence[Figures]) -> None:

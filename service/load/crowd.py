@@ -3,7 +3,7 @@
 import contextlib
 import multiprocessing
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
 from types import TracebackType
 from typing import Self, cast
@@ -13,6 +13,7 @@ from service.load.plan import Level, Plan
 from service.load.worker import Tally, Task
 
 _START_SECONDS = 0.1  # for every process to hear of a level
+_WAIT_SECONDS = 0.25  # after which whoever shows progress is told
 
 
 class CrowdError(Exception):
@@ -55,8 +56,11 @@ class Crowd:
             process.join(5)
             process.kill()
 
-    def measure(self, level: Level) -> tuple[list[Tally], bool]:
-        """What each process measured, and whether Ctrl-C cut it short. Raises CrowdError."""
+    def measure(self, level: Level, *, on_wait: Callable[[float], object] = lambda _: None) -> tuple[list[Tally], bool]:
+        """What each process measured, and whether Ctrl-C cut it short. Raises CrowdError.
+
+        `on_wait` hears now and then for how many seconds it has gone on.
+        """
         self._count += 1
         task = Task(level, self._count, time.monotonic() + _START_SECONDS)
         with _told():
@@ -66,8 +70,9 @@ class Crowd:
             interrupted = False
             while awaited := [pipe for pipe in self._pipes if pipe not in tallies]:
                 try:  # all are heard, so one that ends is heard of before the others have measured
-                    for pipe in cast(list[Connection], wait(awaited)):
+                    for pipe in cast(list[Connection], wait(awaited, _WAIT_SECONDS)):
                         tallies[pipe] = pipe.recv()
+                    on_wait(time.monotonic() - task.begin_at)
                 except KeyboardInterrupt:
                     interrupted = True
                     for pipe in awaited:

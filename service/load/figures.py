@@ -14,6 +14,9 @@ from service.load.worker import Tally
 
 Floats = NDArray[np.float64]
 SATURATED = 0.85  # of a core: from here on a client's own waiting is in the figures
+_NEAR_MOST = 0.9  # of the highest throughput
+_KEPT_UP = 0.95  # of the requests that arrive
+_GAIN = 1.05  # of throughput, by twice the clients
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,3 +112,25 @@ def figures_of(level: Level, plan: Plan, tallies: Sequence[Tally], *, interrupte
         ),
         interrupted=interrupted,
     )
+
+
+def knee_of(rows: Sequence[Figures]) -> int | None:
+    """Which level saturates the server: beyond it load adds latency and hardly any throughput. None where none does.
+
+    Of clients, the fewest that get nine tenths of the most; of a rate, the highest that is kept up with.
+    """
+    if len(rows) < 2:
+        return None
+    if rows[0].level.loop == "open":
+        kept = [row.requests_per_second >= _KEPT_UP * row.level.load for row in rows]
+        return None if all(kept) or not kept[0] else kept.index(False) - 1
+    throughput = [row.tokens_per_second for row in rows]
+    if not is_flat(rows):
+        return None
+    return next(place for place, rate in enumerate(throughput) if rate >= _NEAR_MOST * max(throughput))
+
+
+def is_flat(rows: Sequence[Figures]) -> bool:
+    """Whether the last level of clients got hardly more tokens a second than the best before it."""
+    *before, last = [row.tokens_per_second for row in rows]
+    return bool(before) and last < _GAIN * max(before)

@@ -9,7 +9,7 @@ from xml.sax.saxutils import escape
 
 import msgspec
 
-from service.load.figures import SATURATED, Figures, Spread
+from service.load.figures import SATURATED, Figures, Spread, knee_of
 
 _COLUMNS: tuple[tuple[str, Callable[[Figures], str]], ...] = (
     ("requests", lambda row: str(row.requests)),
@@ -50,12 +50,17 @@ def table(rows: Sequence[Figures]) -> str:
             text.append(f"{load_name(row)}: a client process was busy over {share} of the time: use more --processes")
         if row.interrupted:
             text.append(f"{load_name(row)}: cut short")
+    if (knee := knee_of(rows)) is not None:
+        row = rows[knee]
+        text.append(f"saturated from {load_name(row)} on, with {row.tokens_per_second:,.0f} tokens/s: more only wait")
     return "\n".join(text)
 
 
 def to_json(about: dict[str, Any], rows: Sequence[Figures]) -> bytes:
     """`about` and the figures; latencies are in milliseconds."""
-    return msgspec.json.format(msgspec.json.encode({**about, "levels": rows}), indent=1) + b"\n"
+    knee = knee_of(rows)
+    found = {**about, "saturated_from": None if knee is None else rows[knee].level.load, "levels": rows}
+    return msgspec.json.format(msgspec.json.encode(found), indent=1) + b"\n"
 
 
 def picture(about: dict[str, Any], rows: Sequence[Figures]) -> str:
@@ -71,14 +76,17 @@ def picture(about: dict[str, Any], rows: Sequence[Figures]) -> str:
             ("time per output token, ms", _percentiles([row.tpot for row in rows])),
         ]
     unit = "clients" if rows and rows[0].level.loop == "closed" else "requests/s"
-    return chart(_title(about), unit=unit, names=names, panels=panels)
+    return chart(_title(about), unit=unit, names=names, panels=panels, knee=knee_of(rows))
 
 
 Panel = tuple[str, dict[str, list[float | None]]]  # title, and the values of each line by its name
 
 
-def chart(title: str, *, unit: str, names: Sequence[str], panels: Sequence[Panel]) -> str:
-    """An SVG of panels side by side, each with its lines over the same levels, which `names` names."""
+def chart(title: str, *, unit: str, names: Sequence[str], panels: Sequence[Panel], knee: int | None = None) -> str:
+    """An SVG of panels side by side, each with its lines over the same levels, which `names` names.
+
+    `knee` is the place of the level that saturates, which each panel marks.
+    """
     width, height = len(panels) * (_PANEL_WIDTH + _MARGIN) + _MARGIN, _PANEL_HEIGHT + 3 * _MARGIN
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
@@ -87,7 +95,7 @@ def chart(title: str, *, unit: str, names: Sequence[str], panels: Sequence[Panel
     ]
     for place, (name, series) in enumerate(panels):
         left = _MARGIN + place * (_PANEL_WIDTH + _MARGIN)
-        parts += _panel(left, title=name, unit=unit, names=names, series=series)
+        parts += _panel(left, title=name, unit=unit, names=names, series=series, knee=knee)
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
@@ -103,7 +111,13 @@ def _percentiles(spreads: Sequence[Spread | None]) -> dict[str, list[float | Non
 
 
 def _panel(
-    left: int, *, title: str, unit: str, names: Sequence[str], series: dict[str, list[float | None]]
+    left: int,
+    *,
+    title: str,
+    unit: str,
+    names: Sequence[str],
+    series: dict[str, list[float | None]],
+    knee: int | None,
 ) -> list[str]:
     """Lines over evenly spaced levels; the vertical axis begins at 0."""
     top, bottom, right = _MARGIN + 16, _MARGIN + 16 + _PANEL_HEIGHT, left + _PANEL_WIDTH
@@ -118,6 +132,10 @@ def _panel(
         parts.append(
             f'<text x="{left + (place + 0.5) * step:.0f}" y="{bottom + 16}" text-anchor="middle">{name}</text>'
         )
+    if knee is not None:
+        x = left + (knee + 0.5) * step
+        parts.append(f'<path d="M{x:.1f} {top}V{bottom}" stroke="grey" stroke-dasharray="4 3"/>')
+        parts.append(f'<text x="{x + 4:.1f}" y="{bottom - 6}" fill="grey">saturated</text>')
     for colour, (label, values) in zip(_COLOURS, series.items(), strict=False):
         points = [
             (left + (place + 0.5) * step, bottom - value / most * (_PANEL_HEIGHT - 20), value)

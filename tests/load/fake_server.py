@@ -20,6 +20,7 @@ class FakeServer:
     fault: Fault = lambda _number, _body: None
     newline: str = "\n"
     piece_bytes: int = 1_000_000  # a body is written in chunks of this size
+    most_at_once: int = 1000  # answers; others wait
     bodies: list[dict[str, Any]] = field(default_factory=list)
     heads: list[str] = field(default_factory=list)
     pages: dict[str, str] = field(default_factory=dict)  # what other paths answer
@@ -38,6 +39,7 @@ class FakeServer:
 
     async def _serve(self, started: threading.Event) -> None:
         self._loop, self._ended = asyncio.get_running_loop(), asyncio.Event()
+        self._room = asyncio.Semaphore(self.most_at_once)
         server = await asyncio.start_server(self._connected, "127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
         started.set()
@@ -52,7 +54,9 @@ class FakeServer:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode()
                 self.heads.append(head)
                 length = next((int(h.split(":")[1]) for h in head.split("\r\n") if h.startswith("Content-Length")), 0)
-                await self._answer(writer, head.split()[1], await reader.readexactly(length))
+                body = await reader.readexactly(length)
+                async with self._room:
+                    await self._answer(writer, head.split()[1], body)
         except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
             pass
         finally:

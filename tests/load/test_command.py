@@ -11,12 +11,15 @@ from typing import Any
 
 import pytest
 
+from service.cli import main as cli
 from service.load.command import main
 from tests.load.fake_server import FakeServer
 
 
 def measure(server: FakeServer, out: Path, *flags: str, code: int = 0) -> list[dict[str, Any]]:
-    """The levels of the results; the warm-up is off unless it is asked for."""
+    """The levels of the results; one client and no warm-up, unless they are asked for."""
+    if not {"--concurrency", "--rate"} & set(flags):
+        flags = ("--concurrency", "1", *flags)
     asked = ["--url", server.url, "--out", str(out / "result"), "--processes", "2", "--warmup-seconds", "0", *flags]
     assert code == main(asked)
     levels: list[dict[str, Any]] = json.loads((out / "result.json").read_bytes())["levels"]
@@ -138,6 +141,21 @@ def test_each_level_is_a_line_a_record_and_a_point(tmp_path: Path, capsys: pytes
     assert 2 * 5 == len(picture.findall(".//{http://www.w3.org/2000/svg}circle"))
 
 
+def test_clients_double_until_more_of_them_gain_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """That is the default; the level that saturates is told, in the results and in the picture."""
+    with FakeServer(0.02, 0.02, most_at_once=4) as server:
+        flags = ["--url", server.url, "--warmup-seconds", "0.1", "--seconds", "0.6", "--max-tokens", "8"]
+        assert 0 == cli(["bench", *flags, "--out", str(tmp_path / "result")])
+    found = json.loads((tmp_path / "result.json").read_bytes())
+    loads = [level["level"]["load"] for level in found["levels"]]
+    assert [1, 2, 4, 8, 16][: len(loads)] == loads
+    assert 4 <= len(loads)
+    assert 4 == found["saturated_from"]
+    assert found["command"].startswith("megatron-gpt2 bench --url")
+    assert "saturated from 4 clients on, with " in capsys.readouterr().out
+    assert 3 == (tmp_path / "result.svg").read_text().count(">saturated<")
+
+
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
@@ -179,7 +197,18 @@ def test_a_server_that_refuses_all_is_told_with_its_words(capsys: pytest.Capture
 def test_ctrl_c_prints_what_was_measured(tmp_path: Path) -> None:
     """The table and the files come, with what was answered until then; the exit code is a shell's for SIGINT."""
     with FakeServer(0.001, 0.001) as server:
-        flags = ["--url", server.url, "--seconds", "60", "--warmup-seconds", "0", "--out", str(tmp_path / "result")]
+        flags = [
+            "--url",
+            server.url,
+            "--concurrency",
+            "1",
+            "--seconds",
+            "60",
+            "--warmup-seconds",
+            "0",
+            "--out",
+            str(tmp_path / "result"),
+        ]
         command = [sys.executable, "-m", "bench.load", *flags]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
         while len(server.bodies) < 20:

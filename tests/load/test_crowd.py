@@ -73,4 +73,4 @@ def test_the_command_says_so_in_one_line(monkeypatch: pytest.MonkeyPatch, capfd:
     monkeypatch.setattr(worker, "main", first_ends_at_once)
     with FakeServer() as server:
         assert 2 == main(["--url", server.url])
-    assert ["load: a client process has ended by itself"] == capfd.readouterr().err.splitlines()
+    assert ["megatron-gpt2 bench: a client process has ended by itself"] == capfd.readouterr().err.splitlines()

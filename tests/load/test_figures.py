@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.load.connection import Answer
-from service.load.figures import Spread, figures_of
+from service.load.figures import Figures, Spread, figures_of, knee_of
 from service.load.plan import Level, Plan, Server, share
 from service.load.worker import Tally
 
@@ -106,6 +107,33 @@ def test_nothing_measured_has_no_figures() -> None:
     """A server that refused all leaves zeros and errors, and no division by zero."""
     figures = figures_of(Level("open", 1), PLAN, [Tally(100, 110), Tally(100, 110)], interrupted=True)
     assert (0, 0, None, None) == (figures.requests, figures.tokens_per_second, figures.ttft, figures.tokens_per_event)
+
+
+def levels(loop: str, rates: dict[float, float]) -> list[Figures]:
+    """By load: tokens and requests a second."""
+    nothing = figures_of(Level("closed", 1), PLAN, [Tally(100, 110)], interrupted=False)
+    return [
+        replace(nothing, level=Level(loop, load), tokens_per_second=rate, requests_per_second=rate)  # type: ignore[arg-type]
+        for load, rate in rates.items()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("loop", "rates", "knee"),
+    [
+        ("closed", {1: 10, 2: 20, 4: 39, 8: 40}, 2),
+        ("closed", {1: 10, 2: 20, 4: 36, 8: 40, 16: 30}, 2),
+        ("closed", {1: 10, 2: 20, 4: 40}, None),  # it goes on rising
+        ("closed", {1: 10}, None),
+        ("closed", {1: 10, 2: 10}, 0),
+        ("open", {5: 5, 10: 9.9, 20: 12}, 1),
+        ("open", {5: 5, 10: 9.9}, None),
+        ("open", {5: 3, 10: 3}, None),  # even the least is too much
+    ],
+)
+def test_the_knee_is_where_more_load_gains_nothing(loop: str, rates: dict[float, float], knee: int | None) -> None:
+    """Of clients, the fewest with nine tenths of the most throughput; of rates, the highest that is kept up with."""
+    assert knee == knee_of(levels(loop, rates))
 
 
 @given(st.integers(0, 1000), st.integers(1, 9))
