@@ -6,7 +6,7 @@ SECONDS ?= 30
 PROFILES ?= cpu
 DEVICE ?= cpu
 TARGETS ?= completion request text to_engine to_api safetensors config index vocabulary merges tokenizer_json pickled release
-.PHONY: run test lint format types check clients faults deploy image-test ray-test up bench inside load soak overload fuzz image
+.PHONY: run test lint format types check clients faults deploy package notices image-test ray-test up bench inside load soak overload fuzz image
 
 run: .venv/ready  ## serve MODEL, a folder or a hub id; without one, the embedded demo model
 	.venv/bin/megatron-gpt2 serve $(MODEL) $(ARGS)
@@ -34,6 +34,12 @@ faults: .venv/ready  ## faults injected into a running service, and short overlo
 deploy: .venv/ready .venv-deploy/ready  ## manifests, compose, alert rules and dashboard, with the real tools; what apt has is installed
 	sh tests/deploy/tools.sh
 	.venv/bin/pytest tests/deploy --timeout 300 $(ARGS)
+
+package: .venv/ready .venv-package/ready  ## sdist and wheel, built, and the wheel used where nothing else is
+	.venv/bin/pytest tests/package --timeout 120 $(ARGS)
+
+notices: .venv/ready .venv-package/ready  ## THIRD_PARTY_NOTICES.md anew, of what the wheel installs
+	.venv/bin/python -m tests.package.notices
 
 image-test: .venv/ready  ## the Dockerfile built by buildah, and its image run by podman; needs root
 	sh tests/packages.sh buildah=buildah podman=podman runc=runc catatonit=catatonit debootstrap=debootstrap nsenter=util-linux \
@@ -83,6 +89,14 @@ image:  ## the container image, megatron-gpt2; with DEVICE=gpu megatron-gpt2:gpu
 .venv-ray/ready: requirements-ray.lock .venv/ready
 	.venv/bin/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv-ray -r requirements-ray.lock
 	touch .venv-ray/ready
+
+# What the wheel declares and no more, at the pins.
+.venv-package/ready: requirements.lock .venv/ready
+	rm -rf .venv-package build dist
+	$(PYTHON) -m venv .venv-package
+	.venv/bin/python -m build --no-isolation --outdir dist .
+	.venv-package/bin/pip install --quiet --disable-pip-version-check -c requirements.lock dist/*.whl
+	touch .venv-package/ready
 
 .venv-deploy/ready: requirements-deploy.lock
 	$(PYTHON) -m venv .venv-deploy
