@@ -1,8 +1,8 @@
 """Scores items through a running service's POST /v1/score. Called by command.py."""
 
+import asyncio
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,15 @@ from service.checkpoint.tokenizer import read_tokenizer
 from service.evaluation.errors import EvaluationError
 from service.evaluation.items import Item, Outcome
 
-_NUM_ITEMS = 32  # a request: 32,800 tokens at most, a quarter of a MiB
+_MOST_ITEMS = 32  # a request: 32,800 tokens at most, a quarter of a MiB
 _NUM_OPEN = 4  # requests at a time
-_MOST_TRIES = 10
-_LONGEST_WAIT = 60.0  # seconds that a server may ask for before the next try
-_SECONDS = 600.0  # for one answer: a CPU takes that long for some items
+# That an answer may take: a server refuses a request of which something has not begun after its queue_timeout_seconds.
+_ANSWER_SECONDS = 5.0
+_MOST_TRIES = 10  # four minutes: an engine that is restarted takes less
+_LONGEST_WAIT = 60.0  # seconds before the next try
+_SECONDS = 600.0  # for one answer, which other clients may have to come before
+_BUSY = (429, 503)
+_BROKEN = (500, 502, 504)  # an engine or a proxy that broke down meanwhile
 _PROBE = "The naïve cat's 12,345 tails =  日本 \n\n\t👍 <unk> @-@ isn't"
 _PAPER_SIZE = (1024, 50257)  # positions and ids of the 345M
 
@@ -31,14 +35,26 @@ class ServerScorer:
         """`tokenizer` is a folder with the tokenizer of the server's model. Raises EvaluationError."""
         base = url.rstrip("/").removesuffix("/v1")
         try:
-            self._http = httpx.Client(base_url=base, headers=headers, timeout=_SECONDS)
-            known = self._ask("GET", "/tokenizer_info")
-            name = self._ask("GET", "/v1/models")["data"][0]["id"]
+            self._http = httpx.AsyncClient(base_url=base, headers=headers, timeout=_SECONDS)
+        except (httpx.InvalidURL, UnicodeError) as error:
+            raise EvaluationError(f"--url, --header: {error}") from error
+        self._has_answered = False
+        self._runner = asyncio.Runner()
+        try:
+            self._learn(base, tokenizer)
+        except BaseException:
+            self.close()
+            raise
+
+    def _learn(self, base: str, tokenizer: Path) -> None:
+        try:
+            known = self._asked("GET", "/tokenizer_info")
+            name = self._asked("GET", "/v1/models")["data"][0]["id"]
             self.context_length = int(known["model_max_length"])
             self._check_tokenizer(tokenizer, known)
-            fingerprint = self._ask("POST", "/v1/score", _body([Item((0, 0), 1)]))["system_fingerprint"]
-        except (httpx.InvalidURL, httpx.UnsupportedProtocol, UnicodeError) as error:
-            raise EvaluationError(f"--url, --header: {error}") from error
+            fingerprint = self._asked("POST", "/v1/score", _body([Item((0, 0), 1)]))["system_fingerprint"]
+        except httpx.UnsupportedProtocol as error:
+            raise EvaluationError(f"--url: {error}") from error
         except (KeyError, TypeError, IndexError) as error:
             raise EvaluationError(f"--url: {base}: is no server of ours: its answers lack {error}") from error
         self.model = {"name": name, "fingerprint": fingerprint, "url": base}
@@ -51,7 +67,7 @@ class ServerScorer:
             end_of_text_id = read_tokenizer(folder).backend.token_to_id(known["eos_token"])
             if end_of_text_id is not None and end_of_text_id == known["eos_token_id"]:
                 self.tokenizer = load_tokenizer(folder, end_of_text_id=end_of_text_id)
-                theirs = self._ask("POST", "/tokenize", {"prompt": _PROBE})["tokens"]
+                theirs = self._asked("POST", "/tokenize", {"prompt": _PROBE})["tokens"]
                 if theirs == self.tokenizer.encode([_PROBE])[0]:
                     return
         except CheckpointError as error:
@@ -60,49 +76,83 @@ class ServerScorer:
 
     def score(self, items: Iterable[tuple[int, Item]]) -> Iterator[tuple[int, Outcome]]:
         waiting = iter(items)
-        with ThreadPoolExecutor(_NUM_OPEN) as pool:
-            asked: set[Future[list[tuple[int, Outcome]]]] = set()
-            try:
-                while True:
-                    while len(asked) < _NUM_OPEN and (numbered := list(islice(waiting, _NUM_ITEMS))):
-                        asked.add(pool.submit(self._score, numbered))
-                    if not asked:
-                        return
-                    done, asked = wait(asked, return_when=FIRST_COMPLETED)
-                    for future in done:
-                        yield from future.result()
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+        loop = self._runner.get_loop()
+        num_items = 1  # a request
+        asked: set[asyncio.Task[tuple[list[tuple[int, Outcome]], float]]] = set()
+        while True:
+            while len(asked) < _NUM_OPEN and (numbered := list(islice(waiting, num_items))):
+                asked.add(loop.create_task(self._score(numbered)))
+            if not asked:
+                return
+            done, asked = self._runner.run(_first_of(asked))
+            if failed := [error for task in done if (error := task.exception())]:
+                raise failed[0]
+            for task in done:
+                outcomes, seconds = task.result()
+                num_items = int(len(outcomes) * min(_ANSWER_SECONDS / seconds, 2.0))
+                num_items = min(max(num_items, 1), _MOST_ITEMS)
+                yield from outcomes
 
-    def _score(self, numbered: Sequence[tuple[int, Item]]) -> list[tuple[int, Outcome]]:
-        results = self._ask("POST", "/v1/score", _body([item for _, item in numbered]))["results"]
-        return [
-            (number, Outcome(result["logprob"], result["is_greedy"]))
-            for (number, _), result in zip(numbered, results, strict=True)
-        ]
+    async def _score(self, numbered: Sequence[tuple[int, Item]]) -> tuple[list[tuple[int, Outcome]], float]:
+        """The outcomes, and the seconds that they took."""
+        began_at = time.monotonic()
+        answer = await self._ask("POST", "/v1/score", _body([item for _, item in numbered]))
+        try:
+            outcomes = [
+                (number, Outcome(result["logprob"], result["is_greedy"]))
+                for (number, _), result in zip(numbered, answer["results"], strict=True)
+            ]
+            fingerprint = answer["system_fingerprint"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise EvaluationError(f"--url: {self._http.base_url}v1/score: an answer that cannot be: {error}") from error
+        if fingerprint != self.model["fingerprint"]:
+            raise EvaluationError(f"--url: {self._http.base_url}: the model is another than at the beginning")
+        return outcomes, time.monotonic() - began_at
 
-    def _ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """The answer's JSON. A server that is away or busy is asked again when it says so. Raises EvaluationError."""
+    def _asked(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        return self._runner.run(self._ask(method, path, body))
+
+    async def _ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """The answer's JSON. Raises EvaluationError.
+
+        A server that is busy or not ready is asked again, after it has answered once also one that broke down.
+        """
         reason, seconds = "", 0.0
         for attempt in range(_MOST_TRIES):
-            time.sleep(seconds)
+            await asyncio.sleep(seconds)
+            seconds = min(2.0**attempt, _LONGEST_WAIT)
             try:
-                answer = self._http.request(method, path, json=body)
+                answer = await self._http.request(method, path, json=body)
             except httpx.UnsupportedProtocol:
                 raise
             except httpx.TransportError as error:
-                reason, seconds = str(error) or type(error).__name__, float(min(2**attempt, _LONGEST_WAIT))
-                continue
-            if answer.status_code == httpx.codes.OK:
-                return _object(answer)
-            reason, seconds = f"HTTP {answer.status_code}: {_message(answer)}", _retry_after(answer)
-            if answer.status_code not in (429, 503):
+                reason, try_again = str(error) or type(error).__name__, self._has_answered
+            else:
+                if answer.status_code == httpx.codes.OK:
+                    self._has_answered = True
+                    return _object(answer)
+                reason = f"HTTP {answer.status_code}: {_message(answer)}"
+                try_again = answer.status_code in (*_BUSY, *(_BROKEN if self._has_answered else ()))
+                seconds = max(seconds, _retry_after(answer))
+            if not try_again:
                 break
-        raise EvaluationError(f"--url: {self._http.base_url}{path.lstrip('/')}: {reason}")
+        raise EvaluationError(f"--url: {self._http.base_url.join(path)}: {reason}")
 
     def close(self) -> None:
-        """Close its connections."""
-        self._http.close()
+        """Close its connections, and wait for no answer any more."""
+        self._runner.run(self._end())
+        self._runner.close()
+
+    async def _end(self) -> None:
+        asked = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in asked:
+            task.cancel()
+        await asyncio.gather(*asked, return_exceptions=True)
+        await self._http.aclose()
+
+
+async def _first_of(tasks: set[asyncio.Task[Any]]) -> tuple[set[asyncio.Task[Any]], set[asyncio.Task[Any]]]:
+    return await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
 
 
 def _body(items: Sequence[Item]) -> dict[str, Any]:
@@ -133,4 +183,4 @@ def _retry_after(answer: httpx.Response) -> float:
     try:
         return min(max(float(answer.headers["Retry-After"]), 0.0), _LONGEST_WAIT)
     except (KeyError, ValueError):
-        return 1.0
+        return 0.0
