@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import httpx
 import lm_eval.tasks
 import pytest
 from hypothesis import given, settings
@@ -142,6 +143,16 @@ def test_lines_that_eval_refuses(server: Server, harness: Any, tmp_path: Path) -
     assert ours[1] != pytest.approx(theirs[1], rel=0.01)
     skipped = by_eval("lambada", tmp_path / "lambada_test.jsonl", "--skip-bad-lines", "--url", server.url)["skipped"]
     assert [1, 2] == [each["line"] for each in skipped]
+
+
+def test_an_end_of_text_within_a_line(server: Server, harness: Any, tmp_path: Path) -> None:
+    """To the harness it is that token, in `eval` plain text, as a file's text is."""
+    context, word = "The end.<|endoftext|>My fellow citizens of the Senate and of the House of", " Representatives"
+    theirs, ours = by_both(harness, tmp_path, [context + word], "--url", server.url)
+    assert theirs[1] != pytest.approx(ours[1], rel=1e-3)
+    items = [{"context": context, "continuation": word}]  # whose text is read as the harness's
+    (result,) = httpx.post(f"{server.url}/v1/score", json={"items": items}).json()["results"]
+    assert theirs[1] == pytest.approx(math.exp(-result["logprob"]), rel=1e-4)
 
 
 # WikiText
