@@ -14,13 +14,13 @@ def verdict(task: Task, figures: Mapping[str, Any], model_incomparable: str | No
     if task.paper is None:
         return None
     name, theirs = task.paper
-    shown = _shown(name, theirs)
+    shown = _as_in_paper(name, theirs)
     if reason := task.incomparable or model_incomparable:
         return f"not to be compared with the paper's {shown}: {reason}"
     ours = figures[name]
     difference = ours / theirs - 1
     met = "reproduced" if abs(difference) <= _CLOSE else "NOT reproduced"
-    return f"{met}: {_shown(name, ours)}, and {shown} in the paper ({difference:+.2%})"
+    return f"{met}: {_as_in_paper(name, ours)}, and {shown} in the paper ({difference:+.2%})"
 
 
 def lines(report: Mapping[str, Any]) -> list[str]:
@@ -43,6 +43,11 @@ def lines(report: Mapping[str, Any]) -> list[str]:
     if report["verdict"] is not None:
         found.append(("verdict", report["verdict"]))
     return [f"{name:20} {text}" for name, text in found]
+
+
+def _as_in_paper(name: str, value: float) -> str:
+    """To two digits."""
+    return f"{value:.2%}" if name in _SHARES else f"{value:.2f}"
 
 
 def _shown(name: str, value: float) -> str:

@@ -1,6 +1,7 @@
 """Scores items through a running service's POST /v1/score. Called by command.py."""
 
 import asyncio
+import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -14,6 +15,8 @@ from service.checkpoint.errors import CheckpointError
 from service.checkpoint.tokenizer import read_tokenizer
 from service.evaluation.errors import EvaluationError
 from service.evaluation.items import Item, Outcome
+
+log = logging.getLogger(__name__)
 
 _MOST_ITEMS = 32  # a request: 32,800 tokens at most, a quarter of a MiB
 _NUM_OPEN = 4  # requests at a time
@@ -134,8 +137,9 @@ class ServerScorer:
                 reason = f"HTTP {answer.status_code}: {_message(answer)}"
                 try_again = answer.status_code in (*_BUSY, *(_BROKEN if self._has_answered else ()))
                 seconds = max(seconds, _retry_after(answer))
-            if not try_again:
+            if not try_again or attempt + 1 == _MOST_TRIES:
                 break
+            log.warning("%s: %s; asking again in %.0f s", self._http.base_url.join(path), reason, seconds)
         raise EvaluationError(f"--url: {self._http.base_url.join(path)}: {reason}")
 
     def close(self) -> None:

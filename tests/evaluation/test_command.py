@@ -106,11 +106,11 @@ def test_mistakes_are_told(
 @pytest.mark.parametrize(
     ("figure", "incomparable", "model_incomparable", "expected"),
     [
-        (19.31, None, None, "reproduced: 19.3100, and 19.3100 in the paper (+0.00%)"),
-        (19.49, None, None, "reproduced: 19.4900, and 19.3100 in the paper (+0.93%)"),
-        (25.0, None, None, "NOT reproduced: 25.0000, and 19.3100 in the paper (+29.47%)"),
-        (19.31, "the stride is 512", None, "not to be compared with the paper's 19.3100: the stride is 512"),
-        (19.31, None, "another shape", "not to be compared with the paper's 19.3100: another shape"),
+        (19.31, None, None, "reproduced: 19.31, and 19.31 in the paper (+0.00%)"),
+        (19.49, None, None, "reproduced: 19.49, and 19.31 in the paper (+0.93%)"),
+        (25.0, None, None, "NOT reproduced: 25.00, and 19.31 in the paper (+29.47%)"),
+        (19.31, "the stride is 512", None, "not to be compared with the paper's 19.31: the stride is 512"),
+        (19.31, None, "another shape", "not to be compared with the paper's 19.31: another shape"),
     ],
 )
 def test_the_verdict_is_one_line(
