@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -37,6 +39,7 @@ _ACTIVATIONS = {
     "relu": "relu",
     "tanh": "tanh",
 }
+_FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}  # safetensors' names
 _DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float32"}
 _DTYPES |= {"Half": "float16", "BFloat16": "bfloat16", "Float": "float32", "Double": "float32"}
 _DTYPES |= {"float16": "float16", "bfloat16": "bfloat16", "float32": "float32", "float64": "float32"}
@@ -184,11 +187,15 @@ def read_state(
     dtype: torch.dtype | None,
     device: torch.device | str = "cpu",
     on_tensor: Callable[[int, int], None] | None = None,
-    part: Callable[[str, Tensor], Tensor] = lambda _, tensor: tensor,
+    part: Callable[[str, Tensor], Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """All weights, copied tensor by tensor out of the mapped files into `dtype`, or their own, on `device`.
+    """All weights in `dtype`, or their own, on `device`; read-only where they are not copies.
 
-    Of each only `part(our name, tensor)` is read from the file, where its format can be mapped.
+    On a CPU in fp32, whose products take a matrix either way round at the same speed, tensors lie in memory as they do
+    in the file: those that have the dtype stay in the file, mapped, and Conv1D's matrices are transposed views.
+    Anywhere else they are contiguous copies. Each tensor has a mapping of its own, whose pages go with it: no more than
+    one is in memory twice. Of each only `part(our name, tensor)` is read and kept, as a copy, where the format can be
+    mapped.
 
     Matrices are (out, in): token_embedding.weight (vocab_size, hidden), position_embedding.weight (context, hidden),
     layers.{i}.{attention_norm, qkv, attention_output, mlp_norm, up, down}.{weight, bias} with qkv's rows q then k then
@@ -215,10 +222,15 @@ def read_state(
         tensor = tensor.T if transposed and tensor.ndim == 2 else tensor
         if tensor.shape != shape:
             raise CheckpointError(f"{where}: expected shape {shape} (out, in), found {tuple(tensor.shape)}")
-        tensor = part(our_name, tensor)
-        # A copy, so that neither the file's mapping nor the cut rows stay alive. Transposed as stored: half the bytes.
-        value = torch.empty(tensor.shape, dtype=dtype or tensor.dtype, device=device).copy_(tensor.contiguous())
-        if not all(bound.isfinite() for bound in value.aminmax()):
+        wanted = dtype or tensor.dtype
+        if part is not None:
+            tensor = part(our_name, tensor)
+        if part is None and wanted == torch.float32 and torch.device(device).type == "cpu":
+            value = tensor.to(wanted)
+        else:  # transposed as stored: half the bytes
+            value = torch.empty(tensor.shape, dtype=wanted, device=device).copy_(tensor.contiguous())
+        # The bounds of what is not contiguous would be those of a copy.
+        if not all(bound.isfinite() for bound in (value if value.is_contiguous() else value.T).aminmax()):
             raise CheckpointError(f"{where}: {_why_not_finite(tensor, value.dtype)}")
         if our_name in state and not torch.equal(state[our_name], value):
             tied = " (tie_word_embeddings: lm_head.weight must equal wte.weight)" if name in _VOCABULARY else ""
@@ -265,16 +277,38 @@ def _stored(folder: Path) -> Iterator[tuple[Path, str, Any]]:
     """Every (file, name, value) of the folder's weights, mapped where the format can be."""
     for file, promised in weight_files(folder).items():
         if file.suffix == ".safetensors":
-            with _opened(file, framework="pt") as tensors:
-                names = list(tensors.keys())
-                _keep_promise(file, names, promised)
-                for name in names:
-                    yield file, name, tensors.get_tensor(name)
+            for name, tensor in _mapped(file, promised):
+                yield file, name, tensor
         else:
             values = _unpickled(file)
             _keep_promise(file, list(values), promised)
             for name, value in values.items():
                 yield file, name, value.read() if isinstance(value, pickles.StoredTensor) else value
+
+
+def _mapped(file: Path, promised: set[str] | None) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a safetensors file, each in a mapping of its own: the library's is of all of them at once."""
+    import torch
+
+    # What the library opens has a header without gaps, overlaps or anything out of bounds.
+    with _opened(file, framework="pt") as tensors, file.open("rb") as stream:
+        names = list(tensors.keys())
+        _keep_promise(file, names, promised)
+        header_bytes = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(header_bytes))
+        for name in names:
+            start, end = (8 + header_bytes + offset for offset in header[name]["data_offsets"])
+            dtype = getattr(torch, _FLOATS.get(header[name]["dtype"], ""), None)
+            if dtype is None or start == end or start % dtype.itemsize:
+                yield name, tensors.get_tensor(name)
+                continue
+            first = start - start % mmap.ALLOCATIONGRANULARITY
+            mapping = mmap.mmap(stream.fileno(), end - first, access=mmap.ACCESS_READ, offset=first)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # of memory that is read-only
+                flat = torch.frombuffer(mapping, dtype=dtype, offset=start - first)
+            yield name, flat.view(header[name]["shape"])
+            del mapping, flat  # here, or they stay until the next
 
 
 def _keep_promise(file: Path, names: Collection[str], promised: set[str] | None) -> None:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Never, Self
 
 import torch
-from huggingface_hub.utils.tqdm import disable_progress_bars
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from tqdm import tqdm
 
@@ -191,8 +190,6 @@ def _prepare(config: EngineConfig, *, rank: int) -> torch.device:
         torch.cuda.set_device(device)  # streams and events are those of the current device
         _keep_kernels(Path(config.cache_dir) / "kernels")
     torch.set_float32_matmul_precision("highest")  # fp32 means no TF32, whatever the environment says
-    if not sys.stderr.isatty():
-        disable_progress_bars()  # of the hub's client
     if config.cpu_threads is not None:
         torch.set_num_threads(config.cpu_threads)
     return device

@@ -100,8 +100,10 @@ def test_every_layout_gives_the_models_own_tensors(
     assert expected.keys() == state.keys()
     for name, tensor in expected.items():
         assert torch.equal(tensor, state[name]), name
-        assert state[name].is_contiguous(), name
+        as_stored = state[name].T if name.startswith("layers.") and tensor.ndim == 2 else state[name]
+        assert as_stored.is_contiguous(), name
         assert torch.float32 == state[name].dtype, name
+    assert all(tensor.is_contiguous() for tensor in read(write_folder(tensors, layout=layout), torch.bfloat16).values())
 
 
 @pytest.mark.parametrize(
@@ -191,7 +193,7 @@ def test_published_files_leftovers_are_dropped(layout: str, tensors: Tensors, wr
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("padding", [1, 47, 1023])
 def test_padded_rows_are_cut_off(padding: int, tied: bool, tensors: Tensors, write_folder: WriteFolder) -> None:
-    """Rows beyond the tokenizer's ids are gone from both tables, not-a-numbers in them included, and from memory."""
+    """Rows beyond the tokenizer's ids are gone from both tables, not-a-numbers in them included; copies have none."""
     rows = 300 + padding
     padded = dict(tensors)
     padded["transformer.wte.weight"] = torch.cat(
@@ -202,9 +204,10 @@ def test_padded_rows_are_cut_off(padding: int, tied: bool, tensors: Tensors, wri
     config = read_config(folder, vocab_size=300)
     assert 300 == config.vocab_size
     state = read_state(folder, config, dtype=torch.float32)
+    copied = read_state(folder, config, dtype=torch.bfloat16)
     for name in ["token_embedding.weight"] + ["head.weight"] * (not tied):
         assert torch.equal(tensors["transformer.wte.weight"], state[name])
-        assert 300 * 16 * 4 == state[name].untyped_storage().nbytes()
+        assert 300 * 16 * 2 == copied[name].untyped_storage().nbytes()
 
 
 def test_1024_rows_too_many_are_not_padding(tensors: Tensors, write_folder: WriteFolder) -> None:
@@ -243,15 +246,50 @@ def test_any_dtype_converts_to_any(
     assert {dtype} == {tensor.dtype for tensor in state.values()}
 
 
-def test_state_outlives_its_file(tensors: Tensors, write_folder: WriteFolder) -> None:
-    """Tensors are copies: writing over the mapped file changes nothing in a running service."""
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_state_outlives_its_file(dtype: torch.dtype, tensors: Tensors, write_folder: WriteFolder) -> None:
+    """Also where tensors stay in the file: one that is put in its place, or removed, changes nothing."""
     folder = write_folder(tensors)
-    state = read(folder)
+    state = read(folder, dtype)
+    write_folder({name: tensor + 1 for name, tensor in tensors.items()}).rename(folder.parent / "new")
+    os.replace(folder.parent / "new" / "model.safetensors", folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    assert torch.equal(tensors["transformer.wpe.weight"].to(dtype), state["position_embedding.weight"])
+
+
+@pytest.mark.parametrize(
+    ("stored", "dtype"), [(torch.float16, torch.float32), (torch.float32, torch.bfloat16), (torch.float16,) * 2]
+)
+def test_copies_have_nothing_of_the_file(
+    stored: torch.dtype, dtype: torch.dtype, tensors: Tensors, write_folder: WriteFolder
+) -> None:
+    """Where a tensor is cast, or its matrices turned, writing over the mapped file changes nothing."""
+    folder = write_folder({name: tensor.to(stored) for name, tensor in tensors.items()})
+    state = read(folder, dtype)
+    expected = {name: tensor.clone() for name, tensor in state.items()}
     with (folder / "model.safetensors").open("r+b") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(0)
         file.write(b"\xff" * size)
-    assert torch.equal(tensors["transformer.wpe.weight"], state["position_embedding.weight"])
+    assert all(torch.equal(tensor, state[name]) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("dtype", ["F32", "F16"])
+@pytest.mark.parametrize("shift", range(1, 9))
+def test_tensors_may_lie_anywhere_in_a_file(
+    shift: int, dtype: str, tensors: Tensors, write_folder: WriteFolder
+) -> None:
+    """A header of any length, also an odd one, by which no number lies where a processor likes it."""
+    stored = {"F32": torch.float32, "F16": torch.float16}[dtype]
+    folder = write_folder({name: tensor.to(stored) for name, tensor in tensors.items()})
+    expected = {name: tensor.clone() for name, tensor in read(folder).items()}
+    file = folder / "model.safetensors"
+    data = file.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = data[8:end] + b" " * shift
+    file.write_bytes(len(header).to_bytes(8, "little") + header + data[end:])
+    found = read(folder)
+    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
 
 
 @pytest.mark.gpu
