@@ -24,7 +24,7 @@ import numpy as np
 
 from service.engine.channel import HEADER_BYTES, Channel, frame
 from service.engine.compiler import Compile
-from service.engine.process import Loop
+from service.engine.loop import Loop
 from service.engine.request import Publish, Request, SamplingParams, Submit, ToApi, ToEngine
 from service.engine.scheduler import Scheduler
 from service.model.batch import Batch, StepOutput

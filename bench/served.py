@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import TextIO
 
 import httpx
 import psutil
@@ -37,20 +38,34 @@ class Service:
         for line in self.process.stderr:
             if found := re.search(r"listening on (http://\S+)", line):
                 self.url = found[1]
+                self.listening_seconds = time.perf_counter() - self.began
                 break
         else:
             raise RuntimeError("the service ended before it listened")
         self.log: list[str] = []
-        self._reader = threading.Thread(target=self.log.extend, args=(self.process.stderr,), daemon=True)
+        self.log_seconds: list[float] = []  # from the command to each line
+        self._reader = threading.Thread(target=self._read, args=(self.process.stderr,), daemon=True)
         self._reader.start()
 
-    async def ready(self, client: httpx.AsyncClient) -> float:
+    def _read(self, stream: TextIO) -> None:
+        for line in stream:
+            self.log_seconds.append(time.perf_counter() - self.began)
+            self.log.append(line)
+
+    def said(self, words: str) -> float:
+        """Seconds from the command to the first line of the log that has these words. Raises LookupError."""
+        for line, seconds in zip(self.log, self.log_seconds, strict=False):
+            if words in line:
+                return seconds
+        raise LookupError(words)
+
+    async def ready(self, client: httpx.AsyncClient, *, look_seconds: float = 0.05) -> float:
         """Seconds until /readyz is 200."""
         began = time.perf_counter()
         while (await client.get("/readyz")).status_code != 200:
             if self.process.poll() is not None:
                 raise RuntimeError("the service ended:\n" + "".join(self.log))
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(look_seconds)
         return time.perf_counter() - began
 
     def processes(self) -> dict[str, psutil.Process]:

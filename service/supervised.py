@@ -6,11 +6,13 @@ import logging
 import multiprocessing
 import signal
 import socket
+import sys
 import time
 from collections import deque
 from collections.abc import Callable
 from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
+from types import ModuleType
 
 import service.engine.process as engine_process
 from service.engine.config import EngineConfig, engine_name
@@ -108,12 +110,18 @@ def start_engine(config: EngineConfig) -> tuple[BaseProcess, socket.socket]:
 
 
 def start_process(process: BaseProcess) -> None:
-    """Start a child that Ctrl-C, sent to the whole group, does not reach while it is not yet ignoring signals."""
+    """Start a child that Ctrl-C, sent to the whole group, does not reach while it is not yet ignoring signals.
+
+    It does not import what this program began with, as spawned processes do: its target is all that it needs.
+    """
     resource_tracker.ensure_running()  # starting it would unblock them
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")  # without a file or a name to import
     try:
         process.start()
     finally:
+        sys.modules["__main__"] = main
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 

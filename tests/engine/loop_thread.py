@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from service.engine.channel import Channel
 from service.engine.compiler import Compile
-from service.engine.process import Loop
+from service.engine.loop import Loop
 from service.engine.request import ModelInfo, Ready, ToEngine
 from service.engine.scheduler import Scheduler
 from tests.engine.fake_grammar import FakeConstraint

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from service.engine.channel import Channel, frame
-from service.engine.process import Publisher
+from service.engine.loop import Publisher
 from service.engine.request import (
     Abort,
     Delta,
