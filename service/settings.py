@@ -101,9 +101,9 @@ class Settings(BaseSettings):
         pattern=r"^(auto|cpu|cuda(:\d+)?)$",
         description="auto, cpu, cuda or cuda:N; auto takes a GPU if any.",
     )
-    dtype: Literal["auto", "float16", "bfloat16", "float32"] = Field(
+    dtype: Literal["auto", "float16", "bfloat16", "float32", "int8"] = Field(
         "auto",
-        description="Of weights and KV cache; auto is the checkpoint's own on a GPU and float32 on a CPU.",
+        description="Of the weights; auto is the checkpoint's own on a GPU and float32 on a CPU, int8 is for a CPU.",
     )
     tensor_parallel_size: int = Field(
         1, ge=1, le=64, description="GPUs that an engine splits each layer over; must divide the attention heads."

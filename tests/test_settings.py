@@ -127,7 +127,7 @@ def test_devices(device: str) -> None:
         ("port", "http"),
         ("device", "gpu"),
         ("device", "cuda:x"),
-        ("dtype", "int8"),
+        ("dtype", "int4"),
         ("max_num_seqs", "0"),
         ("max_num_batched_tokens", "15"),
         ("block_size", "257"),

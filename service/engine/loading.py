@@ -33,6 +33,7 @@ from service.engine.request import ModelInfo
 from service.engine.scheduler import Scheduler
 from service.model.batch import OutOfMemory, Runner
 from service.model.config import ModelConfig
+from service.model.formats import format_for
 from service.model.gpt2 import GPT2
 from service.model.memory import KernelError, KVMemoryError, make_runner
 from service.model.parallel import ParallelError, ParallelGPT2, check_split, part_of
@@ -139,7 +140,7 @@ def _load(config: EngineConfig, report: Reporter) -> Loaded:
         time.monotonic() - started,
         config.model,
         device if ranks is None else f"{ranks.num_ranks} ranks from {device} on",
-        str(model.dtype).removeprefix("torch."),
+        model.format.name,
         runner.num_blocks,
         config.block_size,
     )
@@ -160,7 +161,7 @@ def _load(config: EngineConfig, report: Reporter) -> Loaded:
         num_blocks=runner.num_blocks,
         block_size=config.block_size,
         max_num_seqs=limits["max_num_seqs"],
-        dtype=str(model.dtype).removeprefix("torch."),
+        dtype=model.format.name,
         device=str(device),
     )
     grammars = Grammars(lambda: read_tokenizer(folder), end_of_text_id=model_config.end_of_text_id)
@@ -216,21 +217,26 @@ def _compute(
     name = config.dtype
     if name == "auto":
         name = model_config.dtype if device.type == "cuda" else "float32"
+    if name == "int8" and device.type != "cpu":
+        raise DeviceError(
+            f"dtype: int8 weights are for a CPU, and the device is {device}; choose another, or device cpu"
+        )
+    weights = format_for(name, device)
     report("load", 0.0)
     reading: dict[str, Any] = {
-        "dtype": getattr(torch, name),
+        "dtype": None if name == "int8" else weights.dtype,  # int8 is made of what the files have
         "device": device,
         "on_tensor": lambda done, total: report("load", done / total),
     }
     agree: Callable[[int], int] | None = None
     if num_ranks == 1:
-        model = GPT2(model_config, read_state(folder, model_config, **reading))
+        model = GPT2(model_config, read_state(folder, model_config, **reading), weights)
     else:
         part = partial(part_of, config=model_config, rank=rank, num_ranks=num_ranks)
         state = read_state(folder, model_config, **reading, part=part)
         assert store is not None
         group = meet(store, rank=rank, num_ranks=num_ranks, device=device)
-        model = ParallelGPT2(model_config, state, group)
+        model = ParallelGPT2(model_config, state, group, weights)
         agree = partial(group.least, device=device)
     report("warmup", 0.0)
     runner = make_runner(

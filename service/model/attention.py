@@ -1,11 +1,28 @@
-"""Attention over a paged KV cache in plain torch operators, on any device. Called by the model, once a layer."""
+"""Attention over a paged KV cache in plain torch operators, for a GPU. Called by the model, once a layer."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+class Attention(Protocol):
+    """One step's, the same in every layer."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, cache: Any, *, scale: float, upcast: bool) -> Tensor:
+        """[T, heads, head] for q, k, v of that shape; writes k and v to their slots of a layer's `cache` first."""
+
+
+class Cache(Protocol):
+    """Keys and values of every layer, laid out for an attention."""
+
+    def layer(self, number: int) -> Any:
+        """One layer's."""
+
+    def attention(self, *, slots: Tensor, decodes: list["Decodes"], prefills: list["Prefill"]) -> Attention:
+        """One step's, where the keys and values of its T tokens go to `slots` [T]."""
 
 
 class LayerCache(NamedTuple):
@@ -30,10 +47,16 @@ class KVCache:
         device: torch.device,
     ) -> None:
         shape = (num_layers, 2, num_blocks, block_size, num_heads, head_size)
+        self.dtype = dtype
         self._cache = torch.zeros(shape, dtype=dtype, device=device)
 
     def layer(self, number: int) -> LayerCache:
         return LayerCache(self._cache[number, 0], self._cache[number, 1])
+
+    def attention(self, *, slots: Tensor, decodes: list["Decodes"], prefills: list["Prefill"]) -> "PagedAttention":
+        """One step's."""
+        block_size = self._cache.shape[3]
+        return PagedAttention(slots=slots, decodes=decodes, prefills=prefills, block_size=block_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +106,7 @@ class PagedAttention:
             past = ~visible[:, group.shortest :, None, None]
             keys[:, group.shortest :].masked_fill_(past, 0)
             values[:, group.shortest :].masked_fill_(past, 0)
-            mixed = _attend(
+            mixed = attend(
                 q[rows, :, None], keys.transpose(1, 2), values.transpose(1, 2), visible[:, None, None], scale, upcast
             )
             out[rows] = mixed[:, :, 0]
@@ -94,7 +117,7 @@ class PagedAttention:
             else:
                 keys = cache.keys[prefill.blocks].flatten(0, 1)[: prefill.length]
                 values = cache.values[prefill.blocks].flatten(0, 1)[: prefill.length]
-            mixed = _attend(
+            mixed = attend(
                 q[rows].transpose(0, 1)[None],
                 keys.transpose(0, 1)[None],
                 values.transpose(0, 1)[None],
@@ -106,7 +129,7 @@ class PagedAttention:
         return out
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float, upcast: bool) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float, upcast: bool) -> Tensor:
     """Softmax attention, [..., heads, queries, head]; causal where `visible` is None."""
     dtype = q.dtype
     if upcast:

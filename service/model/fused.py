@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 from service.model.attention import KVCache, LayerCache
-from service.model.gpt2 import GPT2, LayerNorm, Linear
+from service.model.formats import Product
+from service.model.gpt2 import GPT2, LayerNorm
 from service.model.kernels import attention, norms
 from service.model.kernels.plan import Library, Plan, power_of_two, whole_tile
 from service.model.kernels.products import ACTIVATE, MERGE, NORM, PARTIAL, RESIDUAL, SCATTER
 from service.model.matrix import Matrix
-from service.model.parallel import ParallelGPT2
+from service.model.parallel import ParallelGPT2, plain
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +52,9 @@ class FusedGPT2:
         self._dim = whole_tile(config.head_size)
         self._group = model.group if isinstance(model, ParallelGPT2) else None
 
-        def matrix(linear: Linear, norm: LayerNorm | None = None) -> Matrix:
-            return Matrix(linear.weight, linear.bias, activation=config.activation, norm=norm)
+        def matrix(product: Product, norm: LayerNorm | None = None) -> Matrix:
+            weight, bias = plain(product)
+            return Matrix(weight, bias, activation=config.activation, norm=norm)
 
         self._layers = [
             (
@@ -72,7 +74,7 @@ class FusedGPT2:
         self._q = torch.zeros(max_tokens, attention, **served)
         self._qkv = torch.zeros(max_tokens, 3 * attention, **served)
         self._mixed = torch.zeros(max_tokens, attention, **served)
-        self._inner = torch.zeros(max_tokens, len(model.layers[0].up.weight), **served)
+        self._inner = torch.zeros(max_tokens, len(plain(model.layers[0].up)[0]), **served)
         # Of split contexts and split products; a step that splits is a small one.
         self._most_parts = max(max_tokens, _MOST_PARTS)
         self._parts = torch.zeros(self._most_parts * hidden, **single)

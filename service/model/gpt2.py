@@ -1,14 +1,16 @@
 """GPT-2, top to bottom, over a paged KV cache; any GPT-2-shaped ModelConfig. Called by the runner."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from service.model.attention import KVCache, PagedAttention, Prefill
+from service.model.attention import Attention, Cache, KVCache, Prefill
+from service.model.bags import BagCache
 from service.model.config import ModelConfig
+from service.model.formats import Format, Plain, Product
 
 # The checkpoint names each in its own words; hub.py maps them here.
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -30,17 +32,6 @@ def whole_tiles(head: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Linear:
-    """y = x W^T + b with W (out, in)."""
-
-    weight: Tensor
-    bias: Tensor
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
-
-
-@dataclass(frozen=True, slots=True)
 class LayerNorm:
     """In fp32, over an fp32 residual stream; the result in the served dtype."""
 
@@ -56,68 +47,93 @@ class LayerNorm:
 @dataclass(frozen=True, slots=True)
 class Layer:
     attention_norm: LayerNorm
-    qkv: Linear
-    attention_output: Linear
+    qkv: Product
+    attention_output: Product
     mlp_norm: LayerNorm
-    up: Linear
-    down: Linear
+    up: Product
+    down: Product
 
 
 class GPT2:
-    """Weights in one dtype, the residual stream and the layer norms in fp32."""
+    """Weights in one format, the residual stream and the layer norms in fp32."""
 
-    def __init__(self, config: ModelConfig, state: Mapping[str, Tensor]) -> None:
-        """`state` is canonical (checkpoint/hub.py), all tensors of one dtype on one device."""
+    def __init__(self, config: ModelConfig, state: MutableMapping[str, Tensor], format: Format | None = None) -> None:
+        """`state` is canonical (checkpoint/hub.py), all tensors on one device, and of the format's dtype unless that
+        makes its own of any.
+
+        It is emptied: each tensor goes as soon as the format has its own of it. Without a format, `state` as it is.
+        """
+        token_embedding = state.pop("token_embedding.weight")  # [V, H]
+        head = state.pop("head.weight", token_embedding)
         self.config = config
-        self.dtype = state["token_embedding.weight"].dtype
-        self.device = state["token_embedding.weight"].device
+        self.format = Plain(token_embedding.dtype) if format is None else format
+        self.dtype = self.format.dtype
+        self.device = token_embedding.device
         self.activation = ACTIVATIONS[config.activation]
         self.attention_width = len(state["layers.0.qkv.bias"]) // 3  # heads here times their size
         self.first_id = 0  # of the rows of `token_embedding`
-        self.token_embedding = state["token_embedding.weight"]  # [V, H]
-        self.position_embedding = state["position_embedding.weight"]  # [context, H]
-        head = state.get("head.weight", self.token_embedding)
-        # On a GPU with rows of zeros at its end: products are slow where a row of logits is not whole lines of memory.
-        self.padded_head = whole_tiles(head) if head.is_cuda else head
-        # No CPU multiplies 16 bits into 32.
-        self._head = self.padded_head[: len(head)] if head.is_cuda else head.float()
-        if "head.weight" not in state:
-            self.token_embedding = self.padded_head[: len(head)]
+        self.padded_head = None
+        if isinstance(self.format, Plain):
+            # On a GPU with rows of zeros at its end: products are slow where a row of logits is not whole lines of
+            # memory.
+            self.padded_head = whole_tiles(head) if head.is_cuda else head
+            if head is token_embedding:
+                token_embedding = self.padded_head[: len(head)]
+            head = self.padded_head[: len(head)]
+        self._head = self.format.head(head)
+        self.token_embedding = self.format.embedding(token_embedding)
+        self.position_embedding = state.pop("position_embedding.weight")  # [context, H]
 
         def norm(name: str) -> LayerNorm:
-            weight, bias = (
-                state[f"{name}.weight"].float(),
-                state[f"{name}.bias"].float(),
-            )
+            weight, bias = state.pop(f"{name}.weight").float(), state.pop(f"{name}.bias").float()
             return LayerNorm(weight, bias, config.layer_norm_epsilon, self.dtype)
 
-        def linear(name: str) -> Linear:
-            return Linear(state[f"{name}.weight"], state[f"{name}.bias"])
+        def product(name: str) -> Product:
+            return self.product(name, state.pop(f"{name}.weight"), state.pop(f"{name}.bias"))
 
         self.layers = [
             Layer(
                 attention_norm=norm(f"layers.{number}.attention_norm"),
-                qkv=linear(f"layers.{number}.qkv"),
-                attention_output=linear(f"layers.{number}.attention_output"),
+                qkv=product(f"layers.{number}.qkv"),
+                attention_output=product(f"layers.{number}.attention_output"),
                 mlp_norm=norm(f"layers.{number}.mlp_norm"),
-                up=linear(f"layers.{number}.up"),
-                down=linear(f"layers.{number}.down"),
+                up=product(f"layers.{number}.up"),
+                down=product(f"layers.{number}.down"),
             )
             for number in range(config.num_layers)
         ]
         self.final_norm = norm("final_norm")
 
+    def product(self, name: str, weight: Tensor, bias: Tensor) -> Product:
+        """What the layer's matrix of that canonical name does."""
+        return self.format.linear(weight, bias)
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """Of keys and values; where attention is to be in fp32, they are."""
+        upcast = self.config.upcast_attention and self.device.type == "cpu"
+        return torch.float32 if upcast else self.format.cache_dtype
+
     def new_cache(self, *, num_blocks: int, block_size: int) -> KVCache:
-        """Empty, for this model's keys and values."""
-        return KVCache(
-            num_layers=self.config.num_layers,
-            num_blocks=num_blocks,
-            block_size=block_size,
-            num_heads=self.attention_width // self.config.head_size,
-            head_size=self.config.head_size,
-            dtype=self.dtype,
-            device=self.device,
-        )
+        """Empty, for this model's keys and values; as the kernels read it."""
+        sizes = self._cache_sizes(num_blocks=num_blocks, block_size=block_size)
+        return KVCache(**sizes, dtype=self.cache_dtype, device=self.device)
+
+    def new_plain_cache(self, *, num_blocks: int, block_size: int) -> Cache:
+        """The same as torch's operators read it best on this device."""
+        if self.device.type != "cpu":
+            return self.new_cache(num_blocks=num_blocks, block_size=block_size)
+        return BagCache(**self._cache_sizes(num_blocks=num_blocks, block_size=block_size), dtype=self.cache_dtype)
+
+    def _cache_sizes(self, *, num_blocks: int, block_size: int) -> dict[str, int]:
+        config = self.config
+        return {
+            "num_layers": config.num_layers,
+            "num_blocks": num_blocks,
+            "block_size": block_size,
+            "num_heads": self.attention_width // config.head_size,
+            "head_size": config.head_size,
+        }
 
     def attention_scale(self, number: int) -> float:
         """What the scores of layer `number` are multiplied by."""
@@ -128,8 +144,8 @@ class GPT2:
         self,
         token_ids: Tensor,
         positions: Tensor,
-        cache: KVCache,
-        attention: PagedAttention,
+        cache: Cache,
+        attention: Attention,
     ) -> Tensor:
         """The residual stream after the last layer, [T, H] in fp32, of T tokens; fills their slots of the cache."""
         config = self.config
@@ -157,19 +173,16 @@ class GPT2:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[R, V] in fp32 for rows [R, H] of the residual stream."""
-        normed = self.final_norm(hidden)
-        if normed.is_cuda and self.dtype != torch.float32:
-            return torch.mm(normed, self._head.t(), out_dtype=torch.float32)
-        return F.linear(normed.to(self._head.dtype), self._head)
+        return self._head(self.final_norm(hidden))
 
 
 @torch.inference_mode()
 def logits_of(model: GPT2, token_ids: Sequence[int], *, block_size: int = 16) -> Tensor:
     """Logits [T, V] in fp32 of a whole prompt, in one prefill, without a runner."""
     num_blocks = -(-len(token_ids) // block_size)
-    cache = model.new_cache(num_blocks=num_blocks, block_size=block_size)
+    cache = model.new_plain_cache(num_blocks=num_blocks, block_size=block_size)
     positions = torch.arange(len(token_ids), device=model.device)
     whole = Prefill(0, len(token_ids), len(token_ids), positions[:num_blocks], None)
-    attention = PagedAttention(slots=positions, decodes=[], prefills=[whole], block_size=block_size)
+    attention = cache.attention(slots=positions, decodes=[], prefills=[whole])
     hidden = model.hidden(torch.tensor(list(token_ids), device=model.device), positions, cache, attention)
     return model.logits(hidden)

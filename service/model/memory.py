@@ -107,7 +107,7 @@ def what_kernels_lack(device: torch.device) -> str | None:
 def block_bytes(model: GPT2, block_size: int) -> int:
     """Bytes of one KV block over all layers."""
     config = model.config
-    return 2 * config.num_layers * block_size * model.attention_width * model.dtype.itemsize
+    return 2 * config.num_layers * block_size * model.attention_width * model.cache_dtype.itemsize
 
 
 def count_blocks(model: GPT2, block_size: int, kv_memory: int, *, spare: int = 0) -> int:

@@ -6,8 +6,8 @@ Each rank gathers all logits, in order of rank, and so samples the same tokens. 
 engine/loading.py.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import MutableMapping
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from service.model.config import ModelConfig
-from service.model.gpt2 import GPT2, Linear
+from service.model.formats import Format, Linear, Product
+from service.model.gpt2 import GPT2
 
 _COLUMNS = frozenset({"qkv", "up"})  # split where a matrix gives: each rank computes some of the outputs
 _ROWS = frozenset({"attention_output", "down"})  # split where it takes: each computes a part of every output's sum
@@ -84,33 +85,44 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True)
-class Summed(Linear):
-    """A Linear split by rows: each rank's product is a part of the sum, in fp32."""
+class Summed:
+    """A product split by rows: each rank's is a part of the sum, in fp32."""
 
+    product: Product
+    bias: Tensor
     group: Group
 
     def __call__(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight).float()
+        y = self.product(x).float()
         self.group.sum(y)
         return y + self.bias.float()
+
+
+def plain(product: Product) -> tuple[Tensor, Tensor]:
+    """The weight, of this rank, and the bias of what is in the format Plain."""
+    inner = product.product if isinstance(product, Summed) else product
+    assert isinstance(inner, Linear)
+    bias = product.bias if isinstance(product, Summed) else inner.bias
+    assert bias is not None
+    return inner.weight, bias
 
 
 class ParallelGPT2(GPT2):
     """One rank's part of a model: takes the same batches and gives the same logits as the others."""
 
-    def __init__(self, config: ModelConfig, state: Mapping[str, Tensor], group: Group) -> None:
+    def __init__(
+        self, config: ModelConfig, state: MutableMapping[str, Tensor], group: Group, format: Format | None = None
+    ) -> None:
         """`state` has this rank's parts."""
-        super().__init__(config, state)
         self.group = group
+        super().__init__(config, state, format)
         self.first_id = group.rank * len(self.token_embedding)
-        self.layers = [
-            replace(
-                layer,
-                attention_output=Summed(layer.attention_output.weight, layer.attention_output.bias, group),
-                down=Summed(layer.down.weight, layer.down.bias, group),
-            )
-            for layer in self.layers
-        ]
+
+    def product(self, name: str, weight: Tensor, bias: Tensor) -> Product:
+        """What the layer's matrix of that canonical name does, on all ranks together where it is split by rows."""
+        if name.split(".")[-1] in _ROWS:
+            return Summed(self.format.linear(weight, None), bias, self.group)
+        return super().product(name, weight, bias)
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """[T, H] in fp32 of token ids [T]: the sum of what the ranks have, of which one has the row."""

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from service.model.attention import Decodes, PagedAttention, Prefill
+from service.model.attention import Attention, Decodes, Prefill
 from service.model.batch import (
     SAMPLING,
     SAMPLING_WORD,
@@ -25,8 +25,8 @@ from service.model.gpt2 import GPT2
 from service.model.logprobs import logprob_words, unpack_logprobs
 from service.model.sampler import LogitBiases, Penalties, SamplingTensors, sample
 
-# Tokens of context that one gather of decodes copies: on a CPU what its caches hold, on a GPU what its memory does.
-_MOST_GATHERED = {"cpu": 2048, "cuda": 2**19}
+# Tokens of context that one rectangle of decodes has: on a GPU it is copied.
+_MOST_GATHERED = {"cpu": 2**16, "cuda": 2**19}
 # How much longer than the shortest the longest of them may be: on a GPU another gather costs more than padding does.
 _MOST_PADDING = {"cpu": 2, "cuda": 1024}
 _SHORT = 64  # tokens of context, up to which padding costs less than another gather
@@ -61,7 +61,7 @@ class TorchRunner:
         self._model = model
         self._device = model.device
         self._block_size = block_size
-        self._cache = model.new_cache(num_blocks=num_blocks, block_size=block_size)
+        self._cache = model.new_plain_cache(num_blocks=num_blocks, block_size=block_size)
         self._launched: deque[_Launched] = deque()
         self._previous = torch.zeros(1, dtype=torch.int64, device=self._device)  # the last launch's samples
 
@@ -163,7 +163,7 @@ class TorchRunner:
         slices = zip(torch.split(indices, size), torch.split(targets, size), strict=True)
         return torch.cat([logprob_words(self._model.logits(hidden[rows]), ids) for rows, ids in slices])
 
-    def _attention(self, batch: Batch, slots: Tensor, tables: Tensor, lengths: Tensor) -> PagedAttention:
+    def _attention(self, batch: Batch, slots: Tensor, tables: Tensor, lengths: Tensor) -> Attention:
         num_decodes = batch.num_decodes
         decodes = []
         for start, end in cut_decodes(batch.context_lengths[:num_decodes].tolist(), self._device.type):
@@ -180,12 +180,7 @@ class TorchRunner:
                 visible = torch.arange(length, device=self._device) <= queries[:, None]
             blocks = tables[number, : -(-length // self._block_size)]
             prefills.append(Prefill(start, end, length, blocks, visible))
-        return PagedAttention(
-            slots=slots,
-            decodes=decodes,
-            prefills=prefills,
-            block_size=self._block_size,
-        )
+        return self._cache.attention(slots=slots, decodes=decodes, prefills=prefills)
 
     def _upload(self, arrays: Mapping[str, Int32]) -> dict[str, Tensor]:
         """The flat arrays on the device, by one copy."""

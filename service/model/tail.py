@@ -47,6 +47,7 @@ class Tail:
         self._model = model
         self._chain = {"PDL": pdl, "launch_pdl": pdl}
         config, device = model.config, model.device
+        assert model.padded_head is not None
         head = whole_tiles(model.padded_head)  # [V', H]; only on a CPU, where only tests come here, not so already
         self._head = Matrix(
             head, torch.zeros(len(head), dtype=model.dtype, device=device), activation="relu", norm=model.final_norm

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from service.checkpoint.hub import read_config, read_state
 from service.model.batch import Batch
 from service.model.gpt2 import GPT2, logits_of
-from service.model.parallel import Group, ParallelGPT2, part_of
+from service.model.parallel import Group, ParallelGPT2, part_of, plain
 
 
 def write_logits(rank: int, num_ranks: int, address: str, folder: Path, token_ids: list[int]) -> None:
@@ -70,7 +70,7 @@ def _joined(
 def matrix_bytes(model: GPT2) -> int:
     """Of the matrices of its layers."""
     return sum(
-        linear.weight.nbytes
+        plain(product)[0].nbytes
         for layer in model.layers
-        for linear in (layer.qkv, layer.attention_output, layer.up, layer.down)
+        for product in (layer.qkv, layer.attention_output, layer.up, layer.down)
     )

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from service.engine.core import Core
 from service.engine.request import Delta, Finish, Request, SamplingParams
 from service.engine.scheduler import Scheduler
+from service.model.bags import BagCache
 from service.model.batch import Batch, DeviceLost, OutOfMemory
 from service.model.gpt2 import GPT2, logits_of
 from service.model.runner import (
@@ -145,7 +146,9 @@ def test_what_others_left_in_a_block_poisons_nobody(make_pair: Callable[..., Pai
     """With a cache full of NaN, every token is as with a clean one: alone, and among contexts of other lengths."""
     _, ours = make_pair()
     runner = TorchRunner(ours, num_blocks=64, block_size=BLOCK_SIZE)
-    runner._cache._cache.fill_(float("nan"))
+    assert isinstance(runner._cache, BagCache)
+    for tensor in (runner._cache._keys, runner._cache._values):
+        tensor.fill_(float("nan"))
     requests = [Request(number, tuple(range(2, 3 + 13 * number))) for number in range(6)]
     deltas = run(runner, requests, GREEDY)
     for request in requests:
@@ -176,7 +179,7 @@ def test_decodes_are_cut_into_rectangles_that_cover_them(lengths: list[int], dev
     assert list(range(len(lengths))) == [row for start, end in groups for row in range(start, end)]
     for start, end in groups:
         if end - start > 1:
-            assert (end - start) * lengths[end - 1] <= {"cpu": 2048, "cuda": 2**19}[device]
+            assert (end - start) * lengths[end - 1] <= {"cpu": 2**16, "cuda": 2**19}[device]
             assert device == "cuda" or lengths[end - 1] <= max(64, 2 * lengths[start])
 
 

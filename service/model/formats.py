@@ -1,0 +1,240 @@
+"""Weight formats: what a model's matrices are kept in, and how they are multiplied. One for the life of a process.
+
+The products on a CPU are oneDNN's, over weights that it has laid out once, as it likes them on this processor: several
+times as fast as a product that lays them out each time (docs/performance.md, CPU).
+"""
+
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Product = Callable[[Tensor], Tensor]  # [rows, in] to [rows, out]
+
+
+class Format(Protocol):
+    """`linear` and `head` may keep the tensors that they are given, or copies of them."""
+
+    name: str  # as the setting dtype calls it
+    dtype: torch.dtype  # of what goes from product to product
+    cache_dtype: torch.dtype  # of keys and values
+
+    def linear(self, weight: Tensor, bias: Tensor | None) -> Product:
+        """y = x W^T + b in `dtype` for x in `dtype`, W (out, in)."""
+
+    def head(self, weight: Tensor) -> Product:
+        """y = x W^T in fp32 for x in `dtype`."""
+
+    def embedding(self, weight: Tensor) -> Tensor:
+        """The table of which rows are taken."""
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """y = x W^T + b with W (out, in)."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class Plain:
+    """Weights as they are, multiplied by torch's own operators: on a GPU, and where oneDNN is not."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.name = str(dtype).removeprefix("torch.")
+        self.dtype = self.cache_dtype = dtype
+
+    def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
+        return Linear(weight, bias)
+
+    def head(self, weight: Tensor) -> Product:
+        if not weight.is_cuda:
+            return _Widened(Linear(weight.float(), None))  # no operator multiplies 16 bits into 32 on every CPU
+        if self.dtype == torch.float32:
+            return Linear(weight, None)
+        return lambda x: torch.mm(x, weight.t(), out_dtype=torch.float32)
+
+    def embedding(self, weight: Tensor) -> Tensor:
+        return weight
+
+
+@dataclass(frozen=True, slots=True)
+class _Widened:
+    """A product in fp32 of rows that may be in less."""
+
+    product: Product
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.product(x.float())
+
+
+@dataclass(frozen=True, slots=True)
+class _Packed:
+    """In the weight's dtype."""
+
+    weight: Tensor  # in oneDNN's layout
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return y
+
+
+@dataclass(frozen=True, slots=True)
+class _Half:
+    """y = x W^T in fp32 of x in fp32 and W in fp16."""
+
+    weight: torch.ScriptObject  # in FBGEMM's layout
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.quantized.linear_dynamic_fp16(x.float(), self.weight)
+        return y
+
+
+class Packed:
+    """fp32 or bf16 weights that oneDNN has laid out. AMX and AVX-512's bf16 are used where the processor has them.
+
+    Of 16 bits, keys and values are kept in fp16: what sums them in place (model/bags.py) gives its sums in the dtype
+    of its rows, and fp16 rounds scores eight times finer. Past 65,504 they are infinite, and end their sequence.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.name = str(dtype).removeprefix("torch.")
+        self.dtype = dtype
+        self.cache_dtype = dtype if dtype == torch.float32 else torch.float16
+
+    def linear(self, weight: Tensor, bias: Tensor | None) -> _Packed:
+        return _Packed(torch.ops.mkldnn._reorder_linear_weight(weight, None), bias)
+
+    def head(self, weight: Tensor) -> Product:
+        """oneDNN gives bf16 of bf16, too coarse for logits: in 16 bits FBGEMM's product, where torch has it."""
+        if self.dtype != torch.float32 and "fbgemm" in torch.backends.quantized.supported_engines:
+            return _Half(torch.ops.quantized.linear_prepack_fp16(weight.float(), None))
+        return _Widened(self.linear(weight.float(), None))
+
+    def embedding(self, weight: Tensor) -> Tensor:
+        return weight
+
+
+def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 [out, in] and fp32 scales [out]: each row by its own largest number, to -127 .. 127."""
+    weight = weight.float()
+    scales = weight.abs().amax(1).div_(127).clamp_(min=torch.finfo(torch.float32).tiny)
+    return (weight / scales[:, None]).round_().to(torch.int8), scales
+
+
+@dataclass(frozen=True, slots=True)
+class _Int8:
+    """Each row of x is quantised by its own largest number as it comes, so no row depends on its neighbours.
+
+    The product is of integers, so exact, and one row's is the same to the bit in any company.
+    """
+
+    weight: Tensor  # int8, in oneDNN's layout
+    scales: Tensor  # fp32 [out]
+    zeros: Tensor  # int32 [out]
+    bias: Tensor  # fp32 [out]
+    largest: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        scale = x.abs().amax(1, keepdim=True).div_(self.largest)
+        rounded = x.div(scale.clamp(min=torch.finfo(torch.float32).tiny)).round_()
+        zero = self.largest + 1
+        y: Tensor = torch.ops.onednn.qlinear_pointwise(
+            rounded.add_(zero).to(torch.uint8),
+            1.0,
+            zero,
+            self.weight,
+            self.scales,
+            self.zeros,
+            None,
+            1.0,
+            0,
+            torch.float32,
+            "none",
+            [],
+            "",
+        )
+        return torch.addcmul(self.bias, y, scale)
+
+
+class Int8:
+    """int8 weights, a scale a row; activations in fp32, quantised row by row for each product, also the head's."""
+
+    name = "int8"
+    dtype = torch.float32
+    cache_dtype = torch.float16
+
+    def __init__(self) -> None:
+        self._largest = 127
+        if _saturates():
+            self._largest = 63
+
+    def linear(self, weight: Tensor, bias: Tensor | None) -> _Int8:
+        rows, scales = quantized(weight)
+        packed = torch.ops.onednn.qlinear_prepack(rows, None)
+        zeros = torch.zeros(len(rows), dtype=torch.int32)
+        return _Int8(packed, scales, zeros, torch.zeros(len(rows)) if bias is None else bias.float(), self._largest)
+
+    def head(self, weight: Tensor) -> Product:
+        return self.linear(weight, None)
+
+    def embedding(self, weight: Tensor) -> Tensor:
+        return weight.half() if weight.dtype == torch.float32 else weight
+
+
+def _saturates() -> bool:
+    """Whether int8 products lose sums past 16 bits here: processors without VNNI add pairs of products in so many."""
+    x = torch.full((1, 64), 255, dtype=torch.uint8)
+    weight = torch.ops.onednn.qlinear_prepack(torch.full((16, 64), 127, dtype=torch.int8), None)
+    ones, zeros = torch.ones(16), torch.zeros(16, dtype=torch.int32)
+    y = torch.ops.onednn.qlinear_pointwise(x, 1.0, 0, weight, ones, zeros, None, 1.0, 0, torch.float32, "none", [], "")
+    return bool((y != 255 * 127 * 64).any())
+
+
+@dataclass(frozen=True, slots=True)
+class _WeightOnlyInt8:
+    """bf16 rows times int8 weights, by torch's own kernel (NEON, AVX)."""
+
+    weight: Tensor  # int8 [out, in]
+    scales: Tensor  # bf16 [out]
+    bias: Tensor  # fp32 [out]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch._weight_int8pack_mm(x.bfloat16(), self.weight, self.scales).float() + self.bias
+
+
+class WeightOnlyInt8(Int8):
+    """int8 weights where oneDNN has no fast product for them: rows in bf16, and the head in fp32."""
+
+    def __init__(self) -> None:
+        pass
+
+    def linear(self, weight: Tensor, bias: Tensor | None) -> _WeightOnlyInt8:  # type: ignore[override]
+        rows, scales = quantized(weight)
+        bias = torch.zeros(len(rows)) if bias is None else bias.float()
+        return _WeightOnlyInt8(rows, scales.bfloat16(), bias)
+
+    def head(self, weight: Tensor) -> Product:
+        return Linear(weight.float(), None)
+
+
+def format_for(name: str, device: torch.device) -> Format:
+    """What `name` (float32, bfloat16, float16, int8) means on a device; on a GPU there is no int8."""
+    on_cpu = device.type == "cpu"
+    has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    if name == "int8":
+        assert on_cpu
+        is_x86 = platform.machine().lower() in ("x86_64", "amd64")
+        return Int8() if has_onednn and is_x86 else WeightOnlyInt8()
+    dtype: torch.dtype = getattr(torch, name)
+    if on_cpu and has_onednn and dtype in (torch.float32, torch.bfloat16):
+        return Packed(dtype)
+    return Plain(dtype)
