@@ -1,7 +1,11 @@
-"""The import direction of docs/architecture.md, read from the source; and what must come without torch."""
+"""The import direction of docs/architecture.md, read from the source; and what must come without torch.
+
+`python -m tests.test_imports` draws the diagram of docs/architecture.md anew.
+"""
 
 import ast
 import graphlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +15,8 @@ import pytest
 SERVICE = Path(__file__).parent.parent / "service"
 FILES = sorted(SERVICE.rglob("*.py"))
 MAX_LINES = 400
+PAGE = SERVICE.parent / "docs" / "architecture.md"
+NOT_DRAWN = {"version", "logs", "settings", "listening"}  # small ones, which most others import
 
 # What each part of the service may import of the others. A part is a package, or a file beside the packages.
 ALLOWED: dict[str, set[str]] = {
@@ -153,6 +159,30 @@ def test_settings_are_read_by_the_command_line_and_the_composition_root_alone() 
     assert {"service.cli", *commands} == readers
 
 
+def diagram() -> str:
+    """The parts and what they import, as Mermaid; what an arrow's end imports needs no arrow of its own."""
+    graph: dict[str, set[str]] = {}
+    for file in FILES:
+        if module(file) != "service":
+            here = part(module(file))
+            graph.setdefault(here, set()).update({part(name) for name in own(imports(file))} - {here})
+
+    def reached(here: str) -> set[str]:
+        return graph[here].union(*map(reached, graph[here]))
+
+    arrows = sorted(
+        (here, there)
+        for here in graph.keys() - NOT_DRAWN
+        for there in graph[here] - NOT_DRAWN
+        if not any(there in reached(other) for other in graph[here])
+    )
+    return "\n".join(["```mermaid", "graph TD", *(f"    {here} --> {there}" for here, there in arrows), "```"])
+
+
+def test_the_diagram_is_of_the_imports() -> None:
+    assert diagram() in PAGE.read_text(), "python -m tests.test_imports draws it anew"
+
+
 def test_no_cycles() -> None:
     """Counting imports inside functions too, no file needs itself."""
     graph = {module(file): own(imports(file)) - {module(file)} for file in FILES}
@@ -177,3 +207,7 @@ def test_no_file_has_two_jobs() -> None:
 def test_every_file_opens_with_its_job(file: Path) -> None:
     """A docstring, of one to a few lines."""
     assert ast.get_docstring(ast.parse(file.read_text()))
+
+
+if __name__ == "__main__":
+    PAGE.write_text(re.sub(r"```mermaid\n.*?```", lambda _: diagram(), PAGE.read_text(), flags=re.DOTALL))
