@@ -1,4 +1,4 @@
-"""README.md says what is so: its settings are Settings' own, and its examples run against a served demo model.
+"""README.md says what is so, and docs/settings.md: Settings' own; the examples run against a served demo model.
 
 `python -m tests.test_readme` writes the settings table and the answer of the curl example anew.
 """
@@ -21,6 +21,7 @@ from service.settings import ENV_PREFIX, Settings
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
+SETTINGS = ROOT / "docs" / "settings.md"
 COMMAND = Path(sys.executable).with_name("megatron-gpt2")
 DOCUMENTED_URL = "http://127.0.0.1:8000"
 VARYING = ("id", "created", "system_fingerprint")
@@ -109,7 +110,7 @@ def settings_table() -> str:
 
 def test_settings_table_is_that_of_the_class() -> None:
     """Flag, variable, default and description of every setting, and no other row."""
-    after = README.read_text().split(TABLE_HEAD)[1]
+    after = SETTINGS.read_text().split(TABLE_HEAD)[1]
     assert settings_table() == after[: after.index("\n\n") + 1]
 
 
@@ -156,10 +157,10 @@ def test_make_targets_are_there() -> None:
 
 
 def write() -> None:
-    text = README.read_text()
-    head, after = text.split(TABLE_HEAD)
+    head, after = SETTINGS.read_text().split(TABLE_HEAD)
     table_end = after.index("\n\n") + 1 if after.startswith("|") else 0
-    text = head + TABLE_HEAD + settings_table() + after[table_end:]
+    SETTINGS.write_text(head + TABLE_HEAD + settings_table() + after[table_end:])
+    text = README.read_text()
     command, documented = block("console", "$ curl").split("\n", 1)
     with served_demo() as url:
         README.write_text(text.replace(documented, curl_answer(command.removeprefix("$ "), url).removesuffix("\n")))
