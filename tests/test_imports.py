@@ -55,7 +55,7 @@ ALLOWED: dict[str, set[str]] = {
     "demo": set(),
 }
 # Of these packages, others may import only the files without tensors.
-WITHOUT_TENSORS = {"service.model.batch", "service.model.config"}
+WITHOUT_TENSORS = {"service.model.batch", "service.model.config", "service.model.split"}
 # The only files outside model/ and checkpoint/ that work with tensors: they run in the engine's processes.
 ENGINE_WITH_TORCH = {"service.engine.loading", "service.engine.ranks"}
 # Files that import nothing of torch, not even through others.

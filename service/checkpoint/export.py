@@ -18,6 +18,7 @@ from service.checkpoint.errors import CheckpointError
 from service.checkpoint.hub import layout
 from service.checkpoint.megatron import LATEST, RANK_FILES, Weight
 from service.model.config import ModelConfig
+from service.model.split import MULTIPLE, SPLIT_AT, end_of, vocabulary_rows, what_does_not_split
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -152,16 +153,14 @@ def _check_splits(config: ModelConfig, tensor_parallel: int) -> None:
         raise CheckpointError("activation_function, scale_attn_*: Megatron-LM's GPT has none of this kind")
     if not config.tie_word_embeddings:
         raise CheckpointError("tie_word_embeddings: an untied head is not written")
-    for what, number in (("attention heads", config.num_heads), ("MLP units", config.intermediate_size)):
-        if number % tensor_parallel:
-            raise CheckpointError(f"--tensor-parallel: {number} {what} do not split over {tensor_parallel} ranks")
+    if (what := what_does_not_split(config, tensor_parallel)) is not None:
+        raise CheckpointError(f"--tensor-parallel: {what}")
 
 
 def _arguments(config: ModelConfig, *, tensor_parallel: int, dtype: str) -> dict[str, Any]:
     """What Megatron-LM and the tools around it read from args."""
     import torch
 
-    multiple = 128 * tensor_parallel
     return {
         "num_layers": config.num_layers,
         "hidden_size": config.hidden_size,
@@ -171,8 +170,8 @@ def _arguments(config: ModelConfig, *, tensor_parallel: int, dtype: str) -> dict
         "max_position_embeddings": config.context_length,
         "seq_length": config.context_length,
         "orig_vocab_size": config.vocab_size,
-        "padded_vocab_size": -(-config.vocab_size // multiple) * multiple,
-        "make_vocab_size_divisible_by": 128,
+        "padded_vocab_size": tensor_parallel * vocabulary_rows(config, tensor_parallel),
+        "make_vocab_size_divisible_by": MULTIPLE,
         "tensor_model_parallel_size": tensor_parallel,
         "pipeline_model_parallel_size": 1,
         "data_parallel_size": 1,
@@ -200,20 +199,15 @@ def _piece(name: str, weight: Weight, config: ModelConfig, padded_rows: int, *, 
     """One rank's part of a tensor, in the order of Megatron's version 3."""
     import torch
 
-    tensor = weight.read()
-    stem = name.split(".")[-2]
-    if stem == "token_embedding":
+    tensor, end = weight.read(), end_of(name)
+    if end == "token_embedding.weight":
         tensor = tensor[: config.vocab_size]
         padding = tensor.new_zeros(padded_rows - len(tensor), tensor.shape[1])
-        return torch.cat((tensor, padding)).chunk(num_ranks)[rank]
-    if stem == "qkv":
-        by_head = tensor.view(3, config.num_heads, config.head_size, *tensor.shape[1:]).movedim(1, 0)
-        return by_head.chunk(num_ranks)[rank].flatten(0, 2)
-    if stem == "up":
-        return tensor.chunk(num_ranks)[rank]
-    if stem in ("attention_output", "down") and name.endswith(".weight"):
-        return tensor.chunk(num_ranks, 1)[rank]
-    return tensor
+        tensor = torch.cat((tensor, padding))
+    elif end.startswith("qkv."):
+        tensor = tensor.view(3, config.num_heads, config.head_size, *tensor.shape[1:]).movedim(1, 0)
+        return tensor.chunk(num_ranks)[rank].flatten(0, 2)
+    return tensor.chunk(num_ranks, SPLIT_AT[end])[rank] if end in SPLIT_AT else tensor
 
 
 def _put(model: dict[str, Any], name: str, tensor: Tensor, *, core: bool) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from service.checkpoint import distributed, pickles
 from service.checkpoint.errors import CheckpointError
+from service.model.split import SPLIT_AT
 
 if TYPE_CHECKING:
     import torch
@@ -45,17 +46,6 @@ _OURS_OUTSIDE = {
     **{f"final_{norm}.{kind}": f"final_norm.{kind}" for norm in ("layernorm", "norm") for kind in ("weight", "bias")},
     # The tied table again, where the last pipeline stage has no embedding of its own.
     **dict.fromkeys(("word_embeddings_for_head.weight", "output_layer.weight"), "head.weight"),
-}
-# Where tensor-parallel ranks split a tensor: at this dimension. What is not here, each rank has whole.
-_SPLIT_AT = {
-    "token_embedding.weight": 0,
-    "head.weight": 0,
-    "qkv.weight": 0,
-    "qkv.bias": 0,
-    "up.weight": 0,
-    "up.bias": 0,
-    "attention_output.weight": 1,
-    "down.weight": 1,
 }
 # Not weights: state of fp8, rotary tables, and what old files left beside them.
 _SKIPPED = re.compile(r"(^|\.)(_extra_state(/|$)|rotary_pos_emb\.inv_freq$|attention\.(bias|masked_bias)$)")
@@ -90,7 +80,7 @@ class Megatron:
         where = f"{self.where}: {name}"
         if stem.startswith("qkv."):
             return _JoinedQkv(pieces, where, self.version, num_heads)
-        return _Joined(pieces, where, _SPLIT_AT.get(stem))
+        return _Joined(pieces, where, SPLIT_AT.get(stem))
 
 
 # --- Finding the files -----------------------------------------------------------------------------------------------

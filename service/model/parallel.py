@@ -17,12 +17,9 @@ from torch import Tensor
 from service.model.config import ModelConfig
 from service.model.formats import Format, Linear, Product
 from service.model.gpt2 import GPT2
+from service.model.split import SPLIT_AT, end_of, vocabulary_rows, what_does_not_split
 
-_COLUMNS = frozenset({"qkv", "up"})  # split where a matrix gives: each rank computes some of the outputs
-_ROWS = frozenset({"attention_output", "down"})  # split where it takes: each computes a part of every output's sum
-_VOCABULARY = frozenset({"token_embedding", "head"})
 _gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
-_MULTIPLE = 128  # of rows that a rank's part of the vocabulary has, as Megatron pads it
 
 
 class ParallelError(ValueError):
@@ -31,9 +28,8 @@ class ParallelError(ValueError):
 
 def check_split(config: ModelConfig, num_ranks: int) -> None:
     """Raises ParallelError."""
-    for what, number in (("attention heads", config.num_heads), ("MLP units", config.intermediate_size)):
-        if number % num_ranks:
-            raise ParallelError(f"tensor_parallel_size: {number} {what} do not split over {num_ranks} ranks")
+    if (what := what_does_not_split(config, num_ranks)) is not None:
+        raise ParallelError(f"tensor_parallel_size: {what}")
 
 
 def part_of(name: str, tensor: Tensor, config: ModelConfig, *, rank: int, num_ranks: int) -> Tensor:
@@ -42,21 +38,14 @@ def part_of(name: str, tensor: Tensor, config: ModelConfig, *, rank: int, num_ra
     Of qkv it has the queries, keys and values of its heads. What is not split (norms, the biases of what is split by
     rows, positions) each rank has whole. The vocabulary is padded to a multiple of 128 rows a rank, with zeros.
     """
-    stem, kind = name.split(".")[-2:]
-    if stem == "qkv":
+    end = end_of(name)
+    if end.startswith("qkv."):
         return tensor.view(3, num_ranks, -1, *tensor.shape[1:])[:, rank].flatten(0, 1)
-    if stem in _VOCABULARY:
-        num_rows = rows_of(config, num_ranks)
+    if end in ("token_embedding.weight", "head.weight"):
+        num_rows = vocabulary_rows(config, num_ranks)
         rows = tensor[rank * num_rows : (rank + 1) * num_rows]
         return F.pad(rows, (0, 0, 0, num_rows - len(rows)))
-    if stem in _COLUMNS or (stem in _ROWS and kind == "weight"):
-        return tensor.chunk(num_ranks, 0 if stem in _COLUMNS else 1)[rank]
-    return tensor
-
-
-def rows_of(config: ModelConfig, num_ranks: int) -> int:
-    """Rows of the vocabulary that each rank has."""
-    return -(-config.vocab_size // (num_ranks * _MULTIPLE)) * _MULTIPLE
+    return tensor.chunk(num_ranks, SPLIT_AT[end])[rank] if end in SPLIT_AT else tensor
 
 
 class Group:
@@ -120,7 +109,7 @@ class ParallelGPT2(GPT2):
 
     def product(self, name: str, weight: Tensor, bias: Tensor) -> Product:
         """What the layer's matrix of that canonical name does, on all ranks together where it is split by rows."""
-        if name.split(".")[-1] in _ROWS:
+        if SPLIT_AT[end_of(f"{name}.weight")] == 1:
             return Summed(self.format.linear(weight, None), bias, self.group)
         return super().product(name, weight, bias)
 
