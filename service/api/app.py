@@ -17,6 +17,7 @@ from service.api.docs import docs_router
 from service.api.metrics import Metrics
 from service.api.middleware import RequestMiddleware
 from service.api.operations import operations_router
+from service.api.playground import playground_router
 from service.api.served import ServedModel
 from service.api.text import Tokenizer
 from service.api.tracing import Tracing
@@ -88,6 +89,7 @@ def create_app(
         operations_router(client=client, served=served, metrics=metrics, version=version), tags=["Operations"]
     )
     app.include_router(docs_router())
+    app.include_router(playground_router())
     app.openapi = lambda: _openapi(app, access)  # type: ignore[method-assign]
     dispatch = _Dispatch(app, around)
     return Cors(dispatch, cors_origins) if cors_origins else dispatch
