@@ -46,7 +46,8 @@ export class Alternatives {
     const note = document.createElement("p");
     note.className = "note";
     note.textContent = ranked.length
-      ? `All others: ${percent(Math.log(Math.max(rest, 0)))}. The model's own probabilities, before temperature and filters.`
+      ? `All others: ${percent(Math.log(Math.max(rest, 0)))}. These are the model's own, before temperature and filters. ` +
+        "Choose one, and the text goes on from it."
       : "Ask for logprobs of 1 or more to see alternatives.";
     const close = document.createElement("button");
     Object.assign(close, { type: "button", className: "close", textContent: "Close" });

@@ -24,10 +24,11 @@ export class KeyEntry {
 
   /** Asks for a key; `message` says why. */
   open(message = "") {
+    if (this.#dialog.open) return; // what is being typed stays
     this.#input.value = this.#service.key ?? "";
     this.#dialog.querySelector(".forget").hidden = this.#service.key === null;
     this.#tell(message);
-    if (!this.#dialog.open) this.#dialog.showModal();
+    this.#dialog.showModal();
     this.#input.focus();
   }
 

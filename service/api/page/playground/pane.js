@@ -24,7 +24,7 @@ export class Pane {
     this.#alternatives = alternatives;
     this.name = name;
     this.element = template.content.cloneNode(true).firstElementChild;
-    this.element.setAttribute("aria-label", `Setting ${name}`);
+    this.element.setAttribute("aria-label", `Settings ${name} and their text`);
     this.#part(".name").textContent = name;
     this.fields = new Fields(schema, definitions, {
       prefix: name.toLowerCase(),
@@ -126,11 +126,11 @@ export class Pane {
   #choice(index) {
     let choice = this.#choices.get(index);
     if (!choice) {
-      choice = new Choice(index, (...token) => this.#open(...token));
+      choice = new Choice(index, this.#echoed ? "" : this.#prompt, (...token) => this.#open(...token));
       this.#choices.set(index, choice);
-      const after = [...this.#choices.values()].filter((other) => other.index > index).map(({ element }) => element);
-      const next = after.sort((one, other) => (one.compareDocumentPosition(other) & 4 ? -1 : 1))[0] ?? null;
-      this.#part(".choices").insertBefore(choice.element, next);
+      const shown = [...this.#choices.values()].sort((one, other) => one.index - other.index);
+      const next = shown[shown.indexOf(choice) + 1];
+      this.#part(".choices").insertBefore(choice.element, next?.element ?? null);
     }
     return choice;
   }

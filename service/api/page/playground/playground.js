@@ -5,7 +5,7 @@ import { copy } from "./clipboard.js";
 import { KeyEntry } from "./key.js";
 import { Load } from "./load.js";
 import { Pane } from "./pane.js";
-import { Service } from "./service.js";
+import { Service, ServiceError } from "./service.js";
 
 const part = (id) => document.getElementById(id);
 
@@ -18,6 +18,7 @@ class Playground {
   #panes = [];
   #form = null; // the schema of a request, and what it refers to
   #asking = false; // for that
+  #refused = false; // until there is another key
   #ready = null;
   model = "";
   keysOn = false;
@@ -98,7 +99,7 @@ class Playground {
 
   /** Reads the fields and their limits, and makes the panes. Asks for a key first where one is needed. */
   async #learn() {
-    if (this.#form || this.#asking) return;
+    if (this.#form || this.#asking || this.#refused) return;
     this.#asking = true;
     try {
       const { components } = await (await this.#service.ask("openapi.json")).json();
@@ -110,10 +111,11 @@ class Playground {
     } catch (error) {
       if (error.status === 401) {
         this.keysOn = true;
+        this.#refused = true;
         this.#needKey(true, this.#service.key === null ? "" : "The key is not known here.");
-      } else if (error.status) {
-        this.announce(error.message);
-      } else if (!error.status && error.name !== "Error") {
+      } else if (error instanceof ServiceError) {
+        this.announce(error.message); // it is tried again when the service answers
+      } else {
         throw error;
       }
     } finally {
@@ -129,6 +131,7 @@ class Playground {
   }
 
   #keyChanged() {
+    this.#refused = false;
     part("notice").hidden = this.#service.key !== null;
     this.announce(this.#service.key === null ? "The key is forgotten." : "The key is kept until this tab is closed.");
     this.#load.refresh();

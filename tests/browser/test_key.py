@@ -1,0 +1,93 @@
+"""Keys: asked for where the service asks for one, tried before it is taken, kept for the tab, forgotten when told to."""
+
+import pytest
+from playwright.sync_api import expect
+
+from tests.browser.conftest import KEY, Visit, Visiting
+from tests.service.server import Server, Start
+
+
+def enter(page: Visit, key: str) -> None:
+    page.page.fill("#key-value", key)
+    page.page.click("#key button.main")
+
+
+def test_a_wrong_key_and_the_right_one(keyed: Server, visit: Visiting) -> None:
+    """The wrong one is refused beside its field and not kept; with the right one there is all that there is without keys."""
+    page = visit(keyed, ready=False)
+    expect(page.page.locator("#key")).to_be_visible()
+    page.shot("key")
+    enter(page, "mgpt-another-key")
+    expect(page.page.locator("#key-wrong")).to_contain_text("not known here")
+    assert 0 == page.page.evaluate("sessionStorage.length")
+    enter(page, "clé")
+    expect(page.page.locator("#key-wrong")).to_contain_text("ASCII")
+    enter(page, KEY)
+    expect(page.page.locator("#key")).to_be_hidden()
+    page.wait_ready()
+    expect(page.page.locator("#load")).to_be_visible()
+    page.set("max_tokens", "3")
+    page.run()
+    assert 3 == page.page.locator(".token").count()
+    assert f"Bearer {KEY}" == page.requests[-1].headers.get("authorization", f"Bearer {KEY}")
+    (sent,) = [request for request in page.requests if request.url.endswith("v1/completions")]
+    assert f"Bearer {KEY}" == sent.headers["authorization"]
+
+
+def test_a_key_is_kept_for_the_tab_alone(keyed: Server, visit: Visiting) -> None:
+    """A reload needs none again; the address, the storage of the browser and cookies have none; forgotten, it is asked for."""
+    page = visit(keyed, ready=False)
+    enter(page, KEY)
+    page.page.wait_for_selector("#a-seed")
+    page.set("seed", "1")
+    page.page.wait_for_url("**seed=1**")
+    page.page.reload()
+    page.page.wait_for_selector("#a-seed")
+    page.wait_ready()
+    expect(page.page.locator("#key")).to_be_hidden()
+    assert KEY not in page.page.url
+    assert KEY not in page.page.evaluate("JSON.stringify(localStorage) + document.cookie + document.documentElement.outerHTML")
+    page.page.click("#key-button")
+    page.page.click("#key .forget")
+    expect(page.page.locator("#notice")).to_be_visible()
+    assert 0 == page.page.evaluate("sessionStorage.length")
+    page.page.reload()
+    expect(page.page.locator("#key")).to_be_visible()
+
+
+def test_a_key_that_is_withdrawn(keyed: Server, visit: Visiting) -> None:
+    """The page asks for another one."""
+    page = visit(keyed, ready=False)
+    enter(page, KEY)
+    page.page.wait_for_selector("#a-seed")
+    page.wait_ready()
+    name = page.page.evaluate("Object.keys(sessionStorage)[0]")
+    page.page.evaluate("name => sessionStorage.setItem(name, 'mgpt-old')", name)
+    page.page.reload()
+    expect(page.page.locator("#key-wrong")).to_contain_text("not known here")
+    enter(page, KEY)
+    page.page.wait_for_selector("#a-seed")
+
+
+@pytest.mark.parametrize("opened", [["/openapi.json"], ["/openapi.json", "/metrics"]], ids=len)
+def test_a_schema_that_is_open(start: Start, visit: Visiting, opened: list[str]) -> None:
+    """Then the form is there at once, and the page still knows that a key is needed."""
+    server = start("--kv-memory", "64MiB", "--open-routes", *opened, environment={"MGPT_API_KEY": KEY})
+    page = visit(server, ready=False)
+    expect(page.page.locator("#key")).to_be_visible()
+    page.page.wait_for_selector("#a-max_tokens")
+    page.page.keyboard.press("Escape")
+    page.wait_ready()
+    page.run()
+    expect(page.page.locator(".error")).to_contain_text("asks for a key")
+    expect(page.page.locator("#key")).to_be_visible()
+    enter(page, KEY)
+    page.set("max_tokens", "2")
+    page.run()
+    assert 2 == page.page.locator(".token").count()
+
+
+def test_without_keys_none_is_asked_for(server: Server, visit: Visiting) -> None:
+    page = visit(server)
+    assert page.page.is_hidden("#key-button")
+    assert not any("authorization" in request.headers for request in page.requests)

@@ -1,0 +1,87 @@
+"""What the service is at: loading, ready, restarting, gone, and behind a proxy that has other things beside it."""
+
+import re
+import signal
+import time
+
+from playwright.sync_api import expect
+
+from tests.browser.conftest import PROMPT, Visiting, complete
+from tests.browser.proxy import under_prefix
+from tests.service.server import Server, Start
+
+
+def wait_engine(server: Server) -> None:
+    """Return when the engine process is there; it then takes a second at least to be ready."""
+    deadline = time.monotonic() + 30
+    while not server.engines:
+        assert time.monotonic() < deadline
+
+
+def test_while_the_model_loads(start: Start, visit: Visiting) -> None:
+    """The form is there, what the service is at is said, nothing is sent; then it becomes ready by itself."""
+    server = start("--kv-memory", "64MiB", ready=False)
+    wait_engine(server)
+    server.engine.send_signal(signal.SIGSTOP)
+    page = visit(server, ready=False)
+    page.page.wait_for_selector("#a-max_tokens")
+    expect(page.page.locator("body")).to_have_attribute("data-state", "waiting")
+    expect(page.page.locator("#phase")).to_have_text(
+        re.compile("starting|loading the model|warming up|downloading")
+    )
+    page.page.click("#run")
+    expect(page.page.locator("#status")).to_contain_text("not ready")
+    assert [] == page.sent()
+    page.shot("loading")
+    server.engine.send_signal(signal.SIGCONT)
+    page.wait_ready()
+    expect(page.page.locator("#model")).to_contain_text("megatron-gpt2-demo")
+    page.set("max_tokens", "2")
+    page.run()
+    assert 2 == page.page.locator(".token").count()
+
+
+def test_an_engine_that_dies(start: Start, visit: Visiting) -> None:
+    """What ran ends with its error; the page says what is under way, and is ready again by itself."""
+    server = start("--kv-memory", "64MiB")
+    page = visit(server)
+    page.set("max_tokens", "900")
+    page.set("ignore_eos", "true")
+    page.page.click("#run")
+    expect(page.page.locator(".token").nth(2)).to_be_attached()
+    server.engine.kill()
+    page.wait_done()
+    expect(page.page.locator(".error")).to_be_visible()
+    expect(page.page.locator("#phase")).to_have_text("engine restarting")
+    page.shot("restart")
+    page.wait_ready()
+    page.set("max_tokens", "2")
+    page.run()
+    assert 2 == page.page.locator(".token").count()
+    assert page.page.is_hidden(".error")
+
+
+def test_a_service_that_is_gone(start: Start, visit: Visiting) -> None:
+    server = start("--kv-memory", "64MiB")
+    page = visit(server)
+    page.complaints.clear()
+    server.kill()
+    expect(page.page.locator("#phase")).to_have_text("service not reachable")
+    page.complaints[:] = [each for each in page.complaints if "ERR_CONNECTION_REFUSED" not in each]
+
+
+def test_behind_a_path_prefix(server: Server, visit: Visiting) -> None:
+    """Page, files, stream, load and code all stay below it."""
+    with under_prefix(server.url, "/models/demo") as url:
+        page = visit(url)
+        page.page.fill("#prompt", PROMPT)
+        page.set("seed", "7")
+        page.run()
+        (sent,) = page.sent()
+        assert complete(server, **{**sent, "stream": False})["choices"][0]["text"] == page.text()
+        expect(page.page.locator("#load")).to_be_visible()
+        page.page.get_by_text("Code", exact=True).click()
+        assert f"{url}v1/completions" in page.page.inner_text("pre")
+        assert url + "docs" == page.page.evaluate("document.querySelector('.tools a').href")
+        page.check()
+        page.page.close()
