@@ -105,7 +105,7 @@ def test_code_and_text_are_copied(server: Server, visit: Visiting) -> None:
     read = "navigator.clipboard.readText()"
     for simulated in (False, True):
         if simulated:
-            page.page.evaluate("navigator.clipboard.writeText = () => Promise.reject(new Error('not here'))")
+            page.page.evaluate("() => { navigator.clipboard.writeText = () => Promise.reject(new Error('not here')) }")
         page.page.get_by_role("button", name="Copy code").click()
         page.page.locator("#status", has_text="The code is copied.").wait_for(state="attached")
         assert page.page.text_content("pre code") == page.page.evaluate(read)
