@@ -6,7 +6,7 @@ SECONDS ?= 30
 PROFILES ?= cpu
 DEVICE ?= cpu
 TARGETS ?= completion request text to_engine to_api safetensors config index vocabulary merges tokenizer_json pickled release
-.PHONY: run test lint format types check clients faults deploy package notices image-test ray-test up bench inside load soak overload fuzz image
+.PHONY: run test lint format types check clients browser faults deploy package notices image-test ray-test up bench inside load soak overload fuzz image
 
 run: .venv/ready  ## serve MODEL, a folder or a hub id; without one, the embedded demo model
 	.venv/bin/megatron-gpt2 serve $(MODEL) $(ARGS)
@@ -27,6 +27,10 @@ check: lint types test  ## what CI runs
 
 clients: .venv/ready .venv-clients/ready  ## packages that people use as clients, against a running service
 	.venv-clients/bin/pytest tests/clients -W default $(ARGS)
+
+browser: .venv/ready .venv-browser/ready  ## the playground at / in a real Chromium; Debian's is installed, which needs root
+	sh tests/packages.sh chromium=chromium /usr/share/fonts/truetype/liberation/LiberationSans-Regular.ttf=fonts-liberation
+	PYTHONPATH=.venv-browser .venv/bin/pytest tests/browser -W default $(ARGS)
 
 faults: .venv/ready  ## faults injected into a running service, and short overloads (docs/reliability.md)
 	.venv/bin/pytest tests/faults --timeout 240 $(ARGS)
@@ -85,6 +89,10 @@ image:  ## the container image, megatron-gpt2; with DEVICE=gpu megatron-gpt2:gpu
 .venv-fuzz/ready: requirements-fuzz.lock .venv/ready
 	.venv/bin/pip install --quiet --disable-pip-version-check --upgrade --target .venv-fuzz -r requirements-fuzz.lock
 	touch .venv-fuzz/ready
+
+.venv-browser/ready: requirements-browser.lock .venv/ready
+	.venv/bin/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv-browser -r requirements-browser.lock
+	touch .venv-browser/ready
 
 .venv-ray/ready: requirements-ray.lock .venv/ready
 	.venv/bin/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv-ray -r requirements-ray.lock

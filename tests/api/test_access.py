@@ -50,7 +50,16 @@ def paths(api: Service) -> list[tuple[str, str]]:
         (method, re.sub(r"\{[^}]*\}", "demo", route.path)) for route in api.routes() for method in route.methods or ()
     ]
     assert len(routes) > 25
-    unknown = ["/", "/nothing", "/v1/chat/completions", "/livez/", "/LIVEZ", "/livez%00", "/docs/x", "/admin/drain"]
+    unknown = [
+        "/nothing",
+        "/v1/chat/completions",
+        "/livez/",
+        "/LIVEZ",
+        "/livez%00",
+        "/docs/x",
+        "/admin/drain",
+        "/playground",
+    ]
     return [*routes, *(("GET", path) for path in unknown), ("OPTIONS", "/v1/completions"), ("DELETE", "/metrics")]
 
 
@@ -59,10 +68,11 @@ async def test_every_route_asks_for_a_key_but_those_that_are_open(start: Start, 
     """Before it says whether the path is there at all; also while the model loads. With the key none does."""
     api: Service = await start(access=keyed(open_routes=frozenset(opened)), ready=False)
     asked = paths(api)
-    assert {"/v1/completions", "/api", "/v1/models/demo", "/metrics"} <= {path for _, path in asked}
+    assert {"/", "/playground/theme.js", "/v1/completions", "/api", "/v1/models/demo"} <= {path for _, path in asked}
     for method, path in asked:
         response = await api.http.request(method, path)
-        is_open = path in {"/", *OPEN, *opened} or (path.startswith("/docs/") and "/docs" in opened)
+        is_open = path in {"/", *OPEN, *opened} or path.startswith("/playground/")
+        is_open = is_open or (path.startswith("/docs/") and "/docs" in opened)
         assert (401 != response.status_code) == is_open, path
         if not is_open:
             assert "Bearer" == response.headers["www-authenticate"]

@@ -1,7 +1,7 @@
-"""A real Chromium, Debian's, on pages of running services. Run by `make browser`; screenshots go to browser-screenshots/.
+"""A real Chromium, Debian's, on pages of running services. Run by `make browser`; pictures go to browser-screenshots/.
 
-Whatever a test does on a page, the page must load and ask nothing but its own service, keep its own policy, and leave no
-error on the console: each visit is held to that at its end.
+Whatever a test does on a page, the page must load and ask nothing but its own service, keep its own policy, and leave
+no error on the console: each visit is held to that at its end.
 """
 
 import os
@@ -63,7 +63,7 @@ class Visit:
     def set(self, name: str, value: str, *, pane: str = "a") -> None:
         """Type into a field, wherever it is."""
         control = self.page.locator(f"#{pane}-{name}")
-        self.page.evaluate("id => { const fold = document.getElementById(id).closest('details'); if (fold) fold.open = true }", f"{pane}-{name}")
+        control.evaluate("element => { element.closest('details')?.setAttribute('open', '') }")
         if control.get_attribute("type") == "checkbox":
             control.set_checked(value == "true")
         elif control.evaluate("element => element.tagName") == "SELECT":
@@ -120,9 +120,11 @@ def visit(browser: Browser) -> Iterator[Visiting]:
         visit.page.on("pageerror", lambda error: visit.complaints.append(str(error)))
         visit.page.on(
             "console",
-            lambda message: message.type in ("error", "warning")
-            and not _EXPECTED.match(message.text)
-            and visit.complaints.append(message.text),
+            lambda message: (
+                message.type in ("error", "warning")
+                and not _EXPECTED.match(message.text)
+                and visit.complaints.append(message.text)
+            ),
         )
         visit.page.goto(url + fragment)
         if ready:

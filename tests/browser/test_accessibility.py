@@ -17,7 +17,10 @@ LOOKS: dict[str, dict[str, Any]] = {
     "phone-dark": {**PHONE, "color_scheme": "dark"},
     "forced": {"forced_colors": "active"},
 }
-AXE = {"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"], "resultTypes": ["violations"]}
+AXE = {
+    "runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"],
+    "resultTypes": ["violations"],
+}
 
 
 def look(page: Visit, name: str) -> None:
@@ -99,7 +102,14 @@ def test_with_the_keyboard_alone(server: Server, visit: Visiting) -> None:
             break
     tokens = page.page.locator(".token")
     expect(tokens.first).to_be_focused()
-    for key, place in [("ArrowRight", 1), ("ArrowRight", 2), ("ArrowLeft", 1), ("End", 23), ("Home", 0), ("ArrowRight", 1)]:
+    for key, place in [
+        ("ArrowRight", 1),
+        ("ArrowRight", 2),
+        ("ArrowLeft", 1),
+        ("End", 23),
+        ("Home", 0),
+        ("ArrowRight", 1),
+    ]:
         press(key)
         expect(tokens.nth(place)).to_be_focused()
     label = tokens.nth(1).get_attribute("aria-label")

@@ -9,7 +9,7 @@ import pytest
 from tests.browser.conftest import KEY, Visit, Visiting, complete
 from tests.service.server import Server, Streamed
 
-HOSTILE = "It's \"quoted\" $HOME `id` \\n %s {x}\n\tsecond line — 日本 🦜\u2028 ${1+1} '''\"\"\" \\"
+HOSTILE = 'It\'s "quoted" $HOME `id` \\n %s {x}\n\tsecond line — 日本 🦜\u2028 ${1+1} \'\'\'""" \\'
 FIELDS = {"seed": "9007199254740993", "max_tokens": "12", "stop": "\\n\n'", "top_k": "40", "ignore_eos": "true"}
 
 

@@ -32,7 +32,9 @@ def test_every_field_of_the_schema_is_there(server: Server, visit: Visiting) -> 
                 assert bound == float(control.get_attribute(attribute)), name
         if about.get("default") is not None:
             assert about["default"] == float(control.get_attribute("placeholder"))
-    assert schema.keys() - {"prompt"} == set(page.page.locator("#panes .field").evaluate_all("all => all.map(e => e.dataset.field)"))
+    assert schema.keys() - {"prompt"} == set(
+        page.page.locator("#panes .field").evaluate_all("all => all.map(e => e.dataset.field)")
+    )
 
 
 WRONG = [
@@ -165,7 +167,9 @@ def test_the_address_has_the_state(server: Server, visit: Visiting) -> None:
     assert {"seed": ["7"], "b.temperature": ["1.5"], "max_tokens": [""]}.items() <= state.items()
     other = visit(server, fragment=address.removeprefix(page.url))
     assert "Une ligne &\n#2 = 100 %" == other.page.input_value("#prompt")
-    assert ("7", "", "0.8") == tuple(other.page.input_value(f"#a-{name}") for name in ("seed", "max_tokens", "temperature"))
+    assert ("7", "", "0.8") == tuple(
+        other.page.input_value(f"#a-{name}") for name in ("seed", "max_tokens", "temperature")
+    )
     assert ("7", "1.5") == (other.page.input_value("#b-seed"), other.page.input_value("#b-temperature"))
     other.page.get_by_role("button", name="Reset").first.click()
     assert ("", "64") == (other.page.input_value("#a-seed"), other.page.input_value("#a-max_tokens"))

@@ -26,9 +26,7 @@ def test_while_the_model_loads(start: Start, visit: Visiting) -> None:
     page = visit(server, ready=False)
     page.page.wait_for_selector("#a-max_tokens")
     expect(page.page.locator("body")).to_have_attribute("data-state", "waiting")
-    expect(page.page.locator("#phase")).to_have_text(
-        re.compile("starting|loading the model|warming up|downloading")
-    )
+    expect(page.page.locator("#phase")).to_have_text(re.compile("starting|loading the model|warming up|downloading"))
     page.page.click("#run", force=True)  # it says that it is disabled, and why when it is pressed
     expect(page.page.locator("#status")).to_contain_text("not ready")
     assert [] == page.sent()

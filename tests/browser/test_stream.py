@@ -161,7 +161,8 @@ def test_an_alternative_is_taken_and_the_text_goes_on_from_it(server: Server, vi
 def test_events_may_be_cut_anywhere(server: Server, visit: Visiting) -> None:
     """Within a character, a line or its end, and an event; with comments and each kind of line end."""
     page = visit(server)
-    body = 'data: {"text":"ä日🦜"}\r\n\r\n: keep-alive\r\n\r\ndata:one\rdata: two\r\rid: 5\ndata: \u2028[DONE]\n\ndata: cut'
+    body = 'data: {"text":"ä日🦜"}\r\n\r\n: keep-alive\r\n\r\ndata:one\rdata: two\r\r'
+    body += "id: 5\ndata: \u2028[DONE]\n\ndata: cut"
     found = page.page.evaluate(
         """async body => {
             const { events } = await import("./playground/stream.js");
@@ -192,7 +193,10 @@ CHUNK = 'data: {"choices": [{"index": 0, "text": " so", "logprobs": null, "finis
     ("body", "told"),
     [
         (CHUNK, "The connection broke off before the end."),
-        (CHUNK + 'data: {"error": {"message": "a step failed", "code": "internal_error"}}\n\ndata: [DONE]\n\n', "a step failed"),
+        (
+            CHUNK + 'data: {"error": {"message": "a step failed", "code": "internal_error"}}\n\ndata: [DONE]\n\n',
+            "a step failed",
+        ),
         ("<html>", "The connection broke off"),
     ],
 )
@@ -229,7 +233,8 @@ def test_the_load_is_shown_while_the_page_is_seen(scripted: Server, visit: Visit
     page.page.wait_for_timeout(4000)
     assert before == len(page.requests)
     page.page.evaluate(
-        "Object.defineProperty(document, 'hidden', { value: false }); document.dispatchEvent(new Event('visibilitychange'))"
+        "Object.defineProperty(document, 'hidden', { value: false });"
+        "document.dispatchEvent(new Event('visibilitychange'))"
     )
     expect(page.page.locator("#running")).to_have_text("0")
     assert before < len(page.requests)

@@ -95,6 +95,7 @@ export class Pane {
     const figures = new Figures();
     this.#tellError(null);
     this.element.classList.add("running");
+    this.#show(figures);
     this.#page.announce(`${this.name} is running.`);
     this.#page.changed();
     let end = "";
@@ -118,8 +119,9 @@ export class Pane {
     this.#run = null;
     this.element.classList.remove("running");
     for (const choice of this.#choices.values()) choice.tokens.draw();
+    figures.ended = true;
     this.#show(figures);
-    this.#page.announce(end);
+    if (end) this.#page.announce(end);
     this.#page.changed();
   }
 
@@ -210,6 +212,7 @@ class Figures {
   #numTokens = 0;
   #usage = null;
   stopped = false;
+  ended = false;
 
   take({ choices, usage }) {
     this.#usage = usage ?? this.#usage;
@@ -222,13 +225,14 @@ class Figures {
 
   get words() {
     const numTokens = this.#usage?.completion_tokens ?? this.#numTokens;
+    if (!numTokens && !this.#usage) return this.stopped ? "Stopped before the first token" : this.ended ? "Failed" : "Waiting";
     const words = [`${numTokens} ${numTokens === 1 ? "token" : "tokens"}`];
     if (this.stopped) words.unshift("Stopped");
     if (this.#first !== null) words.push(`first after ${Math.round(this.#first.at - this.#began)} ms`);
     const seconds = (this.#last - this.#first?.at) / 1000;
     if (seconds > 0) words.push(`${((this.#numTokens - this.#first.numTokens) / seconds).toFixed(0)} tokens/s`);
     const { queue_ms: queue, prefill_ms: prefill } = this.#usage?.timings ?? {};
-    if (queue !== undefined) words.push(`server: queue ${queue.toFixed(1)} ms, prefill ${prefill.toFixed(1)} ms`);
+    if (queue !== undefined) words.push(`queue ${queue.toFixed(0)} ms`, `prefill ${prefill.toFixed(0)} ms`);
     return words.join(" · ");
   }
 }
