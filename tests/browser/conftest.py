@@ -23,6 +23,8 @@ __all__ = ["one_thread", "scripted_model", "start", "tokenizer"]
 
 ROOT = Path(__file__).parents[2]
 SCREENSHOTS = ROOT / "browser-screenshots"
+SANDBOX = [] if os.getuid() else ["--no-sandbox"]  # which root has none of
+FONTS = {"FONTCONFIG_FILE": str(Path(__file__).with_name("fonts.conf"))}  # pictures must not depend on the machine's
 KEY = "mgpt-a-key-of-the-tests"
 PROMPT = "The people of the United States"
 # What the page itself adds to a request that is otherwise left alone.
@@ -93,12 +95,9 @@ class Visiting(Protocol):
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
-    # The pictures must not depend on which fonts a machine has; and root has no sandbox.
-    fonts = {"FONTCONFIG_FILE": str(Path(__file__).with_name("fonts.conf"))}
-    options = [] if os.getuid() else ["--no-sandbox"]
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
-            executable_path="/usr/bin/chromium", args=options, env={**os.environ, **fonts}
+            executable_path="/usr/bin/chromium", args=SANDBOX, env={**os.environ, **FONTS}
         )
         yield browser
         browser.close()
