@@ -11,7 +11,9 @@ from playwright.sync_api import Route, expect
 
 from tests.browser.conftest import PRESETS, PROMPT, Visiting, complete, metric
 from tests.service.scripted_model import LONGEST, ScriptedModel
-from tests.service.server import Server
+from tests.service.server import Server, Streamed
+
+CHUNK = 'data: {"choices": [{"index": 0, "text": " so", "logprobs": null, "finish_reason": null}]}\n\n'
 
 
 @pytest.mark.parametrize("fields", [{"seed": 7}, {"seed": 3, "temperature": 2.0}, {"seed": 5, "echo": True}])
@@ -48,18 +50,22 @@ def test_text_comes_while_it_is_made(scripted: Server, visit: Visiting) -> None:
 
 def test_a_thousand_tokens(scripted: Server, scripted_model: ScriptedModel, visit: Visiting) -> None:
     """One span each, of characters that take several; what was drawn before is not drawn again."""
-    expected = complete(scripted, prompt="", max_tokens=1000, ignore_eos=True, temperature=0)["choices"][0]["text"]
     page = visit(scripted)
     page.page.fill("#prompt", "")
     for name, value in {"max_tokens": "1000", "ignore_eos": "true", "temperature": "0"}.items():
         page.set(name, value)
-    page.page.click("#run")
+    with page.page.expect_response("**/v1/completions") as answer:
+        page.page.click("#run")
     first = page.page.locator(".token").first
     expect(first).to_be_attached()
     first.evaluate("span => { span.dataset.seen = 'yes' }")
     page.wait_done()
     assert 1000 == page.page.locator(".token").count()
-    assert expected == page.text()
+    streamed = Streamed()
+    for line in answer.value.text().split("\n"):
+        streamed.take(line)
+    assert streamed.text() == page.text()
+    assert page.text().startswith(scripted_model.text(scripted_model.end))  # then babble, of pieces of characters
     assert "yes" == first.get_attribute("data-seen")
     assert 1 == page.page.locator(".tokens [role=button]").count()  # the others are text to a screen reader
     page.shot("thousand-tokens")
@@ -92,6 +98,36 @@ def test_stop_aborts_the_request(scripted: Server, visit: Visiting, how: str) ->
         page.set("max_tokens", "3")
         page.run()
         assert 3 == page.page.locator(".token").count()
+
+
+def test_stop_holds_whatever_still_comes(server: Server, visit: Visiting) -> None:
+    """A chunk that is on its way is not shown any more, and the run has ended."""
+    page = visit(server)
+    page.set("logprobs", "")
+    page.page.evaluate(
+        """chunk => {
+            const real = window.fetch;
+            window.fetch = (url, options) => {
+                if (!url.endsWith("v1/completions")) return real(url, options);
+                const body = new ReadableStream({
+                    async pull(controller) {
+                        await new Promise(resolve => setTimeout(resolve, 5));
+                        controller.enqueue(new TextEncoder().encode(chunk));
+                    },
+                });
+                return Promise.resolve(new Response(body, { headers: { "Content-Type": "text/event-stream" } }));
+            };
+        }""",
+        CHUNK,
+    )
+    page.page.click("#run")
+    expect(page.page.locator(".flow .text").nth(3)).to_be_attached()
+    page.page.click("#stop")
+    page.wait_done()
+    expect(page.page.locator(".figures")).to_contain_text("Stopped")
+    text = page.text()
+    page.page.wait_for_timeout(100)
+    assert text == page.text()
 
 
 def test_run_begins_anew(scripted: Server, visit: Visiting) -> None:
@@ -184,9 +220,6 @@ def test_events_may_be_cut_anywhere(server: Server, visit: Visiting) -> None:
         body,
     )
     assert [['{"text":"ä日🦜"}', "one\ntwo", "\u2028[DONE]"]] == found
-
-
-CHUNK = 'data: {"choices": [{"index": 0, "text": " so", "logprobs": null, "finish_reason": null}]}\n\n'
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ const DELAY_MS = 300; // browsers let a page write its address a few times a sec
 
 export class Address {
   #timer = null;
+  #state = null; // to be written
 
   /** {prompt, panes}: prompt is null where there is none, panes has what is typed in each. */
   read() {
@@ -21,12 +22,17 @@ export class Address {
   }
 
   /** Writes the same, a moment after the last call. */
-  write({ prompt, panes }) {
+  write(state) {
     clearTimeout(this.#timer);
-    this.#timer = setTimeout(() => this.#write(prompt, panes), DELAY_MS);
+    this.#state = state;
+    this.#timer = setTimeout(() => this.flush(), DELAY_MS);
   }
 
-  #write(prompt, panes) {
+  /** Writes what is to be written at once. */
+  flush() {
+    if (this.#state === null) return;
+    const { prompt, panes } = this.#state;
+    this.#state = null;
     const state = new URLSearchParams();
     if (prompt.length <= MAX_PROMPT) state.set("prompt", prompt);
     if (panes.length > 1) state.set("compare", "");

@@ -101,7 +101,7 @@ export class Pane {
     let end = "";
     try {
       for await (const chunk of completion(this.#service, spelled(body), run.signal)) {
-        if (this.#run !== run) return; // another run has begun
+        run.signal.throwIfAborted(); // a chunk may have been on its way
         for (const piece of chunk.choices) into(piece.index).append(piece, { scored, base });
         figures.take(chunk);
         this.#show(figures);

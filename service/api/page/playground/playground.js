@@ -210,6 +210,7 @@ class Playground {
   }
 
   async #share() {
+    this.#address.flush();
     const copied = await copy(window.location.href);
     this.announce(copied ? "The link is copied." : "The link could not be copied.");
   }
