@@ -6,6 +6,7 @@ no error on the console: each visit is held to that at its end.
 
 import os
 import re
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -170,3 +171,10 @@ def metric(server: Server, name: str) -> float:
     """The value of the metric megatron_gpt2_`name`, which has no labels."""
     text = httpx.get(f"{server.url}/metrics").text
     return float(re.search(rf"^megatron_gpt2_{name} (\S+)$", text, re.MULTILINE)[1])  # type: ignore[index]
+
+
+def wait_metric(server: Server, name: str, value: float) -> None:
+    """Return once the metric has this value."""
+    deadline = time.monotonic() + 20
+    while metric(server, name) != value:
+        assert time.monotonic() < deadline, name

@@ -2,14 +2,14 @@
 
 import json
 import math
-import time
+import signal
 from typing import Any
 
 import httpx
 import pytest
 from playwright.sync_api import Route, expect
 
-from tests.browser.conftest import PRESETS, PROMPT, Visiting, complete, metric
+from tests.browser.conftest import PRESETS, PROMPT, Visiting, complete, metric, wait_metric
 from tests.service.scripted_model import LONGEST, ScriptedModel
 from tests.service.server import Server, Streamed
 
@@ -88,9 +88,8 @@ def test_stop_aborts_the_request(scripted: Server, visit: Visiting, how: str) ->
             page.page.keyboard.press("Escape")
         case "gone":
             page.page.goto("about:blank")
-    deadline = time.monotonic() + 10
-    while metric(scripted, "requests_aborted_total") != aborted + 1 or metric(scripted, "requests_running"):
-        assert time.monotonic() < deadline
+    wait_metric(scripted, "requests_aborted_total", aborted + 1)
+    wait_metric(scripted, "requests_running", 0)
     if how != "gone":
         expect(page.page.locator(".figures")).to_contain_text("Stopped")
         expect(page.page.locator("#status")).to_contain_text("stopped")
@@ -98,6 +97,21 @@ def test_stop_aborts_the_request(scripted: Server, visit: Visiting, how: str) ->
         page.set("max_tokens", "3")
         page.run()
         assert 3 == page.page.locator(".token").count()
+
+
+def test_stop_before_the_first_token(scripted: Server, visit: Visiting) -> None:
+    """Nothing has come of the answer, not even its head, and the request ends all the same."""
+    aborted = metric(scripted, "requests_aborted_total")
+    page = visit(scripted)
+    scripted.engine.send_signal(signal.SIGSTOP)
+    try:
+        page.page.click("#run")
+        wait_metric(scripted, "requests_open", 1)
+        page.page.keyboard.press("Escape")
+        expect(page.page.locator(".figures")).to_have_text("Stopped before the first token")
+        wait_metric(scripted, "requests_aborted_total", aborted + 1)
+    finally:
+        scripted.engine.send_signal(signal.SIGCONT)
 
 
 def test_stop_holds_whatever_still_comes(server: Server, visit: Visiting) -> None:
