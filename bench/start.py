@@ -1,7 +1,7 @@
 """Seconds from the command to an answer, by phases, and the memory of every process: ready, used, and its cache full.
 
-python -m bench.start [--models demo,float32,float16,bfloat16] [--repeats 5] [--cold] [--imports] [--out FILE]
-                      [-- flags of serve]
+python -m bench.start [--models demo,float32,float16,bfloat16] [--repeats 5] [--cold] [--fill] [--imports]
+                      [--out FILE] [-- flags of serve]
 
 A model is a folder, the demo model, or one of the 345M's shape with random weights in files of a dtype, which are
 written first. `--cold` takes the files of the weights and of the installed packages out of the page cache before each
@@ -88,13 +88,15 @@ class Row:
     median: Start
     best: Start
     memory: Sequence[Memory]
-    rss_mib: float  # of all processes, the most of the three moments
+    rss_mib: float  # of all processes, at the moment of the most
     bound_mib: float
     weights_mib: float
     cache_mib: float
 
 
-async def start(model: Path, flags: list[str], *, measure_memory: bool) -> tuple[Start, list[Memory], dict[str, str]]:
+async def start(
+    model: Path, flags: list[str], *, measure_memory: bool, fill: bool
+) -> tuple[Start, list[Memory], dict[str, str]]:
     service = Service(model, flags)
     try:
         async with httpx.AsyncClient(base_url=service.url, timeout=600) as client:
@@ -111,8 +113,9 @@ async def start(model: Path, flags: list[str], *, measure_memory: bool) -> tuple
                 for _ in range(4):
                     await ask(client, "The people of the United States", num_tokens=32)
                 memory += taken(service, "used")
-                await fill_cache(client, service, about)
-                memory += taken(service, "full")
+                if fill:
+                    await fill_cache(client, service, about)
+                    memory += taken(service, "full")
     finally:
         service.end()
     phases = {name: service.said(f"phase: {word}") for name, word in PHASES.items()}
@@ -137,7 +140,9 @@ def cache_tokens(line: str) -> int:
 
 async def ask(client: httpx.AsyncClient, prompt: str | list[int], *, num_tokens: int) -> None:
     body = {"prompt": prompt, "max_tokens": num_tokens, "temperature": 0}
-    (await client.post("/v1/completions", json=body)).raise_for_status()
+    response = await client.post("/v1/completions", json=body)
+    if response.status_code != 200:
+        raise RuntimeError(response.text)
 
 
 async def fill_cache(client: httpx.AsyncClient, service: Service, about: dict[str, str]) -> None:
@@ -182,14 +187,14 @@ def measure(name: str, folder: Path, arguments: argparse.Namespace) -> Row:
         if arguments.cold:
             drop(folder)
         last = number == arguments.repeats - 1
-        times, memory, about = asyncio.run(start(folder, arguments.flags, measure_memory=last))
+        times, memory, about = asyncio.run(start(folder, arguments.flags, measure_memory=last, fill=arguments.fill))
         starts.append(times)
     config = read_config(folder, vocab_size=len(read_tokenizer(folder).token_bytes))
     sizes = {ours: math.prod(shape) for ours, shape, _ in layout(config).values()}
     itemsize = getattr(torch, about["dtype"]).itemsize
     weights = sum(sizes.values()) * itemsize
     cache = 2 * config.num_layers * config.hidden_size * itemsize * int(about["cache_tokens"])
-    totals = [sum(each.rss for each in memory if each.when == when) for when in ("ready", "used", "full")]
+    totals = [sum(each.rss for each in memory if each.when == when) for when in {each.when for each in memory}]
     return Row(
         model=name,
         dtype=about["dtype"],
@@ -276,6 +281,7 @@ def main() -> None:
     parser.add_argument("--models", default="demo,float32,float16,bfloat16")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--cold", action="store_true")
+    parser.add_argument("--fill", action="store_true", help="fill the cache too: minutes, for the 345M")
     parser.add_argument("--imports", action="store_true", help="measure each process's imports too")
     parser.add_argument("--out", type=Path)
     parser.add_argument("flags", nargs="*", help="of serve, after --")
