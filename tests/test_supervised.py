@@ -3,7 +3,10 @@
 import asyncio
 import resource
 import socket
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -108,3 +111,21 @@ async def test_a_process_whose_channel_is_not_passed_on_ends(caplog: pytest.LogC
     await asyncio.wait_for(ends.codes.get(), 60)
     assert (1, None, False) == (ends.num_started, ends.engine.process, process.is_alive())
     assert any(message.startswith("the channel of the engine cannot be passed on: ") for message in caplog.messages)
+
+
+def test_a_child_does_not_begin_as_the_program_did(tmp_path: Path) -> None:
+    """A spawned process imports the main module first; that of a command brings what only the command needs."""
+    script = tmp_path / "program.py"
+    script.write_text(
+        "import multiprocessing\n"
+        "print('program', __name__, flush=True)\n"
+        "from service.supervised import start_process\n"
+        "if __name__ == '__main__':\n"
+        "    process = multiprocessing.get_context('spawn').Process(target=print, args=('child',))\n"
+        "    start_process(process)\n"
+        "    process.join()\n"
+        "    import __main__\n"
+        "    print(__main__.__file__ == __file__, process.exitcode)\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
+    assert ["program __main__", "child", "True 0"] == done.stdout.splitlines(), done.stderr

@@ -1,6 +1,9 @@
 """What loading hands to the engine's loop, of the demo model that the package carries."""
 
 import dataclasses
+import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +36,49 @@ CONFIG = EngineConfig(
     log_level="warning",
     json_lines=False,
 )
+
+# What takes long to import, or much memory, and has no part in serving a local model; torch's compiler is among it.
+NOT_FOR_SERVING = (
+    "fastapi",
+    "httpcore",
+    "httpx",
+    "huggingface_hub",
+    "pydantic",
+    "sympy",
+    "torch._dynamo",
+    "torch._inductor",
+    "transformers",
+    "triton",
+    "uvicorn",
+)
+
+
+def in_a_process_of_its_own(source: str) -> str:
+    """What the source prints; `config` is CONFIG, and `modules()` are those of NOT_FOR_SERVING that are there."""
+    begin = (
+        "import pickle, sys\n"
+        f"config = pickle.loads({pickle.dumps(CONFIG)!r})\n"
+        f"modules = lambda: [name for name in {NOT_FOR_SERVING!r} if name in sys.modules]\n"
+    )
+    done = subprocess.run([sys.executable, "-c", begin + source], capture_output=True, text=True, timeout=100)
+    assert not done.returncode, done.stderr
+    return done.stdout.strip()
+
+
+def test_a_local_model_is_loaded_without_what_only_others_need() -> None:
+    """Nor do the steps of the warm-up import it."""
+    source = (
+        "from service.engine import loading, loop\n"
+        "with loading.Reporter(lambda *_: None) as reporter: loading.load(config, reporter)\n"
+        "print('torch' in sys.modules, modules())\n"
+    )
+    assert "True []" == in_a_process_of_its_own(source)
+
+
+def test_what_the_supervisor_needs_of_the_engine_is_little() -> None:
+    """The process's own imports begin when it has been started: neither torch nor numpy."""
+    source = "import service.supervised\nprint('torch' in sys.modules, 'numpy' in sys.modules, modules())\n"
+    assert "False False []" == in_a_process_of_its_own(source)
 
 
 def test_grammars_are_compiled_for_the_loaded_models_own_tokens() -> None:
