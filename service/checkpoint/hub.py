@@ -191,11 +191,11 @@ def read_state(
 ) -> dict[str, Tensor]:
     """All weights in `dtype`, or their own, on `device`; read-only where they are not copies.
 
-    On a CPU in fp32, whose products take a matrix either way round at the same speed, tensors lie in memory as they do
-    in the file: those that have the dtype stay in the file, mapped, and Conv1D's matrices are transposed views.
-    Anywhere else they are contiguous copies. Each tensor has a mapping of its own, whose pages go with it: no more than
-    one is in memory twice. Of each only `part(our name, tensor)` is read and kept, as a copy, where the format can be
-    mapped.
+    On a CPU, asked for in fp32 or in their own, tensors lie in memory as they do in the file: Conv1D's matrices are
+    transposed views, which are not contiguous, and what need not be cast stays in the file, mapped. fp32 products take
+    a matrix either way round at the same speed. Anywhere else, and in 16 bits, all are contiguous copies. Each tensor
+    has a mapping of its own, whose pages go with it: no more than one is in memory twice. Of each only `part(our name,
+    tensor)` is read, and copied.
 
     Matrices are (out, in): token_embedding.weight (vocab_size, hidden), position_embedding.weight (context, hidden),
     layers.{i}.{attention_norm, qkv, attention_output, mlp_norm, up, down}.{weight, bias} with qkv's rows q then k then
@@ -222,10 +222,10 @@ def read_state(
         tensor = tensor.T if transposed and tensor.ndim == 2 else tensor
         if tensor.shape != shape:
             raise CheckpointError(f"{where}: expected shape {shape} (out, in), found {tuple(tensor.shape)}")
-        wanted = dtype or tensor.dtype
         if part is not None:
             tensor = part(our_name, tensor)
-        if part is None and wanted == torch.float32 and torch.device(device).type == "cpu":
+        wanted = dtype or tensor.dtype
+        if part is None and dtype in (None, torch.float32) and torch.device(device).type == "cpu":
             value = tensor.to(wanted)
         else:  # transposed as stored: half the bytes
             value = torch.empty(tensor.shape, dtype=wanted, device=device).copy_(tensor.contiguous())
