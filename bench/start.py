@@ -66,6 +66,7 @@ class Start:
     loaded: float  # it has its cache, and has made a step
     ready: float  # /readyz is 200
     answer: float  # to a first request, for one token
+    processor: float  # seconds of processor time that all processes have used until /readyz was 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +105,7 @@ async def start(
             api = time.perf_counter() - service.began
             await service.ready(client, look_seconds=LOOK_SECONDS)
             ready = time.perf_counter() - service.began
+            processor = sum(sum(process.cpu_times()[:2]) for process in tree(service))
             await ask(client, "The", num_tokens=1)
             answer = time.perf_counter() - service.began
             _, about = await service.metrics(client)
@@ -126,6 +128,7 @@ async def start(
         loaded=service.said("model loaded"),
         ready=ready,
         answer=answer,
+        processor=processor,
     )
     loaded = next(line for line in service.log if "model loaded" in line)
     return times, memory, about | {"cache_tokens": str(cache_tokens(loaded))}
@@ -157,11 +160,17 @@ async def fill_cache(client: httpx.AsyncClient, service: Service, about: dict[st
         await asyncio.gather(*(ask(client, prompt, num_tokens=1) for prompt in prompts[begin : begin + 2]))
 
 
+def tree(service: Service) -> list[psutil.Process]:
+    """The supervisor and every process below it."""
+    supervisor = psutil.Process(service.process.pid)
+    return [supervisor, *supervisor.children(recursive=True)]
+
+
 def taken(service: Service, when: str) -> list[Memory]:
     """Of every process, the standard library's resource tracker too."""
     found = []
     named = {process.pid: name for name, process in service.processes().items()}
-    for process in (psutil.Process(service.process.pid), *psutil.Process(service.process.pid).children(recursive=True)):
+    for process in tree(service):
         info = process.memory_full_info()
         status = Path(f"/proc/{process.pid}/status").read_text()
         anon = int(re.findall(r"RssAnon:\s+(\d+) kB", status)[0]) / 1024
@@ -251,7 +260,7 @@ def folders(names: Sequence[str]) -> Iterator[list[tuple[str, Path]]]:
         yield found
 
 
-def processor() -> str:
+def processor_name() -> str:
     with contextlib.suppress(OSError, IndexError):
         return str(re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[0])
     return platform.processor() or "CPU"
@@ -287,7 +296,7 @@ def main() -> None:
     parser.add_argument("flags", nargs="*", help="of serve, after --")
     arguments = parser.parse_args()
     about: dict[str, Any] = {
-        "processor": processor(),
+        "processor": processor_name(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0],

@@ -1,5 +1,6 @@
 """How processes of the service begin, and how they end with their parent."""
 
+import contextlib
 import ctypes
 import multiprocessing
 import multiprocessing.connection
@@ -34,3 +35,9 @@ def die_with_parent() -> None:
     """Have the kernel kill this process when its parent is gone, also while it is stopped; on Linux."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def give_back_memory() -> None:
+    """Return what has been freed to the system: glibc keeps pieces as large as weights are, hundreds of MB of them."""
+    with contextlib.suppress(AttributeError):  # another C library's
+        ctypes.CDLL(None).malloc_trim(0)

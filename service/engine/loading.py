@@ -24,7 +24,7 @@ from service.checkpoint.download import resolve
 from service.checkpoint.errors import CheckpointError
 from service.checkpoint.hub import read_config, read_state
 from service.checkpoint.tokenizer import read_tokenizer
-from service.engine.child import EXIT_UNUSABLE, die_with_parent, start_child
+from service.engine.child import EXIT_UNUSABLE, die_with_parent, give_back_memory, start_child
 from service.engine.compiler import Compile
 from service.engine.config import EngineConfig
 from service.engine.grammar import Grammars
@@ -238,6 +238,7 @@ def _compute(
         group = meet(store, rank=rank, num_ranks=num_ranks, device=device)
         model = ParallelGPT2(model_config, state, group, weights)
         agree = partial(group.least, device=device)
+    give_back_memory()  # what the weights were made of
     report("warmup", 0.0)
     runner = make_runner(
         model,
