@@ -26,6 +26,7 @@ from service.api.tracing import TracingError, traces_endpoint
 from service.engine.backlog import QueueLimits
 from service.engine.child import EXIT_UNUSABLE
 from service.engine.config import EngineConfig, engine_name
+from service.engine.cores import available_cores
 from service.listening import ListenError, connections_within, open_admin, open_listener, removed_in_the_end
 from service.logs import configure_logging
 from service.settings import Settings
@@ -208,8 +209,7 @@ def engine_config(
     """
     cpu_threads, num_ranks = settings.cpu_threads, of * settings.tensor_parallel_size
     if cpu_threads is None and num_ranks > 1:
-        num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        cpu_threads = max(1, num_cores // num_ranks)
+        cpu_threads = max(1, available_cores() // num_ranks)
     kind = device.partition(":")[0] if device is not None and settings.device == "auto" else settings.device
     return EngineConfig(
         model=settings.model or str(DEMO_MODEL),

@@ -27,6 +27,7 @@ from service.checkpoint.tokenizer import read_tokenizer
 from service.engine.child import EXIT_UNUSABLE, die_with_parent, give_back_memory, start_child
 from service.engine.compiler import Compile
 from service.engine.config import EngineConfig
+from service.engine.cores import available_cores
 from service.engine.grammar import Grammars
 from service.engine.ranks import LeadingRunner, Ranks, follow, meet
 from service.engine.request import ModelInfo
@@ -191,8 +192,8 @@ def _prepare(config: EngineConfig, *, rank: int) -> torch.device:
         torch.cuda.set_device(device)  # streams and events are those of the current device
         _keep_kernels(Path(config.cache_dir) / "kernels")
     torch.set_float32_matmul_precision("highest")  # fp32 means no TF32, whatever the environment says
-    if config.cpu_threads is not None:
-        torch.set_num_threads(config.cpu_threads)
+    # torch knows nothing of a container's share of its cores.
+    torch.set_num_threads(config.cpu_threads or min(torch.get_num_threads(), available_cores()))
     return device
 
 
@@ -283,6 +284,8 @@ def _device(config: EngineConfig, *, rank: int) -> torch.device:
     device = torch.device(name)
     if device.type != "cuda":
         return device
+    if config.dtype == "int8":
+        raise DeviceError("dtype: int8 is for a CPU, and the device is a GPU; choose another dtype, or device cpu")
     if not torch.cuda.is_available():
         raise DeviceError(f"device: {name} was asked for, and this torch ({torch.__version__}) sees no GPU")
     first, num_gpus = device.index or 0, torch.cuda.device_count()

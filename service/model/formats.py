@@ -203,12 +203,21 @@ def _saturates() -> bool:
 class _WeightOnlyInt8:
     """bf16 rows times int8 weights, by torch's own kernel (NEON, AVX)."""
 
-    weight: Tensor  # int8 [out, in]
+    weight: Tensor  # int8 [out, in and zeros up to a multiple of _DEPTH, past which the kernel would read]
     scales: Tensor  # bf16 [out]
     bias: Tensor  # fp32 [out]
 
     def __call__(self, x: Tensor) -> Tensor:
-        return torch._weight_int8pack_mm(x.bfloat16(), self.weight, self.scales).float() + self.bias
+        rows = _whole_depth(x).bfloat16()
+        return torch._weight_int8pack_mm(rows, self.weight, self.scales).float() + self.bias
+
+
+_DEPTH = 64
+
+
+def _whole_depth(x: Tensor) -> Tensor:
+    missing = -x.shape[1] % _DEPTH
+    return F.pad(x, (0, missing)) if missing else x
 
 
 class WeightOnlyInt8(Int8):
@@ -220,7 +229,7 @@ class WeightOnlyInt8(Int8):
     def linear(self, weight: Tensor, bias: Tensor | None) -> _WeightOnlyInt8:  # type: ignore[override]
         rows, scales = quantized(weight)
         bias = torch.zeros(len(rows)) if bias is None else bias.float()
-        return _WeightOnlyInt8(rows, scales.bfloat16(), bias)
+        return _WeightOnlyInt8(_whole_depth(rows), scales.bfloat16(), bias)
 
     def head(self, weight: Tensor) -> Product:
         return Linear(weight.float(), None)

@@ -13,7 +13,9 @@ import torch
 import service.demo
 from service.checkpoint.tokenizer import read_tokenizer
 from service.engine.config import EngineConfig
+from service.engine.core import Core
 from service.engine.loading import DeviceError, Reporter, _device, load
+from service.engine.request import Request, SamplingParams
 
 FOLDER = Path(service.demo.__file__).parent / "model"
 CONFIG = EngineConfig(
@@ -94,6 +96,33 @@ def test_grammars_are_compiled_for_the_loaded_models_own_tokens() -> None:
     loaded.runner.close()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_a_text_is_the_same_alone_and_in_company(dtype: str) -> None:
+    """Of the demo model, beside eight others, which come and go meanwhile. (bf16 rounds otherwise in other shapes.)"""
+    config = dataclasses.replace(CONFIG, dtype=dtype, max_num_seqs=9, max_num_batched_tokens=64)
+    backend = read_tokenizer(FOLDER).backend
+    prompt = tuple(backend.encode("It was a truth that she had never").ids)
+    others = [tuple(backend.encode(text).ids) for text in ("The Congress of the United States", "And Jesus said")] * 4
+
+    def text(*company: tuple[int, ...]) -> list[int]:
+        with Reporter(lambda phase, progress: None) as reporter:
+            loaded = load(config, reporter)
+        assert dtype == loaded.model.dtype
+        loaded.scheduler.add(Request(0, prompt), SamplingParams(48, temperature=0.0, ignore_eos=True))
+        for number, tokens in enumerate(company, 1):
+            loaded.scheduler.add(Request(number, tokens), SamplingParams(4 * number, seed=number, ignore_eos=True))
+        core = Core(loaded.scheduler, loaded.runner)
+        found: list[int] = []
+        while not core.idle:
+            found += [token for delta in core.step() if delta.request_id == 0 for token in delta.token_ids]
+        loaded.runner.close()
+        return found
+
+    alone = text()
+    assert 48 == len(alone)
+    assert alone == text(*others)
+
+
 @pytest.fixture
 def four_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -116,6 +145,16 @@ def test_engines_and_their_ranks_take_gpus_one_after_the_other() -> None:
     assert ["cuda:1", "cuda:2"] == devices("cuda:1", 1, 2)
     assert ["cuda:2", "cuda:3"] == devices("cuda:2", 2, 1)
     assert ["cpu"] * 8 == devices("cpu", 8, 1)
+
+
+@pytest.mark.usefixtures("four_gpus")
+@pytest.mark.parametrize("device", ["auto", "cuda", "cuda:1"])
+def test_int8_is_refused_on_a_gpu(device: str) -> None:
+    """By the name of the setting; on a CPU beside the GPUs it is served."""
+    config = dataclasses.replace(CONFIG, dtype="int8", device=device)
+    with pytest.raises(DeviceError, match=r"^dtype: int8 is for a CPU"):
+        _device(config, rank=0)
+    assert torch.device("cpu") == _device(dataclasses.replace(config, device="cpu"), rank=0)
 
 
 @pytest.mark.usefixtures("four_gpus")

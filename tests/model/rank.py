@@ -11,14 +11,24 @@ import torch.distributed as dist
 
 from service.checkpoint.hub import read_config, read_state
 from service.model.batch import Batch
+from service.model.formats import Format, format_for
 from service.model.gpt2 import GPT2, logits_of
 from service.model.parallel import Group, ParallelGPT2, part_of, plain
 
 
-def write_logits(rank: int, num_ranks: int, address: str, folder: Path, token_ids: list[int]) -> None:
-    """The process: logits-RANK.pt in the model's folder, computed with the other ranks, which meet at `address`."""
-    with _joined(rank, num_ranks, address, folder, torch.float32) as model:
+def write_logits(
+    rank: int, num_ranks: int, address: str, folder: Path, token_ids: list[int], name: str | None = None
+) -> None:
+    """The process: logits-RANK.pt in the model's folder, computed with the other ranks, which meet at `address`.
+
+    `name` is of a CPU's weight format; without one, plain fp32.
+    """
+    weights = None if name is None else format_for(name, torch.device("cpu"))
+    dtype = torch.float32 if weights is None else weights.dtype
+    with _joined(rank, num_ranks, address, folder, dtype, weights=weights) as model:
         torch.save(logits_of(model, token_ids), folder / f"logits-{rank}.pt")
+        if weights is not None:
+            return
         whole = GPT2(model.config, read_state(folder, model.config, dtype=torch.float32))
         assert matrix_bytes(whole) == num_ranks * matrix_bytes(model)
 
@@ -50,7 +60,14 @@ def write_steps(
 
 @contextmanager
 def _joined(
-    rank: int, num_ranks: int, address: str, folder: Path, dtype: torch.dtype, *, on_gpu: bool = False
+    rank: int,
+    num_ranks: int,
+    address: str,
+    folder: Path,
+    dtype: torch.dtype,
+    *,
+    on_gpu: bool = False,
+    weights: Format | None = None,
 ) -> Iterator[ParallelGPT2]:
     torch.set_num_threads(1)
     device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
@@ -62,7 +79,8 @@ def _joined(
     assert group is not None
     config = read_config(folder)
     part = partial(part_of, config=config, rank=rank, num_ranks=num_ranks)
-    yield ParallelGPT2(config, read_state(folder, config, dtype=dtype, device=device, part=part), Group(group))
+    state = read_state(folder, config, dtype=dtype, device=device, part=part)
+    yield ParallelGPT2(config, state, Group(group), weights)
     dist.barrier(group)
     dist.destroy_process_group()
 

@@ -70,6 +70,19 @@ def test_what_does_not_split_is_refused(make_pair: Callable[..., Pair]) -> None:
         check_split(ours.config, 4)
 
 
+@pytest.mark.parametrize(("name", "tolerance"), [("float32", 1e-5), ("bfloat16", 2e-2), ("int8", 3e-2)])
+def test_ranks_on_a_cpu_compute_what_one_does_in_every_format(
+    make_pair: Callable[..., Pair], tmp_path: Path, name: str, tolerance: float
+) -> None:
+    """Logits of two ranks within the format's own error of plain fp32's on one, and the same to the bit on both."""
+    _, whole = make_pair()
+    run_ranks(write_logits, 2, tmp_path, TOKEN_IDS, name)
+    logits = [torch.load(tmp_path / f"logits-{rank}.pt") for rank in range(2)]
+    assert torch.equal(logits[0], logits[1])
+    expected = logits_of(whole, TOKEN_IDS)
+    assert float((logits[0] - expected).norm() / expected.norm()) < tolerance
+
+
 @pytest.mark.parametrize(("num_ranks", "tied"), [(2, True), (4, False)])
 def test_ranks_compute_what_one_does(
     make_pair: Callable[..., Pair], tmp_path: Path, num_ranks: int, tied: bool

@@ -1,0 +1,271 @@
+"""Tokens a second on a CPU beside transformers' generate and llama.cpp, and what bf16 and int8 cost in accuracy.
+
+python -m bench.cpu [--model FOLDER] [--batches 1,4,8,16] [--rounds 5] [--threads N] [--out FOLDER]
+
+The systems of a group generate greedily from the same random prompts, prefill included, in turns: each round runs each
+of them once, so what else the machine does meets all alike. Medians over the rounds. llama.cpp is where the packages
+gguf and llama-cpp-python are (bench/gguf_model.py).
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from bench.random_model import given_or_random
+from service.checkpoint.hub import read_config, read_state
+from service.checkpoint.tokenizer import read_tokenizer
+from service.engine.core import Core
+from service.engine.cores import available_cores
+from service.engine.request import Request, SamplingParams
+from service.engine.scheduler import Scheduler
+from service.model.formats import format_for
+from service.model.gpt2 import GPT2, logits_of
+from service.model.memory import make_runner
+from service.serve import DEMO_MODEL
+
+PROMPT_TOKENS, NEW_TOKENS = 32, 64
+BLOCK_SIZE = 16
+DTYPES = ("float32", "bfloat16", "int8")
+# Of ours, transformers' and llama.cpp's, what is measured side by side: together they fit in a laptop's memory.
+GROUPS = (
+    ("float32", ("float32",), ""),
+    ("bfloat16", ("bfloat16",), "F16"),
+    ("int8", ("float32", "bfloat16"), "Q8_0"),
+)
+HELD_OUT = Path(__file__).parent.parent / "tests" / "data" / "held_out.txt"
+Generate = Callable[[Sequence[Sequence[int]]], list[list[int]]]  # prompts to their new tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    system: str
+    batch: int
+    tokens_per_second: float  # median over the rounds
+    range: tuple[float, float]
+    ratio: float  # median over the rounds of our tokens a second to these
+    group: str  # what it was measured beside
+
+
+@dataclass(frozen=True, slots=True)
+class Accuracy:
+    """Of a dtype, against float32."""
+
+    dtype: str
+    perplexity: float  # of the demo model
+    worst_logit: float  # largest difference, random 345M
+    relative_error: float  # of all its logits
+    greedy_agreement: float
+
+
+def model_in(folder: Path, dtype: str) -> GPT2:
+    config, weights = read_config(folder), format_for(dtype, torch.device("cpu"))
+    return GPT2(config, read_state(folder, config, dtype=None if dtype == "int8" else weights.dtype), weights)
+
+
+def ours(folder: Path, dtype: str, most: int) -> Generate:
+    """The engine's own steps: scheduler, runner, sampling."""
+    model = model_in(folder, dtype)
+    config = model.config
+    limits = {"max_num_seqs": max(most, 16), "max_num_batched_tokens": 256}  # as the service's on a CPU
+    runner = make_runner(model, block_size=BLOCK_SIZE, **limits, kv_memory=None, utilization=1.0)
+    params = SamplingParams(NEW_TOKENS, temperature=0.0, ignore_eos=True)
+
+    def generate(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+        scheduler = Scheduler(
+            num_blocks=runner.num_blocks,
+            block_size=BLOCK_SIZE,
+            **limits,
+            context_length=config.context_length,
+            vocab_size=config.vocab_size,
+            end_of_text_id=config.end_of_text_id,
+        )
+        for number, prompt in enumerate(prompts):
+            scheduler.add(Request(number, tuple(prompt)), params)
+        core = Core(scheduler, runner)
+        found: list[list[int]] = [[] for _ in prompts]
+        while not core.idle:
+            for delta in core.step():
+                found[delta.request_id] += delta.token_ids
+        return found
+
+    return generate
+
+
+def theirs(folder: Path, dtype: str) -> Generate:
+    """transformers, with its own defaults."""
+    model = transformers.GPT2LMHeadModel.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+    model.generation_config.eos_token_id = None  # nothing ends before all tokens are there
+
+    @torch.inference_mode()
+    def generate(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+        ids = torch.tensor(prompts)
+        mask = torch.ones_like(ids)
+        out = model.generate(ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=50256)
+        tokens: list[list[int]] = out[:, ids.shape[1] :].tolist()
+        return tokens
+
+    return generate
+
+
+def llama_cpp(file: Path, *, threads: int, most: int) -> Generate:
+    from bench.gguf_model import LlamaCpp  # where its packages are
+
+    system = LlamaCpp(file, threads=threads, most_prompts=most, context=PROMPT_TOKENS + NEW_TOKENS)
+    return lambda prompts: system.generate(prompts, NEW_TOKENS)
+
+
+def measure(systems: dict[str, Generate], batches: Sequence[int], rounds: int) -> list[Row]:
+    """Every system at every batch, in turns; each once before, unmeasured."""
+    random = np.random.default_rng(0)
+    speeds: dict[tuple[str, int], list[float]] = {(name, batch): [] for name in systems for batch in batches}
+    for number in range(-1, rounds):
+        for batch in batches:
+            prompts = random.integers(0, 50256, (batch, PROMPT_TOKENS)).tolist()
+            for name, generate in systems.items():
+                began = time.perf_counter()
+                tokens = generate(prompts)
+                seconds = time.perf_counter() - began
+                assert [len(row) for row in tokens] == [NEW_TOKENS] * batch, name
+                if number >= 0:
+                    speeds[name, batch].append(batch * NEW_TOKENS / seconds)
+    own = next(iter(systems))
+    return [
+        Row(
+            name,
+            batch,
+            statistics.median(found),
+            (min(found), max(found)),
+            statistics.median(ours / theirs for ours, theirs in zip(speeds[own, batch], found, strict=True)),
+            f"{own}, in turns",
+        )
+        for (name, batch), found in speeds.items()
+    ]
+
+
+def accuracy(folder: Path, text: str) -> list[Accuracy]:
+    """Every dtype's, over a text and a random prompt."""
+    token_ids = read_tokenizer(DEMO_MODEL).backend.encode(text).ids
+    prompt = np.random.default_rng(1).integers(0, 50256, 256).tolist()
+    reference: torch.Tensor | None = None
+    found = []
+    for dtype in DTYPES:
+        perplexity = perplexity_of(model_in(DEMO_MODEL, dtype), token_ids)
+        logits = logits_of(model_in(folder, dtype), prompt)
+        reference = logits if reference is None else reference
+        found.append(
+            Accuracy(
+                dtype,
+                perplexity,
+                float((logits - reference).abs().max()),
+                float((logits - reference).norm() / reference.norm()),
+                float((logits.argmax(1) == reference.argmax(1)).float().mean()),
+            )
+        )
+    return found
+
+
+def perplexity_of(model: GPT2, token_ids: Sequence[int]) -> float:
+    """Over stretches of one context each, of which every token but the first is predicted."""
+    loss, count = 0.0, 0
+    for start in range(0, len(token_ids) - 1, model.config.context_length):
+        ids = token_ids[start : start + model.config.context_length]
+        logprobs = logits_of(model, ids)[:-1].log_softmax(1)
+        loss -= float(logprobs[torch.arange(len(ids) - 1), torch.tensor(ids[1:])].sum())
+        count += len(ids) - 1
+    return float(np.exp(loss / count))
+
+
+def processor() -> str:
+    names = [line.partition(":")[2] for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    return names[0].strip() if names else platform.processor() or platform.machine()
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).exists() else []
+
+
+def report(rows: Sequence[Row], batches: Sequence[int]) -> list[str]:
+    """A table of tokens a second and of ours to each, by group."""
+    lines = ["tokens/s (ours / theirs)".ljust(28) + "".join(f"{f'batch {batch}':>18}" for batch in batches)]
+    for group in dict.fromkeys(row.group for row in rows):
+        lines += [group]
+        found = {(row.system, row.batch): row for row in rows if row.group == group}
+        for name in dict.fromkeys(name for name, _ in found):
+            cells = (found[name, batch] for batch in batches)
+            lines += [
+                f"  {name}".ljust(28) + "".join(f"{cell.tokens_per_second:10.1f} ({cell.ratio:5.2f})" for cell in cells)
+            ]
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="a GPT-2 folder; by default random weights of the 345M's shape")
+    parser.add_argument("--batches", type=lambda text: [int(part) for part in text.split(",")], default="1,4,8,16")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=available_cores(), help="by default as the service's")
+    parser.add_argument("--text", type=Path, default=HELD_OUT, help="of which the demo model's perplexity is taken")
+    parser.add_argument("--out", type=Path, help="folder for cpu.json and cpu.txt")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    transformers.logging.set_verbosity_error()
+    about: dict[str, Any] = {
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "threads": arguments.threads,
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+        "prompt": PROMPT_TOKENS,
+        "new": NEW_TOKENS,
+    }
+    with given_or_random(arguments.model) as folder, tempfile.TemporaryDirectory() as scratch:
+        most = max(arguments.batches)
+        has_llama_cpp = all(map(importlib.util.find_spec, ("gguf", "llama_cpp")))
+        files: dict[str, Path] = {}
+        if has_llama_cpp:  # first, as it takes the weights' memory several times
+            from bench.gguf_model import VERSION, write_gguf
+
+            about["llama_cpp_python"] = VERSION
+            files = {kind: write_gguf(folder, Path(scratch) / f"{kind}.gguf", kind) for kind in ("F16", "Q8_0")}
+        rows: list[Row] = []
+        for dtype, peers, kind in GROUPS:
+            systems = {f"ours {dtype}": ours(folder, dtype, most)}
+            systems |= {f"transformers {peer}": theirs(folder, peer) for peer in peers}
+            if kind in files:
+                systems[f"llama.cpp {kind}"] = llama_cpp(files[kind], threads=arguments.threads, most=most)
+            rows += measure(systems, arguments.batches, arguments.rounds)
+            print("\n".join(report(rows, arguments.batches)), flush=True)
+            systems.clear()
+        costs = accuracy(folder, arguments.text.read_text())
+    lines = [", ".join(f"{name} {value}" for name, value in about.items()), "", *report(rows, arguments.batches), ""]
+    lines += ["dtype       perplexity, demo   random 345M: worst logit, relative error, greedy agreement"]
+    lines += [
+        f"{cost.dtype:11} {cost.perplexity:16.3f} {cost.worst_logit:25.4f} {cost.relative_error:15.2e} "
+        f"{cost.greedy_agreement:17.1%}"
+        for cost in costs
+    ]
+    print("\n".join(lines))
+    if arguments.out is not None:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        (arguments.out / "cpu.txt").write_text("\n".join(lines) + "\n")
+        found = about | {"rows": [asdict(row) for row in rows], "accuracy": [asdict(cost) for cost in costs]}
+        (arguments.out / "cpu.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

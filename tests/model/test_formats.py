@@ -1,0 +1,120 @@
+"""Weight formats on a CPU: what each costs in accuracy, and that no row's result depends on the others'."""
+
+import platform
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from service.model import formats
+from service.model.formats import Format, Int8, Packed, Plain, WeightOnlyInt8, format_for, quantized
+
+CPU = torch.device("cpu")
+# What the relative error of a product of Gaussian numbers may be; 1.2 to 2 times what was measured.
+TOLERANCE = {"float32": 1e-6, "bfloat16": 4e-3, "int8": 1.5e-2, "int8, weights only": 1.5e-2}
+NAMES = tuple(TOLERANCE)
+
+
+def made(name: str) -> Format:
+    if name == "int8, weights only":
+        return WeightOnlyInt8()
+    return format_for(name, CPU)
+
+
+def random(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def relative_error(expected: Tensor, found: Tensor) -> float:
+    return float((found.float() - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("num_rows", [1, 3, 40])
+@pytest.mark.parametrize(("size", "depth"), [(96, 64), (515, 128), (64, 200)])
+def test_products_are_those_of_fp32(name: str, num_rows: int, size: int, depth: int) -> None:
+    """With and without a bias, and the head's in fp32."""
+    weights = made(name)
+    weight, bias = random(size, depth, seed=1), random(size, seed=2)
+    x = random(num_rows, depth, seed=3, dtype=weights.dtype)
+    given, b = weight.to(weights.dtype), bias.to(weights.dtype)
+    found = weights.linear(given, b)(x)
+    assert weights.dtype == found.dtype
+    assert relative_error(F.linear(x.float(), weight, bias), found) < TOLERANCE[name]
+    assert relative_error(F.linear(x.float(), weight), weights.linear(given, None)(x)) < TOLERANCE[name]
+    logits = weights.head(given)(x)
+    assert torch.float32 == logits.dtype
+    assert relative_error(F.linear(x.float(), weight), logits) < TOLERANCE[name]
+
+
+def test_logits_of_16_bits_are_not_rounded_to_them() -> None:
+    """The head of bf16 weights gives what fp32 gives of the same weights and rows, to fp32's own error."""
+    weights = made("bfloat16")
+    weight, x = random(515, 128, seed=1).bfloat16(), random(7, 128, seed=3).bfloat16()
+    assert relative_error(F.linear(x.float(), weight.float()), weights.head(weight)(x)) < 1e-5
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_row_is_the_same_in_any_company(name: str) -> None:
+    """Among rows a thousand times as large or small each is as alone: to the bit with int8, whose sums are exact."""
+    weights = made(name)
+    x = random(24, 256, seed=3) * torch.logspace(-3, 3, 24)[:, None]
+    x = x.to(weights.dtype)
+    product = weights.linear(random(96, 256, seed=1).to(weights.dtype), random(96, seed=2).to(weights.dtype))
+    together = product(x)
+    alone = torch.cat([product(row[None]) for row in x])
+    if isinstance(weights, Int8) and not isinstance(weights, WeightOnlyInt8):
+        assert torch.equal(alone, together)
+    else:
+        bound = {torch.float32: 1e-5, torch.bfloat16: 1e-2}[weights.dtype if name == "float32" else torch.bfloat16]
+        torch.testing.assert_close(alone, together, rtol=bound, atol=bound)
+
+
+def test_int8_of_zeros_and_of_what_is_not_finite() -> None:
+    """A row of zeros gives the bias; a NaN or an infinity is seen in its own row, and in no other."""
+    weights = made("int8")
+    bias = random(96, seed=2)
+    weight = random(96, 64, seed=1)
+    weight[5] = 0
+    x = random(4, 64, seed=3)
+    x[0], x[1, 7], x[2, 9] = 0, torch.nan, torch.inf
+    found = weights.linear(weight, bias)(x)
+    assert torch.equal(bias, found[0])
+    assert not found[1].isfinite().any()
+    assert not found[2].isfinite().any()
+    assert relative_error(F.linear(x[3], weight, bias), found[3]) < TOLERANCE["int8"]
+
+
+def test_quantised_rows_have_scales_of_their_own() -> None:
+    """Each number within half a step of its row's."""
+    weight = random(40, 64, seed=1) * torch.logspace(-4, 4, 40)[:, None]
+    rows, scales = quantized(weight)
+    assert ((rows * scales[:, None] - weight).abs() <= scales[:, None] * 0.5001).all()
+    assert torch.equal(torch.full((40,), 127), rows.int().abs().amax(1))
+
+
+@pytest.mark.skipif(not isinstance(format_for("int8", CPU), Int8), reason="int8 is not oneDNN's here")
+def test_products_that_lose_sums_get_smaller_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where pairs of products are added in 16 bits, activations take 7 bits, of which no pair is too large."""
+    monkeypatch.setattr(formats, "_saturates", lambda: True)
+    weights = Int8()
+    assert 2 * (2 * weights._largest + 1) * 127 < 2**15
+    weight, x = random(96, 64, seed=1), random(5, 64, seed=3)
+    assert relative_error(F.linear(x, weight), weights.linear(weight, None)(x)) < 2 * TOLERANCE["int8"]
+
+
+def test_what_a_setting_means_on_each_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU gets weights as they are; so does a CPU without oneDNN, where int8 goes through torch's own kernel."""
+    for name in ("float32", "bfloat16", "float16"):
+        found = format_for(name, torch.device("cuda"))
+        assert (Plain, name) == (type(found), found.name)
+    assert isinstance(format_for("float16", CPU), Plain)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    for name in ("float32", "bfloat16"):
+        assert isinstance(format_for(name, CPU), Plain)
+    assert isinstance(format_for("int8", CPU), WeightOnlyInt8)
+    monkeypatch.undo()
+    monkeypatch.setattr(platform, "machine", lambda: "arm64")
+    assert isinstance(format_for("int8", CPU), WeightOnlyInt8)
+    assert isinstance(format_for("float32", CPU), Packed) == torch.backends.mkldnn.is_available()
