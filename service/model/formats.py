@@ -244,6 +244,11 @@ def format_for(name: str, device: torch.device) -> Format:
         is_x86 = platform.machine().lower() in ("x86_64", "amd64")
         return Int8() if has_onednn and is_x86 else WeightOnlyInt8()
     dtype: torch.dtype = getattr(torch, name)
-    if on_cpu and has_onednn and dtype in (torch.float32, torch.bfloat16):
+    if on_cpu and has_onednn and (dtype == torch.float32 or (dtype == torch.bfloat16 and _has_bf16())):
         return Packed(dtype)
     return Plain(dtype)
+
+
+def _has_bf16() -> bool:
+    """Whether oneDNN lays out bf16 for this processor: with AVX2 alone it refuses."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

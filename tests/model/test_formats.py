@@ -1,6 +1,9 @@
 """Weight formats on a CPU: what each costs in accuracy, and that no row's result depends on the others'."""
 
+import os
 import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -118,3 +121,31 @@ def test_what_a_setting_means_on_each_device(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(platform, "machine", lambda: "arm64")
     assert isinstance(format_for("int8", CPU), WeightOnlyInt8)
     assert isinstance(format_for("float32", CPU), Packed) == torch.backends.mkldnn.is_available()
+    monkeypatch.setattr(formats, "_has_bf16", lambda: False)
+    assert isinstance(format_for("bfloat16", CPU), Plain)
+
+
+_OLDER = """
+import torch
+from service.model.formats import format_for
+generator = torch.Generator().manual_seed(0)
+weight, x = (torch.rand(shape, generator=generator) for shape in ((256, 512), (9, 512)))  # all of one sign: sums grow
+for name in ("float32", "bfloat16", "int8"):
+    weights = format_for(name, torch.device("cpu"))
+    found = weights.linear(weight.to(weights.dtype), None)(x.to(weights.dtype)).float()
+    expected = x @ weight.T
+    print(name, float((found - expected).norm() / expected.norm()))
+"""
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="of x86")
+@pytest.mark.parametrize(("onednn", "torch_s"), [("AVX2", "avx2"), ("AVX512_CORE", "avx512")])
+def test_older_processors(onednn: str, torch_s: str) -> None:
+    """Without VNNI, and without AVX-512 at all, every format is there and no sum of int8 is lost."""
+    older = {"ONEDNN_MAX_CPU_ISA": onednn, "ATEN_CPU_CAPABILITY": torch_s}
+    done = subprocess.run(
+        [sys.executable, "-c", _OLDER], env=os.environ | older, check=True, capture_output=True, text=True
+    )
+    errors = dict(line.split() for line in done.stdout.splitlines())
+    assert {"float32", "bfloat16", "int8"} == set(errors)
+    assert all(float(error) < TOLERANCE[name] for name, error in errors.items())
