@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_TINY = torch.tensor(1e-30)  # a row's scale at least, so that a row of zeros has one
+
 Product = Callable[[Tensor], Tensor]  # [rows, in] to [rows, out]
 
 
@@ -144,11 +146,10 @@ class _Int8:
     largest: int
 
     def __call__(self, x: Tensor) -> Tensor:
-        scale = x.abs().amax(1, keepdim=True).div_(self.largest)
-        rounded = x.div(scale.clamp(min=torch.finfo(torch.float32).tiny)).round_()
+        scale = torch.add(_TINY, x.abs().amax(1, keepdim=True), alpha=1 / self.largest)
         zero = self.largest + 1
         y: Tensor = torch.ops.onednn.qlinear_pointwise(
-            rounded.add_(zero).to(torch.uint8),
+            x.div(scale).add_(zero + 0.5).to(torch.uint8),  # cut off, which rounds what is positive
             1.0,
             zero,
             self.weight,
