@@ -129,7 +129,8 @@ def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
     """int8 [out, in] and fp32 scales [out]: each row by its own largest number, to -127 .. 127."""
     weight = weight.float()
     scales = weight.abs().amax(1).div_(127).clamp_(min=torch.finfo(torch.float32).tiny)
-    return (weight / scales[:, None]).round_().to(torch.int8), scales
+    # Products read rows, and a weight may be a turned view of its file.
+    return (weight / scales[:, None]).round_().to(torch.int8).contiguous(), scales
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,13 +35,16 @@ def relative_error(expected: Tensor, found: Tensor) -> float:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("num_rows", [1, 3, 40])
+@pytest.mark.parametrize("turned", [False, True], ids=["as it is multiplied", "as transformers' files have it"])
 @pytest.mark.parametrize(("size", "depth"), [(96, 64), (515, 128), (64, 200)])
-def test_products_are_those_of_fp32(name: str, num_rows: int, size: int, depth: int) -> None:
-    """With and without a bias, and the head's in fp32."""
+def test_products_are_those_of_fp32(name: str, num_rows: int, turned: bool, size: int, depth: int) -> None:
+    """With and without a bias, and the head's in fp32; however the weight lies in memory."""
     weights = made(name)
     weight, bias = random(size, depth, seed=1), random(size, seed=2)
     x = random(num_rows, depth, seed=3, dtype=weights.dtype)
     given, b = weight.to(weights.dtype), bias.to(weights.dtype)
+    if turned:
+        given = given.t().contiguous().t()
     found = weights.linear(given, b)(x)
     assert weights.dtype == found.dtype
     assert relative_error(F.linear(x.float(), weight, bias), found) < TOLERANCE[name]
