@@ -29,7 +29,7 @@ def look(page: Visit, name: str) -> None:
     found = Axe().run(page.page, options=AXE).response["violations"]
     told = [(each["id"], [node["html"][:200] for node in each["nodes"]]) for each in found]
     assert [] == told
-    assert page.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert page.page.evaluate("document.documentElement.scrollWidth") <= page.page.viewport_size["width"]
 
 
 @pytest.mark.parametrize("name", LOOKS)
@@ -54,6 +54,9 @@ def test_every_state(server: Server, visit: Visiting, name: str) -> None:
     page.run()
     look(page, f"{name}-error")
     page.set("best_of", "")
+    page.page.check("#compare")
+    look(page, f"{name}-compare-fields")
+    page.page.uncheck("#compare")
     page.page.evaluate("document.querySelectorAll('details').forEach(each => { each.open = false })")
     page.page.check("#compare")
     page.set("seed", "8", pane="b")

@@ -78,9 +78,7 @@ export class Fields {
 
   /** How many of the fields behind the disclosure are set. */
   get numFolded() {
-    return [...this.#fields.entries()].filter(
-      ([name, field]) => !FIRST.includes(name) && name in this.typed && read(field) !== "",
-    ).length;
+    return Object.entries(this.typed).filter(([name, raw]) => !FIRST.includes(name) && raw !== "").length;
   }
 
   suggest(name, options) {
