@@ -24,6 +24,7 @@ from bench.random_model import SHAPE_345M, random_gpt2
 from service.checkpoint.hub import read_config, read_state
 from service.load.report import Panel, chart
 from service.model.batch import SAMPLING, Batch, Runner
+from service.model.formats import format_for
 from service.model.gpt2 import GPT2
 from service.model.memory import block_bytes, make_runner
 
@@ -191,7 +192,8 @@ def load(arguments: argparse.Namespace, dtype: torch.dtype) -> GPT2:
     if arguments.model is None:
         return random_gpt2(dtype=dtype, device=arguments.device)
     config = read_config(arguments.model)
-    return GPT2(config, read_state(arguments.model, config, dtype=dtype, device=arguments.device))
+    weights = format_for(str(dtype).removeprefix("torch."), torch.device(arguments.device))
+    return GPT2(config, read_state(arguments.model, config, dtype=dtype, device=arguments.device), weights)
 
 
 def machine(arguments: argparse.Namespace, dtype: torch.dtype) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import transformers
 from torch import Tensor
 
 from service.model.config import ModelConfig
+from service.model.formats import Format, format_for
 from service.model.gpt2 import GPT2
 from service.serve import DEMO_MODEL
 
@@ -62,7 +63,13 @@ CONFIG_345M = ModelConfig(
 )
 
 
-def gpt2_345m(make: Callable[[str, tuple[int, ...]], Tensor], *, num_layers: int, num_heads: int = 16) -> GPT2:
+def gpt2_345m(
+    make: Callable[[str, tuple[int, ...]], Tensor],
+    *,
+    num_layers: int,
+    num_heads: int = 16,
+    weights: Format | None = None,
+) -> GPT2:
     """The 345M's shape in `num_layers`, of tensors that `make` gives for a name and a shape."""
     config = replace(CONFIG_345M, num_layers=num_layers, num_heads=num_heads)
     hidden, inner = config.hidden_size, config.intermediate_size
@@ -79,15 +86,16 @@ def gpt2_345m(make: Callable[[str, tuple[int, ...]], Tensor], *, num_layers: int
             shapes |= {f"layers.{number}.{name}.{part}": (hidden,) for part in ("weight", "bias")}
         for name, shape in products.items():
             shapes |= {f"layers.{number}.{name}.weight": shape, f"layers.{number}.{name}.bias": shape[:1]}
-    return GPT2(config, {name: make(name, shape) for name, shape in shapes.items()})
+    return GPT2(config, {name: make(name, shape) for name, shape in shapes.items()}, weights)
 
 
 def random_gpt2(*, dtype: torch.dtype, device: str, num_layers: int = 24) -> GPT2:
-    """The 345M's shape with random weights, straight on a device."""
+    """The 345M's shape with random weights, straight on a device, in the format that is served there."""
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(name: str, shape: tuple[int, ...]) -> Tensor:
         mean = 1.0 if name.endswith("norm.weight") else 0.0
         return torch.empty(shape, device=device).normal_(mean, 0.02, generator=generator).to(dtype)
 
-    return gpt2_345m(normal, num_layers=num_layers)
+    weights = format_for(str(dtype).removeprefix("torch."), torch.device(device))
+    return gpt2_345m(normal, num_layers=num_layers, weights=weights)

@@ -101,16 +101,11 @@ class _Half:
 
 
 class Packed:
-    """fp32 or bf16 weights that oneDNN has laid out. AMX and AVX-512's bf16 are used where the processor has them.
-
-    Of 16 bits, keys and values are kept in fp16: what sums them in place (model/bags.py) gives its sums in the dtype
-    of its rows, and fp16 rounds scores eight times finer. Past 65,504 they are infinite, and end their sequence.
-    """
+    """fp32 or bf16 weights that oneDNN has laid out. AMX and AVX-512's bf16 are used where the processor has them."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.name = str(dtype).removeprefix("torch.")
-        self.dtype = dtype
-        self.cache_dtype = dtype if dtype == torch.float32 else torch.float16
+        self.dtype = self.cache_dtype = dtype
 
     def linear(self, weight: Tensor, bias: Tensor | None) -> _Packed:
         return _Packed(torch.ops.mkldnn._reorder_linear_weight(weight, None), bias)

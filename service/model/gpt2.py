@@ -110,9 +110,18 @@ class GPT2:
 
     @property
     def cache_dtype(self) -> torch.dtype:
-        """Of keys and values; where attention is to be in fp32, they are."""
-        upcast = self.config.upcast_attention and self.device.type == "cpu"
-        return torch.float32 if upcast else self.format.cache_dtype
+        """Of keys and values.
+
+        On a CPU fp32 where attention is to be in that, and fp16 instead of bf16: what sums them in place
+        (model/bags.py) gives scores in the dtype of its rows, and fp16 rounds them eight times finer. Past 65,504 they
+        are infinite, and end their sequence.
+        """
+        dtype = self.format.cache_dtype
+        if self.device.type != "cpu":
+            return dtype
+        if self.config.upcast_attention:
+            return torch.float32
+        return torch.float16 if dtype == torch.bfloat16 else dtype
 
     def new_cache(self, *, num_blocks: int, block_size: int) -> KVCache:
         """Empty, for this model's keys and values; as the kernels read it."""
