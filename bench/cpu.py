@@ -1,10 +1,11 @@
 """Tokens a second on a CPU beside transformers' generate and llama.cpp, and what bf16 and int8 cost in accuracy.
 
-python -m bench.cpu [--model FOLDER] [--batches 1,4,8,16] [--rounds 5] [--threads N] [--out FOLDER]
+python -m bench.cpu [--model FOLDER] [--batches 1,4,8,16] [--dtypes int8] [--rounds 5] [--threads N] [--out FOLDER]
 
 The systems of a group generate greedily from the same random prompts, prefill included, in turns: each round runs each
-of them once, so what else the machine does meets all alike. Medians over the rounds. llama.cpp is where the packages
-gguf and llama-cpp-python are (bench/gguf_model.py).
+of them once, so what else the machine does meets all alike. Medians over the rounds. On a machine with other work take
+one thread and compare by the processor's time. llama.cpp is measured where the packages gguf and llama-cpp-python are
+(bench/gguf_model.py).
 """
 
 import argparse
@@ -52,6 +53,7 @@ class Row:
     tokens_per_second: float  # median over the rounds
     range: tuple[float, float]
     ratio: float  # median over the rounds of our tokens a second to these
+    tokens_per_processor_second: float  # median; what other work takes of the cores does not count
     group: str  # what it was measured beside
 
 
@@ -127,16 +129,18 @@ def measure(systems: dict[str, Generate], batches: Sequence[int], rounds: int) -
     """Every system at every batch, in turns; each once before at the first, unmeasured."""
     random = np.random.default_rng(0)
     speeds: dict[tuple[str, int], list[float]] = {(name, batch): [] for name in systems for batch in batches}
+    costs: dict[tuple[str, int], list[float]] = {key: [] for key in speeds}
     for number in range(-1, rounds):
         for batch in batches if number >= 0 else batches[:1]:
             prompts = random.integers(0, 50256, (batch, PROMPT_TOKENS)).tolist()
             for name, generate in systems.items():
-                began = time.perf_counter()
+                began, spent = time.perf_counter(), time.process_time()
                 tokens = generate(prompts)
-                seconds = time.perf_counter() - began
+                seconds, spent = time.perf_counter() - began, time.process_time() - spent
                 assert [len(row) for row in tokens] == [NEW_TOKENS] * batch, name
                 if number >= 0:
                     speeds[name, batch].append(batch * NEW_TOKENS / seconds)
+                    costs[name, batch].append(batch * NEW_TOKENS / spent)
     own = next(iter(systems))
     return [
         Row(
@@ -145,6 +149,7 @@ def measure(systems: dict[str, Generate], batches: Sequence[int], rounds: int) -
             statistics.median(found),
             (min(found), max(found)),
             statistics.median(ours / theirs for ours, theirs in zip(speeds[own, batch], found, strict=True)),
+            statistics.median(costs[name, batch]),
             f"{own}, in turns",
         )
         for (name, batch), found in speeds.items()
@@ -194,24 +199,24 @@ def _lines(path: str) -> list[str]:
 
 
 def report(rows: Sequence[Row], batches: Sequence[int]) -> list[str]:
-    """A table of tokens a second and of ours to each, by group."""
-    lines = ["tokens/s (ours / theirs)".ljust(28) + "".join(f"{f'batch {batch}':>18}" for batch in batches)]
-    for group in dict.fromkeys(row.group for row in rows):
-        lines += [group]
-        found = {(row.system, row.batch): row for row in rows if row.group == group}
-        for name in dict.fromkeys(name for name, _ in found):
-            cells = (found[name, batch] for batch in batches)
-            lines += [
-                f"  {name}".ljust(28) + "".join(f"{cell.tokens_per_second:10.1f} ({cell.ratio:5.2f})" for cell in cells)
-            ]
-    best = {
-        batch: max(row.tokens_per_second for row in rows if row.batch == batch and "transformers" in row.system)
-        for batch in batches
-    }
-    lines += ["to transformers' best of all groups"]
-    for name in dict.fromkeys(row.system for row in rows if row.system.startswith("ours")):
-        speeds = {row.batch: row.tokens_per_second for row in rows if row.system == name}
-        lines += [f"  {name}".ljust(28) + "".join(f"{speeds[batch] / best[batch]:17.2f} " for batch in batches)]
+    """Tables of tokens a second, and a second of a processor's time, and of ours to each, by group."""
+    lines: list[str] = []
+    for title in ("tokens a second (ours / theirs)", "tokens a processor's second (ours / theirs)"):
+        lines += ["", title.ljust(46) + "".join(f"{f'batch {batch}':<18}" for batch in batches)]
+        for group in dict.fromkeys(row.group for row in rows):
+            found = {(row.system, row.batch): row for row in rows if row.group == group}
+            names = list(dict.fromkeys(name for name, _ in found))
+            lines += [group]
+            for name in names:
+                cells = []
+                for batch in batches:
+                    row = found[name, batch]
+                    cell = (row.tokens_per_second, row.ratio)
+                    if "processor" in title:
+                        cost = row.tokens_per_processor_second
+                        cell = (cost, found[names[0], batch].tokens_per_processor_second / cost)
+                    cells.append("{:10.1f} ({:5.2f})".format(*cell))
+                lines += [f"  {name}".ljust(38) + "".join(cells)]
     return lines
 
 
@@ -219,6 +224,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="a GPT-2 folder; by default random weights of the 345M's shape")
     parser.add_argument("--batches", type=lambda text: [int(part) for part in text.split(",")], default="1,4,8,16")
+    parser.add_argument("--dtypes", type=lambda text: text.split(","), default=",".join(DTYPES), help="of ours")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=available_cores(), help="by default as the service's")
     parser.add_argument("--text", type=Path, default=HELD_OUT, help="of which the demo model's perplexity is taken")
@@ -248,6 +254,8 @@ def main() -> None:
             files = {kind: write_gguf(folder, Path(scratch) / f"{kind}.gguf", kind) for kind in ("F16", "Q8_0")}
         rows: list[Row] = []
         for dtype, peer, kind in GROUPS:
+            if dtype not in arguments.dtypes:
+                continue
             systems = {f"ours {dtype}": ours(folder, dtype, most), f"transformers {peer}": theirs(folder, peer)}
             if kind in files:
                 systems[f"llama.cpp {kind}"] = llama_cpp(files[kind], threads=arguments.threads, most=most)
