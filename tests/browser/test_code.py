@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from playwright.sync_api import expect
 
 from tests.browser.conftest import KEY, Visit, Visiting, complete
 from tests.service.server import Server, Streamed
@@ -21,6 +22,7 @@ def fill(page: Visit, **more: str) -> None:
 
 
 def code(page: Visit, language: str) -> str:
+    expect(page.page.locator("pre code")).not_to_be_empty()  # unfolding is told a moment later
     page.page.get_by_label(language, exact=True).check()
     found = page.page.text_content("pre code")
     assert found is not None
