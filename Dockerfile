@@ -28,7 +28,7 @@ RUN case "$DEVICE" in \
     && /opt/pip/bin/pip --python /opt/venv/bin/python install -r dependencies.txt -c requirements.lock \
     && find /opt/venv/lib/python3*/site-packages/torch \
         \( -path '*/torch/include/*' -o -path '*/torch/test/*' -o -path '*/torch/bin/*' ! -name torch_shm_manager \) -delete
-COPY README.md LICENSE ./
+COPY README.md LICENSE THIRD_PARTY_NOTICES.md ./
 COPY service service
 # Beside the dependencies, so that the service is a layer of its own: a change of code does not move torch again.
 RUN /opt/pip/bin/pip --python /opt/venv/bin/python install --no-deps --root /opt/service .

@@ -100,10 +100,10 @@ image:  ## the container image, megatron-gpt2; with DEVICE=gpu megatron-gpt2:gpu
 
 # What the wheel declares and no more, at the pins.
 .venv-package/ready: requirements.lock .venv/ready
-	rm -rf .venv-package build dist
+	rm -rf .venv-package build
 	$(PYTHON) -m venv .venv-package
-	.venv/bin/python -m build --no-isolation --outdir dist .
-	.venv-package/bin/pip install --quiet --disable-pip-version-check -c requirements.lock dist/*.whl
+	.venv/bin/python -m build --no-isolation --outdir .venv-package/dist .
+	.venv-package/bin/pip install --quiet --disable-pip-version-check -c requirements.lock .venv-package/dist/*.whl
 	touch .venv-package/ready
 
 .venv-deploy/ready: requirements-deploy.lock

@@ -34,14 +34,14 @@ _EPILOG = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the process's exit code. 2 is a mistake in what was asked, told in one line."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments and arguments[0] == "bench":  # it has no settings, and a parser of its own
-        from service.load.command import main as bench
-
-        return bench(arguments[1:])
-    given = vars(_parser().parse_args(arguments))
-    command = given.pop("command")
-    own = {name: given.pop(name) for name in _OWN.get(command, ()) if name in given}
     try:
+        if arguments and arguments[0] == "bench":  # it has no settings, and a parser of its own
+            from service.load.command import main as bench
+
+            return bench(arguments[1:])
+        given = vars(_parser().parse_args(arguments))
+        command = given.pop("command")
+        own = {name: given.pop(name) for name in _OWN.get(command, ()) if name in given}
         return _run(command, load(given), own)
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

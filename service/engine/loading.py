@@ -218,10 +218,6 @@ def _compute(
     name = config.dtype
     if name == "auto":
         name = model_config.dtype if device.type == "cuda" else "float32"
-    if name == "int8" and device.type != "cpu":
-        raise DeviceError(
-            f"dtype: int8 weights are for a CPU, and the device is {device}; choose another, or device cpu"
-        )
     weights = format_for(name, device)
     report("load", 0.0)
     reading: dict[str, Any] = {

@@ -31,6 +31,7 @@ def evaluate(settings: Settings, *, task: str, options: Mapping[str, Any]) -> in
     log_quietly(settings)
     out = Path(options.get("out", f"eval-{task}.json"))
     try:
+        _check_files("FILE" if task == "text" else "--data", options["data"], out)
         with closing(_scorer(settings, options)) as scorer:
             asked = _task(task, options, scorer)
             report = _run(asked, scorer, out)
@@ -39,6 +40,16 @@ def evaluate(settings: Settings, *, task: str, options: Mapping[str, Any]) -> in
     except EvaluationError as error:
         raise SettingsError(str(error)) from error
     return 0
+
+
+def _check_files(flag: str, data: Path, out: Path) -> None:
+    """What can be seen before a model is loaded. Raises EvaluationError."""
+    if not out.name or out.is_dir():
+        raise EvaluationError(f"--out: {out}: must be a file")
+    try:
+        data.open("rb").close()
+    except OSError as error:
+        raise EvaluationError(f"{flag}: {data}: {error.strerror}") from error
 
 
 def _scorer(settings: Settings, options: Mapping[str, Any]) -> Scorer:
@@ -109,9 +120,10 @@ def _run(task: Task, scorer: Scorer, out: Path) -> dict[str, Any]:
 
 def _write(out: Path, report: Mapping[str, Any]) -> None:
     """Whole or not at all."""
+    unfinished = out.with_name(out.name + ".tmp")
     try:
-        unfinished = out.with_name(out.name + ".tmp")
-        unfinished.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+        unfinished.write_text(json.dumps(report, indent=2) + "\n")
         os.replace(unfinished, out)
     except OSError as error:
+        unfinished.unlink(missing_ok=True)
         raise EvaluationError(f"--out: {out}: {error.strerror}") from error

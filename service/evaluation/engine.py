@@ -17,6 +17,7 @@ from service.engine.request import Finish, Request, SamplingParams
 from service.evaluation.errors import EvaluationError
 from service.evaluation.items import Item, Outcome
 from service.evaluation.tasks import PAPER_SHAPE
+from service.model.batch import DeviceLost
 
 _SCORING = SamplingParams(max_tokens=0, temperature=0.0, num_logprobs=1)
 
@@ -57,7 +58,11 @@ class EngineScorer:
                 scheduler.add(Request(number, item.ids, score_from=item.score_from), _SCORING, patient=True)
             if core.idle:
                 return
-            for delta in core.step():
+            try:
+                deltas = core.step()
+            except DeviceLost as error:
+                raise EvaluationError(f"the device is lost, and the same command goes on from here: {error}") from error
+            for delta in deltas:
                 if delta.finish is Finish.ERROR:
                     raise EvaluationError(f"the engine failed: {delta.error}")
                 scores = delta.prompt_logprobs
@@ -72,9 +77,12 @@ class EngineScorer:
 
 
 def _digest(folder: Path) -> str:
-    """SHA-256 over the model's config and weights."""
+    """SHA-256 over the model's config, tokenizer and weights."""
     digest = hashlib.sha256()
-    for file in (folder / "config.json", *sorted(folder.glob("*.safetensors"))):
+    names = ("config.json", "tokenizer.json", "vocab.json", "merges.txt")
+    for file in (*(folder / name for name in names), *sorted(folder.glob("*.safetensors"))):
+        if not file.exists():
+            continue
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()

@@ -20,7 +20,7 @@ class Journal:
             is_new = not file.exists()
             known = b"" if is_new else file.read_bytes()
             whole = known[: known.rfind(b"\n") + 1] or head
-            if not whole.startswith(head):
+            if not whole.startswith(head) or not (known.startswith(head) or head.startswith(known)):
                 raise EvaluationError(
                     f"--out: {file}: is of an evaluation of something else; take it away, or give another --out"
                 )

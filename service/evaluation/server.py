@@ -26,9 +26,10 @@ _MOST_TRIES = 10  # four minutes: an engine that is restarted takes less
 _LONGEST_WAIT = 60.0  # seconds before the next try
 _SECONDS = 600.0  # for one answer, which other clients may have to come before
 _BUSY = (429, 503)
+_TOO_LARGE = (400, 413)  # items or bytes; what is wrong otherwise is so in smaller requests, too
 _BROKEN = (500, 502, 504)  # an engine or a proxy that broke down meanwhile
+_Task = asyncio.Task[tuple[list[tuple[int, Outcome]], float]]  # outcomes, and the seconds that they took
 _PROBE = "The naïve cat's 12,345 tails =  日本 \n\n\t👍 <unk> @-@ isn't"
-_PAPER_SIZE = (1024, 50257)  # positions and ids of the 345M
 
 
 class ServerScorer:
@@ -39,8 +40,9 @@ class ServerScorer:
         base = url.rstrip("/").removesuffix("/v1")
         try:
             self._http = httpx.AsyncClient(base_url=base, headers=headers, timeout=_SECONDS)
-        except (httpx.InvalidURL, UnicodeError) as error:
+        except (httpx.InvalidURL, ValueError, ImportError) as error:  # the last two: a proxy of the environment's
             raise EvaluationError(f"--url, --header: {error}") from error
+        self.incomparable: str | None = "the server does not tell its model's shape, which may not be the paper's"
         self._has_answered = False
         self._runner = asyncio.Runner()
         try:
@@ -58,12 +60,11 @@ class ServerScorer:
             fingerprint = self._asked("POST", "/v1/score", _body([Item((0, 0), 1)]))["system_fingerprint"]
         except httpx.UnsupportedProtocol as error:
             raise EvaluationError(f"--url: {error}") from error
-        except (KeyError, TypeError, IndexError) as error:
+        except EvaluationError:
+            raise
+        except (KeyError, TypeError, IndexError, ValueError) as error:
             raise EvaluationError(f"--url: {base}: is no server of ours: its answers lack {error}") from error
         self.model = {"name": name, "fingerprint": fingerprint, "url": base}
-        self.incomparable = None
-        if (self.context_length, known["vocab_size"]) != _PAPER_SIZE:
-            self.incomparable = "the model has another shape than the paper's 345M"
 
     def _check_tokenizer(self, folder: Path, known: Mapping[str, Any]) -> None:
         try:
@@ -78,23 +79,37 @@ class ServerScorer:
         raise EvaluationError(f"--tokenizer: {folder}: gives other ids than the server's tokenizer")
 
     def score(self, items: Iterable[tuple[int, Item]]) -> Iterator[tuple[int, Outcome]]:
-        waiting = iter(items)
+        left = iter(items)
+        again: list[tuple[int, Item]] = []  # of requests that were too large
         loop = self._runner.get_loop()
-        num_items = 1  # a request
-        asked: set[asyncio.Task[tuple[list[tuple[int, Outcome]], float]]] = set()
+        num_items, most = 1, _MOST_ITEMS  # of a request
+        asked: dict[_Task, list[tuple[int, Item]]] = {}
         while True:
-            while len(asked) < _NUM_OPEN and (numbered := list(islice(waiting, num_items))):
-                asked.add(loop.create_task(self._score(numbered)))
+            while len(asked) < _NUM_OPEN:
+                numbered = [*again[:num_items], *islice(left, max(0, num_items - len(again)))]
+                del again[:num_items]
+                if not numbered:
+                    break
+                asked[loop.create_task(self._score(numbered))] = numbered
             if not asked:
                 return
-            done, asked = self._runner.run(_first_of(asked))
-            if failed := [error for task in done if (error := task.exception())]:
-                raise failed[0]
-            for task in done:
-                outcomes, seconds = task.result()
-                num_items = int(len(outcomes) * min(_ANSWER_SECONDS / seconds, 2.0))
-                num_items = min(max(num_items, 1), _MOST_ITEMS)
-                yield from outcomes
+            errors = []
+            for task in self._runner.run(_first_of(asked)):
+                numbered = asked.pop(task)
+                error = task.exception()
+                if isinstance(error, _TooLargeError) and len(numbered) > 1:
+                    again += numbered
+                    most = min(most, len(numbered) // 2)
+                    num_items = min(num_items, most)
+                elif error is not None:
+                    errors.append(error)
+                else:
+                    outcomes, seconds = task.result()
+                    num_items = int(len(outcomes) * min(_ANSWER_SECONDS / seconds, 2.0))
+                    num_items = min(max(num_items, 1), most)
+                    yield from outcomes
+            if errors:
+                raise errors[0]
 
     async def _score(self, numbered: Sequence[tuple[int, Item]]) -> tuple[list[tuple[int, Outcome]], float]:
         """The outcomes, and the seconds that they took."""
@@ -120,7 +135,7 @@ class ServerScorer:
 
         A server that is busy or not ready is asked again, after it has answered once also one that broke down.
         """
-        reason, seconds = "", 0.0
+        reason, seconds, status = "", 0.0, 0
         for attempt in range(_MOST_TRIES):
             await asyncio.sleep(seconds)
             seconds = min(2.0**attempt, _LONGEST_WAIT)
@@ -128,19 +143,21 @@ class ServerScorer:
                 answer = await self._http.request(method, path, json=body)
             except httpx.UnsupportedProtocol:
                 raise
-            except httpx.TransportError as error:
+            except httpx.RequestError as error:
                 reason, try_again = str(error) or type(error).__name__, self._has_answered
             else:
                 if answer.status_code == httpx.codes.OK:
                     self._has_answered = True
                     return _object(answer)
-                reason = f"HTTP {answer.status_code}: {_message(answer)}"
+                status = answer.status_code
+                reason = f"HTTP {status}: {_message(answer)}"
                 try_again = answer.status_code in (*_BUSY, *(_BROKEN if self._has_answered else ()))
                 seconds = max(seconds, _retry_after(answer))
             if not try_again or attempt + 1 == _MOST_TRIES:
                 break
             log.warning("%s: %s; asking again in %.0f s", self._http.base_url.join(path), reason, seconds)
-        raise EvaluationError(f"--url: {self._http.base_url.join(path)}: {reason}")
+        kind = _TooLargeError if status in _TOO_LARGE else EvaluationError
+        raise kind(f"--url: {self._http.base_url.join(path)}: {reason}")
 
     def close(self) -> None:
         """Close its connections, and wait for no answer any more."""
@@ -155,8 +172,13 @@ class ServerScorer:
         await self._http.aclose()
 
 
-async def _first_of(tasks: set[asyncio.Task[Any]]) -> tuple[set[asyncio.Task[Any]], set[asyncio.Task[Any]]]:
-    return await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+class _TooLargeError(EvaluationError):
+    """A request of which the server may take a part."""
+
+
+async def _first_of(tasks: Iterable[_Task]) -> set[_Task]:
+    done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    return done
 
 
 def _body(items: Sequence[Item]) -> dict[str, Any]:

@@ -245,6 +245,11 @@ def _read(file: Path, flag: str) -> tuple[bytes, Figures]:
 
 def _read_text(file: Path, flag: str) -> tuple[str, Figures]:
     content, data = _read(file, flag)
+    if content.startswith(b"\xef\xbb\xbf"):
+        raise EvaluationError(f"{flag}: {file}: line 1: begins with a byte order mark")
+    if (place := content.find(b"\0")) >= 0:  # as in UTF-16
+        line = content[:place].count(b"\n") + 1
+        raise EvaluationError(f"{flag}: {file}: line {line}: has a byte of zeros (byte {place}), which no text has")
     try:
         return content.decode("utf-8"), data
     except UnicodeDecodeError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -119,15 +120,23 @@ def knee_of(rows: Sequence[Figures]) -> int | None:
 
     Of clients, the fewest that get nine tenths of the most; of a rate, the highest that is kept up with.
     """
-    if len(rows) < 2:
+    rows = [row for row in rows if not row.interrupted]
+    loads = [row.level.load for row in rows]
+    if len(rows) < 2 or loads != sorted(set(loads)):
         return None
     if rows[0].level.loop == "open":
-        kept = [row.requests_per_second >= _KEPT_UP * row.level.load for row in rows]
+        kept = [_keeps_up(row) for row in rows]
         return None if all(kept) or not kept[0] else kept.index(False) - 1
     throughput = [row.tokens_per_second for row in rows]
     if not is_flat(rows):
         return None
     return next(place for place, rate in enumerate(throughput) if rate >= _NEAR_MOST * max(throughput))
+
+
+def _keeps_up(row: Figures) -> bool:
+    """Whether as many requests are answered as arrive, but for the chance in how many arrive (Poisson's, twice)."""
+    expected = row.level.load * row.seconds
+    return row.requests_per_second * row.seconds >= _KEPT_UP * expected - 2 * math.sqrt(expected)
 
 
 def is_flat(rows: Sequence[Figures]) -> bool:

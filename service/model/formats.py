@@ -112,7 +112,8 @@ class Packed:
 
     def head(self, weight: Tensor) -> Product:
         """oneDNN gives bf16 of bf16, too coarse for logits: in 16 bits FBGEMM's product, where torch has it."""
-        if self.dtype != torch.float32 and "fbgemm" in torch.backends.quantized.supported_engines:
+        has_fbgemm = "fbgemm" in torch.backends.quantized.supported_engines
+        if self.dtype != torch.float32 and has_fbgemm and _fits_half(weight):
             return _Half(torch.ops.quantized.linear_prepack_fp16(weight.float(), None))
         return _Widened(self.linear(weight.float(), None))
 
@@ -184,7 +185,12 @@ class Int8:
         return self.linear(weight, None)
 
     def embedding(self, weight: Tensor) -> Tensor:
-        return weight.half() if weight.dtype == torch.float32 else weight
+        return weight.half() if weight.dtype == torch.float32 and _fits_half(weight) else weight
+
+
+def _fits_half(weight: Tensor) -> bool:
+    """Whether fp16 holds its numbers."""
+    return bool(weight.abs().max() <= torch.finfo(torch.float16).max)
 
 
 def _saturates() -> bool:
@@ -235,11 +241,12 @@ class WeightOnlyInt8(Int8):
 def format_for(name: str, device: torch.device) -> Format:
     """What `name` (float32, bfloat16, float16, int8) means on a device; on a GPU there is no int8."""
     on_cpu = device.type == "cpu"
-    has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    # On other processors oneDNN's products are of other libraries, with which nothing here has been run.
+    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    has_onednn = is_x86 and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     if name == "int8":
         assert on_cpu
-        is_x86 = platform.machine().lower() in ("x86_64", "amd64")
-        return Int8() if has_onednn and is_x86 else WeightOnlyInt8()
+        return Int8() if has_onednn else WeightOnlyInt8()
     dtype: torch.dtype = getattr(torch, name)
     if on_cpu and has_onednn and (dtype == torch.float32 or (dtype == torch.bfloat16 and _has_bf16())):
         return Packed(dtype)

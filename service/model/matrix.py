@@ -14,6 +14,7 @@ class Matrix:
     """A matrix [N, K], its bias [N], and the layer norm that stands before it, if one does."""
 
     def __init__(self, weight: Tensor, bias: Tensor, *, activation: str, norm: LayerNorm | None = None) -> None:
+        assert weight.is_contiguous(), "kernels read rows, whatever the strides say"
         self.weight = weight
         self.bias = bias
         self._activation = activation

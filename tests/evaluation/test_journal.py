@@ -45,8 +45,12 @@ def test_whatever_was_being_written_is_dropped(file: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b'{"task": "other"}\n', "of something else"), (b"hello\nworld\n", "of something else")],
-    ids=["other", "text"],
+    [
+        (b'{"task": "other"}\n', "of something else"),
+        (b"hello\nworld\n", "of something else"),
+        (b"hello", "of something else"),
+    ],
+    ids=["other", "text", "a line without an end"],
 )
 def test_what_is_of_something_else_is_left_alone(tmp_path: Path, content: bytes, message: str) -> None:
     """An error names the file and the flag, and the file stays as it is."""

@@ -133,9 +133,21 @@ def test_files_that_cannot_be_read(tmp_path: Path, tokenizer: Tokenizer, name: s
 
 
 @pytest.mark.parametrize("task", [wikitext103, text])
-def test_a_wrong_encoding_is_named_by_its_line(tmp_path: Path, tokenizer: Tokenizer, task: type[Task]) -> None:
-    file = write(tmp_path, b"one two\nthree\ncaf\xe9 four\n", "wiki.test.tokens")
-    with pytest.raises(EvaluationError, match=f"{file}: line 3: is not UTF-8"):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"one two\nthree\ncaf\xe9 four\n", "line 3: is not UTF-8"),
+        ("one\ntwo".encode("utf-16-le"), "line 1: has a byte of zeros"),
+        ("one\ntwo".encode("utf-16"), "line 1: has a byte of zeros"),
+        ("one".encode("utf-8-sig"), "line 1: begins with a byte order mark"),
+    ],
+    ids=["latin-1", "utf-16 without a mark", "utf-16", "utf-8 with a mark"],
+)
+def test_a_wrong_encoding_is_named_by_its_line(
+    tmp_path: Path, tokenizer: Tokenizer, task: type[Task], content: bytes, message: str
+) -> None:
+    file = write(tmp_path, content, "wiki.test.tokens")
+    with pytest.raises(EvaluationError, match=f"{file}: {message}"):
         task(file, tokenizer, context_length=CONTEXT)
 
 

@@ -110,10 +110,17 @@ def test_nothing_measured_has_no_figures() -> None:
 
 
 def levels(loop: str, rates: dict[float, float]) -> list[Figures]:
-    """By load: tokens and requests a second."""
+    """By load, which is negative where it was interrupted: tokens and requests a second."""
     nothing = figures_of(Level("closed", 1), PLAN, [Tally(100, 110)], interrupted=False)
     return [
-        replace(nothing, level=Level(loop, load), tokens_per_second=rate, requests_per_second=rate)  # type: ignore[arg-type]
+        replace(
+            nothing,
+            level=Level(loop, abs(load)),  # type: ignore[arg-type]
+            seconds=20,
+            tokens_per_second=rate,
+            requests_per_second=rate,
+            interrupted=load < 0,
+        )
         for load, rate in rates.items()
     ]
 
@@ -126,8 +133,11 @@ def levels(loop: str, rates: dict[float, float]) -> list[Figures]:
         ("closed", {1: 10, 2: 20, 4: 40}, None),  # it goes on rising
         ("closed", {1: 10}, None),
         ("closed", {1: 10, 2: 10}, 0),
+        ("closed", {1: 10, 2: 20, 4: 39, -8: 0}, None),
+        ("closed", {64: 40, 1: 10}, None),
         ("open", {5: 5, 10: 9.9, 20: 12}, 1),
         ("open", {5: 5, 10: 9.9}, None),
+        ("open", {1: 0.7, 2: 1.5, 4: 3.3}, None),  # as few may come by chance
         ("open", {5: 3, 10: 3}, None),  # even the least is too much
     ],
 )

@@ -54,6 +54,15 @@ def test_products_are_those_of_fp32(name: str, num_rows: int, turned: bool, size
     assert relative_error(F.linear(x.float(), weight), logits) < TOLERANCE[name]
 
 
+def test_numbers_past_fp16_are_kept() -> None:
+    """Nothing is cut at 65,504 where a format keeps something in fp16: bf16's head, and int8's embeddings."""
+    weight = random(40, 64, seed=1)
+    weight[3, 5] = 1e5
+    x = random(2, 64, seed=2)
+    assert relative_error(F.linear(x.bfloat16().float(), weight), made("bfloat16").head(weight)(x.bfloat16())) < 1e-2
+    assert made("int8").embedding(weight).isfinite().all()
+
+
 def test_logits_of_16_bits_are_not_rounded_to_them() -> None:
     """The head of bf16 weights gives what fp32 gives of the same weights and rows, to fp32's own error."""
     weights = made("bfloat16")
@@ -100,7 +109,7 @@ def test_quantised_rows_have_scales_of_their_own() -> None:
     assert torch.equal(torch.full((40,), 127), rows.int().abs().amax(1))
 
 
-@pytest.mark.skipif(not isinstance(format_for("int8", CPU), Int8), reason="int8 is not oneDNN's here")
+@pytest.mark.skipif(type(format_for("int8", CPU)) is not Int8, reason="int8 is not oneDNN's here")
 def test_products_that_lose_sums_get_smaller_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where pairs of products are added in 16 bits, activations take 7 bits, of which no pair is too large."""
     monkeypatch.setattr(formats, "_saturates", lambda: True)
@@ -121,11 +130,14 @@ def test_what_a_setting_means_on_each_device(monkeypatch: pytest.MonkeyPatch) ->
         assert isinstance(format_for(name, CPU), Plain)
     assert isinstance(format_for("int8", CPU), WeightOnlyInt8)
     monkeypatch.undo()
+    if platform.machine() == "x86_64" and torch.backends.mkldnn.is_available():
+        assert isinstance(format_for("float32", CPU), Packed)
+    with monkeypatch.context() as older:
+        older.setattr(formats, "_has_bf16", lambda: False)
+        assert isinstance(format_for("bfloat16", CPU), Plain)
     monkeypatch.setattr(platform, "machine", lambda: "arm64")
-    assert isinstance(format_for("int8", CPU), WeightOnlyInt8)
-    assert isinstance(format_for("float32", CPU), Packed) == torch.backends.mkldnn.is_available()
-    monkeypatch.setattr(formats, "_has_bf16", lambda: False)
-    assert isinstance(format_for("bfloat16", CPU), Plain)
+    for name, kind in (("float32", Plain), ("bfloat16", Plain), ("int8", WeightOnlyInt8)):
+        assert isinstance(format_for(name, CPU), kind)
 
 
 _OLDER = """

@@ -54,7 +54,9 @@ Load = Callable[[torch.dtype], GPT2]
 def read(folder: Path, config: ModelConfig, dtype: torch.dtype) -> GPT2:
     """The model there, with queries and keys large enough that attention looks somewhere."""
     state = read_state(folder, config, dtype=dtype, device="cuda" if ON_GPU else "cpu")
-    return GPT2(config, {name: tensor * 20 if "qkv.weight" in name else tensor for name, tensor in state.items()})
+    # On a CPU they may be views of the file, turned and not to be written to; kernels read rows.
+    copies = {name: tensor * (20 if "qkv.weight" in name else 1) for name, tensor in state.items()}
+    return GPT2(config, {name: tensor.contiguous() for name, tensor in copies.items()})
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ FILE = ROOT / "THIRD_PARTY_NOTICES.md"
 _PYTHON = ROOT / ".venv-package" / "bin" / "python"
 _LICENSES = ROOT / ".venv" / "bin" / "pip-licenses"
 _OWN = {"megatron-gpt2", "pip", "setuptools"}
+_OF_GPUS = ("nvidia-", "cuda-", "triton")
 _HEAD = """\
 # Third-party notices
 
@@ -26,7 +27,8 @@ Written by `make notices`.
 ## Installed with it
 
 The packages that its dependencies bring, at the pins of `requirements.lock`, without extras, by what they say of
-themselves. None of their files is in the package; the image has them.
+themselves, with torch for CPUs; torch for NVIDIA GPUs brings NVIDIA's libraries, under licences of their own, and
+Triton (MIT). None of their files is in the package; the image has them.
 
 | package | licence | home |
 | --- | --- | --- |
@@ -39,7 +41,12 @@ def installed() -> list[dict[str, Any]]:
     found = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     packages: list[dict[str, Any]] = json.loads(found)
     return sorted(
-        (package for package in packages if package["Name"].lower() not in _OWN), key=lambda one: one["Name"].lower()
+        (
+            package
+            for package in packages
+            if package["Name"].lower() not in _OWN and not package["Name"].lower().startswith(_OF_GPUS)
+        ),
+        key=lambda one: one["Name"].lower(),
     )
 
 
