@@ -255,8 +255,9 @@ class EngineClient:
     def _up(self, engine: EngineHandle, model: ModelInfo) -> None:
         if self._failed is None:
             self._on_up(engine.number, model)
+        self._move_unstarted(engine)  # of its process before; first, since what others had may come to it now
         for other in self.engines:
-            if other is engine or not other.ready:
+            if not other.ready:
                 self._move_unstarted(other)
 
     def _lost(self, engine: EngineHandle) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from service.engine.channel import Channel, ChannelClosed, frame
@@ -208,6 +208,7 @@ async def live(moves: list[tuple[str, int | list[int]]]) -> None:
 
 @settings(deadline=None, max_examples=150)
 @given(st.lists(_MOVES, max_size=40))
+@example([("submit", [1]), ("die", 1), ("die", 0), ("start", 1)])
 def test_every_request_ends_once_under_any_deaths(moves: list[tuple[str, int | list[int]]]) -> None:
     """What an engine had begun ends with an error at its death; all else is answered, by whoever is there first."""
     asyncio.run(live(moves))
