@@ -98,7 +98,7 @@ def test_with_the_keyboard_alone(server: Server, visit: Visiting) -> None:
     press("Control+A")
     page.page.keyboard.type(PROMPT)
     press("Control+Enter")
-    expect(page.page.locator("#status")).to_contain_text("is done: 24 tokens")
+    expect(page.page.locator("#status")).to_contain_text("Done: 24 tokens")
     for _ in range(60):
         press("Tab")
         if page.page.evaluate(f"{focused}.classList.contains('token')"):
@@ -129,7 +129,9 @@ def test_with_the_keyboard_alone(server: Server, visit: Visiting) -> None:
     expect(page.page.locator("#alternatives .here")).to_be_focused()
     press("ArrowUp" if rows.last.evaluate(f"row => row === {focused}") else "ArrowDown")
     press("Enter")
+    expect(tokens.nth(1)).to_be_focused()
     page.wait_done()
+    expect(tokens.nth(1)).to_be_focused()
     assert 2 + 24 == tokens.count()
     assert "taken" in tokens.nth(1).get_attribute("class")
 

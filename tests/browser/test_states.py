@@ -3,7 +3,9 @@
 import re
 import signal
 import time
+from typing import Any
 
+import pytest
 from playwright.sync_api import expect
 
 from tests.browser.conftest import PROMPT, Visiting, complete
@@ -77,3 +79,23 @@ def test_behind_a_path_prefix(server: Server, visit: Visiting) -> None:
         assert url + "docs" == page.page.evaluate("document.querySelector('.tools a').href")
         page.check()
         page.page.close()
+
+
+ODD = [
+    {"status": 200, "content_type": "text/html", "body": "<html>a login page</html>"},
+    {"status": 503, "content_type": "text/html", "body": "<html>"},
+    {"status": 503, "content_type": "application/json", "body": "null"},
+    {"status": 200, "content_type": "application/json", "body": '{"ph'},
+    {"status": 200, "content_type": "application/json", "body": "null"},
+]
+
+
+@pytest.mark.parametrize("answer", ODD, ids=str)
+def test_an_odd_answer_does_not_end_the_asking(server: Server, visit: Visiting, answer: dict[str, Any]) -> None:
+    """Of a proxy, or cut off: the next one is asked for, and shown."""
+    page = visit(server)
+    page.page.route("**/readyz", lambda route: route.fulfill(**answer), times=1)
+    page.page.route("**/metrics", lambda route: route.fulfill(status=502), times=1)
+    expect(page.page.locator("#load")).to_be_hidden()
+    expect(page.page.locator("#load")).to_be_visible()
+    page.wait_ready()

@@ -92,7 +92,7 @@ def test_stop_aborts_the_request(scripted: Server, visit: Visiting, how: str) ->
     wait_metric(scripted, "requests_running", 0)
     if how != "gone":
         expect(page.page.locator(".figures")).to_contain_text("Stopped")
-        expect(page.page.locator("#status")).to_contain_text("stopped")
+        expect(page.page.locator("#status")).to_contain_text("Stopped")
         assert 3 < page.page.locator(".token").count() < LONGEST["max_tokens"]
         page.set("max_tokens", "3")
         page.run()
@@ -286,3 +286,75 @@ def test_the_load_is_shown_while_the_page_is_seen(scripted: Server, visit: Visit
     expect(page.page.locator("#running")).to_have_text("0")
     assert before < len(page.requests)
     assert 200 == httpx.get(f"{scripted.url}/readyz").status_code
+
+
+NOT_OURS = "not one that this service gives"
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        ("text/html", "<html>a login page</html>"),
+        ("application/json", '{"choices": [{"ind'),
+        ("application/json", "null"),
+        ("application/json", '{"object": "list"}'),
+        ("application/json", '{"choices": [null]}'),
+        ("text/event-stream", 'data: {"object": "list"}\n\n'),
+        ("text/event-stream", "data: {\n\n"),
+    ],
+)
+def test_an_answer_that_is_not_of_the_service(server: Server, visit: Visiting, kind: str, body: str) -> None:
+    """It is told as an error, and the page runs no more."""
+    page = visit(server)
+    page.page.route("**/v1/completions", lambda route: route.fulfill(status=200, content_type=kind, body=body), times=1)
+    page.run()
+    expect(page.page.locator(".error")).to_be_visible()
+    if "null]" not in body:
+        expect(page.page.locator(".error")).to_contain_text(NOT_OURS)
+    expect(page.page.locator("#stop")).to_have_attribute("aria-disabled", "true")
+    page.set("max_tokens", "2")
+    page.run()
+    assert 2 == page.page.locator(".token").count()
+    assert page.page.is_hidden(".error")
+
+
+def test_an_alternative_with_a_wrong_field(server: Server, visit: Visiting) -> None:
+    """Nothing is sent, the text stays, and the field is told."""
+    page = visit(server)
+    page.set("max_tokens", "4")
+    page.run()
+    before = page.text()
+    page.set("temperature", "9")
+    page.page.locator(".token").nth(1).click()
+    page.page.locator("#alternatives .row:enabled").last.click()
+    expect(page.page.locator("#a-temperature")).to_be_focused()
+    assert 1 == len(page.sent())
+    assert before == page.text()
+
+
+def test_keys_after_text_without_scores(server: Server, visit: Visiting) -> None:
+    """They go to the last token that has one, which Enter opens."""
+    page = visit(server)
+    page.set("max_tokens", "4")
+    page.run()
+    page.set("logprobs", "")
+    page.page.locator(".token").nth(2).click()
+    page.page.locator("#alternatives .row:enabled").last.click()
+    page.wait_done()
+    expect(page.page.locator(".token").nth(2)).to_be_focused()
+    for key in ("ArrowRight", "End"):
+        page.page.keyboard.press(key)
+        expect(page.page.locator(".token").nth(2)).to_be_focused()
+    page.page.keyboard.press("Enter")
+    expect(page.page.locator("#alternatives")).to_be_visible()
+
+
+def test_a_run_closes_the_alternatives(server: Server, visit: Visiting) -> None:
+    page = visit(server)
+    page.set("max_tokens", "4")
+    page.run()
+    page.page.locator(".token").nth(1).click()
+    expect(page.page.locator("#alternatives")).to_be_visible()
+    page.page.keyboard.press("Control+Enter")
+    expect(page.page.locator("#alternatives")).to_be_hidden()
+    page.wait_done()

@@ -1,6 +1,6 @@
 // The state of the page in its address's fragment, which no server sees: to be kept and handed on. Never the key.
 
-const MAX_PROMPT = 2000; // characters; a longer one stays out
+export const MAX_PROMPT = 2000; // characters; a longer one stays out
 const NOT_SHARED = new Set(["cache_salt", "user"]);
 const DELAY_MS = 300; // browsers let a page write its address a few times a second at most
 

@@ -24,13 +24,18 @@ export class Alternatives {
 
   /** Opens beside `token`, the element of an entry; `take` is called with the name of an alternative that is chosen. */
   open(token, entry, take) {
-    if (this.isOpen) this.#element.hidePopover();
+    this.close();
     this.#token = token;
     this.#element.replaceChildren(...this.#content(entry, take));
     token.classList.add("open");
     this.#element.showPopover();
-    this.#place(token.getClientRects()[0] ?? token.getBoundingClientRect());
+    // A token's first box may be a lone space at the end of the line before.
+    this.#place([...token.getClientRects()].at(-1) ?? token.getBoundingClientRect());
     (this.#element.querySelector("button.here") ?? this.#element.querySelector("button"))?.focus();
+  }
+
+  close() {
+    if (this.isOpen) this.#element.hidePopover();
   }
 
   #content({ name, logprob, top }, take) {

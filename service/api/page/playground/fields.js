@@ -48,16 +48,21 @@ export class Fields {
     }
   }
 
-  /** The fields that are not at their default, by name; null when one is wrong. */
+  /** The fields that are not at their default, by name; null when one is wrong. Marks stay as they are. */
   get values() {
     const values = {};
-    let right = true;
-    for (const name of this.#fields.keys()) {
-      const value = this.#check(name);
-      if (value instanceof Error) right = false;
-      else if (value !== undefined) values[name] = value;
+    for (const [name, field] of this.#fields) {
+      const value = valueOf(field);
+      if (value instanceof Error) return null;
+      if (value !== undefined) values[name] = value;
     }
-    return right ? values : null;
+    return values;
+  }
+
+  /** The same, each field marked anew: what the server said of one is gone. */
+  check() {
+    for (const name of this.#fields.keys()) this.#check(name);
+    return this.values;
   }
 
   /** Marks a field as wrong, by the server's word; false if there is none of that name. */
@@ -84,9 +89,9 @@ export class Fields {
   suggest(name, options) {
     const field = this.#fields.get(name);
     if (!field) return;
-    const list = document.createElement("datalist");
+    const list = field.element.querySelector("datalist") ?? document.createElement("datalist");
     list.id = `${field.control.id}-options`;
-    list.append(...options.map((option) => new Option(option, option)));
+    list.replaceChildren(...options.map((option) => new Option(option, option)));
     field.control.setAttribute("list", list.id);
     field.element.append(list);
   }
@@ -99,18 +104,22 @@ export class Fields {
     this.#changed();
   }
 
-  /** The value, undefined at the default, or the Error that is told beside the field. */
+  /** Tells beside a field what is wrong with it, or nothing. */
   #check(name) {
     const field = this.#fields.get(name);
-    try {
-      if (field.control.validity.badInput) throw new Error("must be a number");
-      const value = parse(read(field), field.about);
-      tell(field, "");
-      return field.about.kind !== "json" && value === field.byDefault ? undefined : value;
-    } catch (error) {
-      tell(field, error.message);
-      return error;
-    }
+    const value = valueOf(field);
+    tell(field, value instanceof Error ? value.message : "");
+  }
+}
+
+/** The value of a field, undefined at the default, or the Error that says what is wrong. */
+function valueOf(field) {
+  try {
+    if (field.control.validity.badInput) throw new Error("must be a number");
+    const value = parse(read(field), field.about);
+    return field.about.kind !== "json" && value === field.byDefault ? undefined : value;
+  } catch (error) {
+    return error;
   }
 }
 

@@ -6,6 +6,7 @@ export class KeyEntry {
   #wrong;
   #service;
   #taken;
+  #trying = false;
 
   /** `taken` is called when a key was entered that the service knows, and when it was forgotten. */
   constructor(dialog, service, taken) {
@@ -33,21 +34,23 @@ export class KeyEntry {
   }
 
   async #try(key) {
-    const before = this.#service.key;
+    if (this.#trying) return;
     if (!/^[\x21-\x7e]+$/.test(key)) {
       this.#tell(key ? "A key has no spaces, and no letters beyond ASCII." : "Enter the key.");
       return;
     }
-    this.#service.key = key;
+    this.#trying = true;
     try {
-      await this.#service.ask("v1/models");
+      await this.#service.ask("v1/models", { key });
     } catch (error) {
       if (error.status === 401 || error.status === 0) {
-        this.#service.key = before;
         this.#tell(error.status === 401 ? "This key is not known here." : error.message);
         return;
       } // 503 while it loads, 429 over the key's quota: the key is known
+    } finally {
+      this.#trying = false;
     }
+    this.#service.key = key;
     this.#dialog.close();
     this.#taken();
   }

@@ -7,6 +7,7 @@ export class Load {
   #service;
   #told;
   #timer = null;
+  #shown = null; // the load that was told last
   #last = null; // generated tokens, and when
   #metricsAllowed = true;
   #busy = false;
@@ -16,6 +17,7 @@ export class Load {
     this.#service = service;
     this.#told = told;
     this.keysOn = false;
+    this.running = false; // the page itself has a request open
     document.addEventListener("visibilitychange", () => this.refresh());
   }
 
@@ -27,20 +29,27 @@ export class Load {
     if (!document.hidden && !this.#busy) this.#ask();
   }
 
+  get #keyUsed() {
+    return this.keysOn && this.#service.key !== null && this.#metricsAllowed;
+  }
+
   async #ask() {
     this.#busy = true;
-    const state = await this.#readiness();
-    const load = await this.#metrics();
-    this.#busy = false;
-    this.#told({ ...state, load });
-    if (document.hidden) return;
-    const wait = !state.ready ? WAIT_MS.loading : this.keysOn && load ? WAIT_MS.keyed : WAIT_MS.ready;
-    this.#timer = setTimeout(() => this.#ask(), wait);
+    let wait = WAIT_MS.loading;
+    try {
+      const state = await this.#readiness();
+      const load = state.ready ? await this.#metrics() : null;
+      if (state.ready) wait = this.#keyUsed ? WAIT_MS.keyed : WAIT_MS.ready;
+      this.#told({ ...state, load });
+    } finally {
+      this.#busy = false;
+      if (!document.hidden) this.#timer = setTimeout(() => this.#ask(), wait);
+    }
   }
 
   async #readiness() {
     try {
-      const { phase } = await (await this.#service.ask("readyz")).json();
+      const { phase } = await this.#service.get("readyz");
       return { ready: true, phase, progress: 1 };
     } catch (error) {
       if (error.status === 0) return { ready: false, phase: "unreachable", progress: 0 };
@@ -51,11 +60,13 @@ export class Load {
 
   async #metrics() {
     if (!this.#metricsAllowed || (this.keysOn && this.#service.key === null)) return null;
+    if (this.keysOn && this.running) return this.#shown; // of the requests that a key may have open it would be one
     let text;
     try {
-      text = await (await this.#service.ask("metrics")).text();
+      text = await this.#service.get("metrics", { as: "text" });
     } catch (error) {
-      this.#metricsAllowed = error.status === 0 || error.status === 503;
+      this.#metricsAllowed = ![401, 403, 404].includes(error.status);
+      this.#shown = null;
       return null;
     }
     const now = performance.now();
@@ -64,12 +75,13 @@ export class Load {
     this.#last = { generated, now };
     // After a restart of the process the count begins anew.
     const rate = before && generated >= before.generated ? (1000 * (generated - before.generated)) / (now - before.now) : 0;
-    return {
+    this.#shown = {
       running: sum(text, "requests_running"),
       waiting: sum(text, "requests_waiting"),
       kv: sum(text, "kv_cache_usage_ratio") / Math.max(1, samples(text, "kv_cache_usage_ratio").length),
       rate,
     };
+    return this.#shown;
   }
 }
 

@@ -17,7 +17,7 @@ export class Pane {
   #prompt = ""; // of the run that is shown
   #echoed = false;
 
-  /** `page` gives `prompt`, `model` and `keysOn`, and is told by `changed`, `announce`, `failed` and `markPrompt`. */
+  /** `page` gives `prompt`, `model`, `keysOn` and `comparing`, and is told by `changed`, `announce`, `failed` and `markPrompt`. */
   constructor(template, { name, schema, definitions, page, service, alternatives }) {
     this.#page = page;
     this.#service = service;
@@ -58,18 +58,32 @@ export class Pane {
 
   /** Asks for a completion of the page's prompt. Returns when it has ended, well or not, or was not begun. */
   async run() {
-    const values = this.fields.values;
-    if (values === null) {
-      this.fields.focusWrong();
-      this.#page.announce("A field is wrong, and nothing was sent.");
-      return;
-    }
+    const values = this.#checked();
+    if (values === null) return;
     this.stop();
+    this.#alternatives.close();
     this.#choices.clear();
     this.#part(".choices").replaceChildren();
     this.#prompt = this.#page.prompt;
     this.#echoed = values.echo === true;
     await this.#follow(bodyOf(this.#prompt, values), { base: 0, into: (index) => this.#choice(index) });
+  }
+
+  /** What the fields say; where one is wrong that is told, and it is null. */
+  #checked() {
+    const values = this.fields.check();
+    if (values === null) {
+      this.fields.focusWrong();
+      this.#page.announce("A field is wrong, and nothing was sent.");
+    }
+    return values;
+  }
+
+  /** Takes the pane off the page. */
+  remove() {
+    this.stop();
+    this.#alternatives.close();
+    this.element.remove();
   }
 
   /** Ends what runs: the connection is closed, and with it the request in the engine. */
@@ -96,7 +110,7 @@ export class Pane {
     this.#tellError(null);
     this.element.classList.add("running");
     this.#show(figures);
-    this.#page.announce(`${this.name} is running.`);
+    this.#announce("Running.");
     this.#page.changed();
     let end = "";
     try {
@@ -106,23 +120,32 @@ export class Pane {
         figures.take(chunk);
         this.#show(figures);
       }
-      end = `${this.name} is done: ${figures.words}.`;
+      end = `Done: ${figures.words}.`;
     } catch (error) {
       if (error.name === "AbortError") {
-        end = `${this.name} was stopped: ${figures.words}.`;
+        end = `Stopped: ${figures.words}.`;
         figures.stopped = true;
       } else if (this.#run === run) {
         this.#failed(error);
       }
+    } finally {
+      if (this.#run === run || this.#run === null) this.#ended(figures, end);
     }
-    if (this.#run !== run && this.#run !== null) return;
+  }
+
+  #ended(figures, end) {
     this.#run = null;
     this.element.classList.remove("running");
     for (const choice of this.#choices.values()) choice.tokens.draw();
     figures.ended = true;
     this.#show(figures);
-    if (end) this.#page.announce(end);
+    if (end) this.#announce(end);
     this.#page.changed();
+  }
+
+  /** Which of two settings it is about needs no word where there is one. */
+  #announce(words) {
+    this.#page.announce(this.#page.comparing ? `${this.name}: ${words}` : words);
   }
 
   #choice(index) {
@@ -144,7 +167,9 @@ export class Pane {
 
   /** Takes an alternative in a token's place, and lets the text go on from there with what the fields say now. */
   async #continue(choice, index, name) {
-    const { best_of: _, echo: __, n: ___, ...values } = this.fields.values ?? {};
+    const checked = this.#checked();
+    if (checked === null) return;
+    const { best_of: _, echo: __, n: ___, ...values } = checked;
     this.stop();
     const base = choice.tokens.take(index, name);
     choice.end("");
@@ -159,7 +184,7 @@ export class Pane {
 
   #failed(error) {
     const told =
-      error.param !== null &&
+      error.param != null && // an error of the page itself has none
       (this.fields.mark(fieldOf(error.param), error.message) || this.#page.markPrompt(error.param, error.message));
     if (told) this.fields.focusWrong();
     this.#tellError(error);
@@ -243,5 +268,5 @@ function bodyOf(prompt, values) {
 
 /** The name of the field that a parameter of an error belongs to, which may be a part of it. */
 function fieldOf(param) {
-  return param.split(/[.[]/)[0];
+  return String(param).split(/[.[]/)[0];
 }

@@ -1,11 +1,11 @@
 // The page: one prompt, one setting or two, and what they are run on. Loaded by playground.html.
-import { Address } from "./address.js";
+import { Address, MAX_PROMPT } from "./address.js";
 import { Alternatives } from "./alternatives.js";
 import { copy } from "./clipboard.js";
 import { KeyEntry } from "./key.js";
 import { Load } from "./load.js";
 import { Pane } from "./pane.js";
-import { Service, ServiceError } from "./service.js";
+import { NOT_OURS, Service, ServiceError } from "./service.js";
 
 const part = (id) => document.getElementById(id);
 
@@ -20,6 +20,8 @@ class Playground {
   #asking = false; // for that
   #refused = false; // until there is another key
   #ready = null;
+  #promptTyped = false;
+  #trouble = ""; // why there is no form
   model = "";
   keysOn = false;
 
@@ -34,6 +36,7 @@ class Playground {
     part("key-button").addEventListener("click", () => this.#key.open());
     part("notice-key").addEventListener("click", () => this.#key.open());
     part("prompt").addEventListener("input", () => {
+      this.#promptTyped = true;
       this.markPrompt("prompt", "");
       this.#panes.forEach((pane) => pane.refresh());
       this.changed();
@@ -52,7 +55,16 @@ class Playground {
     return this.#panes.some((pane) => pane.running);
   }
 
+  get comparing() {
+    return this.#panes.length > 1;
+  }
+
   async run() {
+    if (!this.#form) {
+      if (part("notice").hidden) this.announce("The service has not told its fields yet.");
+      else this.#key.open();
+      return;
+    }
     if (this.#ready === false) {
       this.announce("The model is not ready yet.");
       return;
@@ -68,12 +80,13 @@ class Playground {
   // What panes tell
 
   changed() {
+    this.#load.running = this.running;
     part("stop").setAttribute("aria-disabled", String(!this.running));
     document.body.classList.toggle("running", this.running);
     if (this.#panes.length) this.#address.write({ prompt: this.prompt, panes: this.#panes.map((pane) => pane.fields.typed) });
   }
 
-  /** For whoever does not see the page. */
+  /** Beside the buttons, and to whoever does not see the page. */
   announce(words) {
     part("status").textContent = words;
   }
@@ -102,18 +115,23 @@ class Playground {
     if (this.#form || this.#asking || this.#refused) return;
     this.#asking = true;
     try {
-      const { components } = await (await this.#service.ask("openapi.json")).json();
+      const { components } = await this.#service.get("openapi.json");
+      if (!components?.schemas?.CompletionRequest) throw new ServiceError(NOT_OURS);
       this.#needKey("securitySchemes" in components && this.#service.key === null);
       this.keysOn = "securitySchemes" in components;
       this.#form = { schema: components.schemas.CompletionRequest, definitions: components.schemas };
       this.#restore();
       this.#name();
+      if (part("status").textContent === this.#trouble) this.announce("");
+      part("compare").disabled = part("share").disabled = false;
+      this.#tellRun();
     } catch (error) {
       if (error.status === 401) {
         this.keysOn = true;
         this.#refused = true;
         this.#needKey(true, this.#service.key === null ? "" : "The key is not known here.");
       } else if (error instanceof ServiceError) {
+        this.#trouble = error.message;
         this.announce(error.message); // it is tried again when the service answers
       } else {
         throw error;
@@ -122,7 +140,18 @@ class Playground {
       this.#asking = false;
       this.#load.keysOn = this.keysOn;
       part("key-button").hidden = !this.keysOn;
+      this.#offerReference();
     }
+  }
+
+  /** A link has no key to send: where keys are on, /docs is linked if it is among the open routes. */
+  async #offerReference() {
+    const open = !this.keysOn || (await this.#service.ask("docs", { key: null }).then(Boolean, () => false));
+    part("reference").hidden = !open;
+  }
+
+  #tellRun() {
+    part("run").setAttribute("aria-disabled", String(!(this.#form && this.#ready)));
   }
 
   #needKey(needed, message = "") {
@@ -142,7 +171,7 @@ class Playground {
   /** Learns what the model is called. */
   async #name() {
     try {
-      const { data } = await (await this.#service.ask("v1/models")).json();
+      const { data } = await this.#service.get("v1/models");
       this.model = data[0].id;
       part("model").textContent = `${this.model} · ${data[0].max_model_len.toLocaleString("en")} tokens of context`;
       this.#panes.forEach((pane) => {
@@ -162,7 +191,7 @@ class Playground {
     const bar = part("progress");
     bar.hidden = ready || !(progress > 0 && progress < 1);
     bar.value = progress;
-    part("run").setAttribute("aria-disabled", String(!ready));
+    this.#tellRun();
     part("load").hidden = load === null;
     if (load !== null) {
       part("running").textContent = load.running;
@@ -180,7 +209,8 @@ class Playground {
     const { prompt, panes } = this.#address.read();
     if (!this.#form) return;
     const [example] = this.#form.schema.properties.prompt.examples ?? [""];
-    part("prompt").value = prompt ?? (this.#panes.length ? this.prompt : example);
+    if (this.#panes.length) part("prompt").value = prompt ?? this.prompt;
+    else if (!this.#promptTyped) part("prompt").value = prompt ?? example; // or it was typed before the form came
     part("compare").checked = panes.length > 1;
     if (!this.#panes.length) this.#add("A");
     this.#compare(panes.length > 1);
@@ -201,9 +231,7 @@ class Playground {
       this.#panes[1].fill(this.#panes[0].fields.typed);
       this.#name();
     } else {
-      const pane = this.#panes.pop();
-      pane.stop();
-      pane.element.remove();
+      this.#panes.pop().remove();
     }
     part("panes").classList.toggle("two", wanted);
     this.changed();
@@ -211,11 +239,13 @@ class Playground {
 
   async #share() {
     this.#address.flush();
+    const left = this.prompt.length > MAX_PROMPT ? ` without the prompt, which is over ${MAX_PROMPT} characters` : "";
     const copied = await copy(window.location.href);
-    this.announce(copied ? "The link is copied." : "The link could not be copied.");
+    this.announce(copied ? `The link is copied${left}.` : "The link could not be copied.");
   }
 
   #pressed(event) {
+    if (event.isComposing) return; // Escape and Enter are the input method's
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !part("key").open) {
       event.preventDefault();
       this.run();

@@ -5,6 +5,11 @@ export const ROOT = new URL(".", window.location.href).href;
 
 const STORED_KEY = `megatron-gpt2 key ${ROOT}`;
 
+const PATIENCE_MS = 10_000; // for what is small, or the page would wait for ever on a connection that is dead
+
+/** What is said of an answer with a good status that another server gave, or that was cut off. */
+export const NOT_OURS = "The answer is not one that this service gives.";
+
 /** An answer that is an error: `param` is the field that it is about, `body` all that was told. Status 0 is no answer. */
 export class ServiceError extends Error {
   constructor(message, { status = 0, param = null, code = null, retryAfter = null, requestId = null, body = {} } = {}) {
@@ -31,10 +36,24 @@ export class Service {
     }
   }
 
-  /** The answer of a route, which is relative to the page. Throws ServiceError; AbortError where `signal` ends it. */
-  async ask(route, { body, signal } = {}) {
+  /** An object that a route tells as JSON, or its text. Throws ServiceError alone, also for what is neither. */
+  async get(route, { as = "json" } = {}) {
+    const response = await this.ask(route, { signal: AbortSignal.timeout(PATIENCE_MS) });
+    const body = await response[as]().catch(() => null);
+    if (body === null || typeof body !== (as === "json" ? "object" : "string")) {
+      throw new ServiceError(NOT_OURS, { status: response.status });
+    }
+    return body;
+  }
+
+  /**
+   * The answer of a route, which is relative to the page, asked with the key that is kept or with `key`.
+   *
+   * Throws ServiceError; AbortError where `signal` ends it.
+   */
+  async ask(route, { body, signal, key = this.#key } = {}) {
     const headers = {};
-    if (this.#key !== null) headers.Authorization = `Bearer ${this.#key}`;
+    if (key !== null) headers.Authorization = `Bearer ${key}`;
     if (body !== undefined) headers["Content-Type"] = "application/json";
     let response;
     try {
@@ -64,7 +83,7 @@ async function errorOf(response) {
   };
   let body = {};
   try {
-    body = await response.json();
+    body = (await response.json()) ?? {};
   } catch {
     // not ours: a proxy's
   }

@@ -43,6 +43,7 @@ export function javascript(body, { keysOn }) {
 if (!response.ok) throw new Error(await response.text());
 `;
   const streamed = `let rest = "";
+let text = "";
 for await (const piece of response.body.pipeThrough(new TextDecoderStream())) {
   const lines = (rest + piece).split("\\n");
   rest = lines.pop();
@@ -50,9 +51,10 @@ for await (const piece of response.body.pipeThrough(new TextDecoderStream())) {
     if (!line.startsWith("data: ") || line === "data: [DONE]") continue;
     const chunk = JSON.parse(line.slice(6));
     if (chunk.error) throw new Error(chunk.error.message);
-    for (const choice of chunk.choices) console.log(choice.text);
+    for (const choice of chunk.choices) text += choice.text;
   }
 }
+console.log(text);
 `;
   const whole = "for (const choice of (await response.json()).choices) console.log(choice.text);\n";
   return `${keysOn ? 'const API_KEY = "your key";\n' : ""}${ask}${body.stream ? streamed : whole}`;

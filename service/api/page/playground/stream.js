@@ -1,5 +1,5 @@
 // The body of a completion's answer, as it comes: server-sent events, or one JSON document.
-import { ServiceError } from "./service.js";
+import { NOT_OURS, ServiceError } from "./service.js";
 
 /** The data of each event of a body of server-sent events. A character, a line or an event may be cut anywhere. */
 export async function* events(body) {
@@ -35,20 +35,25 @@ export async function* events(body) {
 export async function* completion(service, body, signal) {
   const response = await service.ask("v1/completions", { body, signal });
   const requestId = response.headers.get("X-Request-Id");
-  if (!response.headers.get("Content-Type")?.startsWith("text/event-stream")) {
-    yield await response.json();
-    return;
-  }
   try {
+    if (!response.headers.get("Content-Type")?.startsWith("text/event-stream")) {
+      yield checked(await response.json(), requestId);
+      return;
+    }
     for await (const data of events(response.body)) {
       if (data === "[DONE]") return;
-      const chunk = JSON.parse(data);
-      if (chunk.error) throw new ServiceError(chunk.error.message, { ...chunk.error, status: 200, requestId });
-      yield chunk;
+      yield checked(JSON.parse(data), requestId);
     }
   } catch (error) {
     if (error instanceof ServiceError || error.name === "AbortError") throw error;
+    if (error instanceof SyntaxError) throw new ServiceError(NOT_OURS, { requestId }); // JSON.parse's
     throw new ServiceError(`The connection broke off: ${error.message}`, { requestId });
   }
   throw new ServiceError("The connection broke off before the end.", { requestId });
+}
+
+function checked(chunk, requestId) {
+  if (chunk?.error) throw new ServiceError(chunk.error.message, { ...chunk.error, status: 200, requestId });
+  if (!Array.isArray(chunk?.choices)) throw new ServiceError(NOT_OURS, { requestId });
+  return chunk;
 }

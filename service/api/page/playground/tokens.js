@@ -41,11 +41,6 @@ export class Tokens {
     return this.#spans[index];
   }
 
-  /** The text before a token. */
-  textBefore(index) {
-    return this.#characters.slice(0, this.#entries[index].offset).join("");
-  }
-
   textOf(index) {
     return this.#characters.slice(this.#entries[index].offset, this.#entries[index + 1]?.offset).join("");
   }
@@ -70,7 +65,7 @@ export class Tokens {
     this.#frame ??= requestAnimationFrame(() => this.draw());
   }
 
-  /** Keeps the first tokens, then adds one that was chosen by hand. Returns the number of characters. */
+  /** Keeps the first tokens, then adds one that was chosen by hand, which gets the focus. Returns the number of characters. */
   take(index, name) {
     const { offset, top } = this.#entries[index];
     this.#characters.length = offset;
@@ -81,6 +76,8 @@ export class Tokens {
     this.#entries.push({ name, logprob: top[name], top, offset, taken: true });
     if (this.#current !== null && this.#current >= index) this.#current = null;
     this.draw();
+    this.#move(index);
+    this.#spans[index].focus({ preventScroll: true });
     return this.#characters.length;
   }
 
@@ -107,7 +104,8 @@ export class Tokens {
 
   #key(event, open) {
     if (event.ctrlKey || event.metaKey || event.altKey || this.#current === null) return;
-    const last = this.#spans.length - 1;
+    const numScored = this.#entries.findLastIndex(({ name }) => name !== null) + 1; // what follows is text alone
+    const last = Math.min(numScored, this.#spans.length) - 1;
     const target = {
       ArrowRight: Math.min(this.#current + 1, last),
       ArrowLeft: Math.max(this.#current - 1, 0),
