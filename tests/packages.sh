@@ -1,9 +1,15 @@
 #!/bin/sh
-# sh packages.sh COMMAND=PACKAGE...: Debian's packages of the commands that are missing here, installed as root.
+# sh packages.sh COMMAND|FILE=PACKAGE...: Debian's packages of the commands and files that are missing here, installed as root.
 set -eu
+there() {
+    case $1 in
+        */*) [ -e "$1" ] ;; # a file, which need not be one to run
+        *) command -v "$1" >/dev/null ;;
+    esac
+}
 missing=
 for pair in "$@"; do
-    command -v "${pair%%=*}" >/dev/null || missing="$missing ${pair#*=}"
+    there "${pair%%=*}" || missing="$missing ${pair#*=}"
 done
 if [ -n "$missing" ]; then
     # Debian starts what it installs, which nobody asked for here.

@@ -5,11 +5,12 @@ playground.py.
 from collections.abc import Mapping
 from pathlib import Path
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse
+from starlette.staticfiles import NotModifiedResponse
 
 FOLDER = Path(__file__).parent / "page"
-_TYPES: Mapping[str, str] = {
+TYPES: Mapping[str, str] = {
     ".html": "text/html",
     ".js": "text/javascript",
     ".css": "text/css",
@@ -33,8 +34,12 @@ def add_file(router: APIRouter, path: str, file: Path, *, keep: bool = False) ->
 
 def _add(router: APIRouter, path: str, file: Path, headers: Mapping[str, str]) -> None:
     headers = {**headers, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
-    media_type = _TYPES[file.suffix]
+    media_type = TYPES[file.suffix]
 
-    @router.get(path)
-    async def send_file() -> FileResponse:
-        return FileResponse(file, media_type=media_type, headers=headers)
+    @router.api_route(path, methods=["GET", "HEAD"])
+    def send_file(request: Request) -> Response:
+        response = FileResponse(file, media_type=media_type, headers=headers, stat_result=file.stat())
+        known = request.headers.get("If-None-Match", "").split(",")
+        if response.headers["ETag"] in (tag.strip().removeprefix("W/") for tag in known):
+            return NotModifiedResponse(response.headers)
+        return response

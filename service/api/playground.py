@@ -6,7 +6,7 @@ their limits from /openapi.json, so nothing of them is written down there.
 
 from fastapi import APIRouter
 
-from service.api.pages import FOLDER, add_file, add_page
+from service.api.pages import FOLDER, TYPES, add_file, add_page
 
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; base-uri 'none'; "
@@ -22,5 +22,6 @@ def playground_router() -> APIRouter:
     router = APIRouter(include_in_schema=False)
     add_page(router, "/", FOLDER / "playground.html", policy=_POLICY)
     for file in sorted((FOLDER / "playground").iterdir()):
-        add_file(router, f"/playground/{file.name}", file)
+        if file.suffix in TYPES:  # not what an editor or a file system leaves there
+            add_file(router, f"/playground/{file.name}", file)
     return router

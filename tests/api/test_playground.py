@@ -1,7 +1,10 @@
 """The page at / and its files as they are served. What it does in a browser, tests/browser tests."""
 
 import re
+import shutil
 from pathlib import Path
+
+import pytest
 
 import service.api
 from tests.api.conftest import Service, Start
@@ -52,6 +55,35 @@ async def test_the_browser_is_told_to_run_nothing_else(api: Service) -> None:
     assert dict.fromkeys(closed, "'none'") | {"require-trusted-types-for": "'script'"} == policy
     assert "no-referrer" == page.headers["referrer-policy"]
     assert not re.search(r"<script(?![^>]*src)|<style|\sstyle=|\son\w+=", page.text)
+
+
+@pytest.mark.parametrize("path", ["/", "/playground/playground.js", "/docs", "/docs/docs.js"])
+async def test_a_file_that_a_browser_has_is_not_sent_again(api: Service, path: str) -> None:
+    """HEAD tells what GET does without the body; with the tag of what is there the answer is 304, else the file."""
+    whole = await api.http.get(path)
+    head = await api.http.head(path)
+    assert (200, b"") == (head.status_code, head.content)
+    same = ("content-type", "content-length", "etag", "cache-control", "x-content-type-options")
+    assert [whole.headers[name] for name in same] == [head.headers[name] for name in same]
+    tag = whole.headers["etag"]
+    for known in (tag, f"W/{tag}", f'"other", {tag}'):
+        again = await api.http.get(path, headers={"If-None-Match": known})
+        assert (304, b"", tag) == (again.status_code, again.content, again.headers["etag"])
+    other = await api.http.get(path, headers={"If-None-Match": '"other"'})
+    assert (200, whole.content) == (other.status_code, other.content)
+
+
+async def test_what_an_editor_leaves_is_not_served(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does it keep the service from starting."""
+    shutil.copytree(FOLDER.parent, tmp_path / "page")
+    for name in ("pane.js~", ".DS_Store", "pane.js.swp"):
+        (tmp_path / "page" / "playground" / name).write_text("left")
+    monkeypatch.setattr("service.api.playground.FOLDER", tmp_path / "page")
+    api = await start()
+    assert 404 == (await api.http.get("/playground/pane.js~")).status_code
+    assert 200 == (await api.http.get("/playground/pane.js")).status_code
 
 
 async def test_other_files_are_not_served(api: Service) -> None:

@@ -95,6 +95,10 @@ def test_what_the_server_says_is_told_beside_the_field_that_it_names(
     assert error["message"] in page.page.inner_text(".error")
     assert f"HTTP {response.status_code}" in page.page.inner_text(".error .about")
     page.shot(f"error-{name}")
+    page.page.get_by_text("Code", exact=True).click()
+    expect(page.page.locator("pre code")).not_to_be_empty()
+    page.set("seed", "3")
+    assert error["message"] in page.page.inner_text(wrong)  # the code is read from the fields, which tells nothing anew
     page.page.fill(control, "")
     expect(page.page.locator(wrong)).to_be_hidden()
 
@@ -175,6 +179,20 @@ def test_the_address_has_the_state(server: Server, visit: Visiting) -> None:
     assert ("", "64") == (other.page.input_value("#a-seed"), other.page.input_value("#a-max_tokens"))
 
 
+def test_a_link_without_its_prompt(server: Server, visit: Visiting) -> None:
+    """A prompt that is too long for an address stays out of it, and that is said."""
+    page = visit(server, permissions=["clipboard-read", "clipboard-write"])
+    for length, left in ((2000, False), (2001, True)):
+        page.page.fill("#prompt", "x" * length)
+        page.page.get_by_role("button", name="Copy link").click()
+        words = (
+            "The link is copied without the prompt, which is over 2000 characters." if left else "The link is copied."
+        )
+        expect(page.page.locator("#status")).to_have_text(words)
+        expect(page.page.locator("#status")).to_be_visible()
+        assert left != ("xxxx" in page.page.evaluate("navigator.clipboard.readText()"))
+
+
 def test_an_address_that_makes_no_sense(server: Server, visit: Visiting) -> None:
     """Unknown names and wrong values: the one are ignored, the other told."""
     page = visit(server, fragment="#a.b=3&__proto__=4&temperature=hot&seed=12&nothing=x&b.seed=9&%E0%A4%A")
@@ -195,6 +213,7 @@ def test_two_settings_side_by_side(server: Server, visit: Visiting) -> None:
     assert [7, 8] == sorted(body["seed"] for body in sent)
     for pane, body in enumerate(sorted(sent, key=lambda body: body["seed"])):
         assert complete(server, **{**body, "stream": False})["choices"][0]["text"] == page.text(pane)
+    assert 2 == page.page.locator("datalist").count()
     left, right = (page.page.locator(".pane").nth(place).bounding_box() for place in (0, 1))
     assert left["y"] == right["y"]
     assert left["x"] + left["width"] < right["x"]

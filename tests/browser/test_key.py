@@ -3,6 +3,7 @@
 from playwright.sync_api import expect
 
 from tests.browser.conftest import KEY, Visit, Visiting
+from tests.service.scripted_model import LONGEST
 from tests.service.server import Server, Start
 
 
@@ -30,6 +31,62 @@ def test_a_wrong_key_and_the_right_one(keyed: Server, visit: Visiting) -> None:
     assert 3 == page.page.locator(".token").count()
     (sent,) = [request for request in page.requests if request.url.endswith("v1/completions")]
     assert f"Bearer {KEY}" == sent.headers["authorization"]
+
+
+def test_a_key_that_is_entered_twice(keyed: Server, visit: Visiting) -> None:
+    """It is tried once, and a wrong one is not kept."""
+    page = visit(keyed, ready=False)
+    page.page.fill("#key-value", "mgpt-another-key")
+    page.page.evaluate("[1, 2].forEach(() => document.querySelector('#key form').requestSubmit())")
+    expect(page.page.locator("#key-wrong")).to_contain_text("not known here")
+    page.page.wait_for_timeout(200)  # a second try would be on its way
+    assert 1 == sum("mgpt-another-key" in each.headers.get("authorization", "") for each in page.requests)
+    assert 0 == page.page.evaluate("sessionStorage.length")
+
+
+def test_before_the_key(keyed: Server, visit: Visiting) -> None:
+    """What cannot be done is greyed out, Run asks for the key, and what was typed is there with it."""
+    page = visit(keyed, ready=False)
+    expect(page.page.locator("#key")).to_be_visible()
+    page.page.keyboard.press("Escape")
+    expect(page.page.locator("#key")).to_be_hidden()
+    page.page.fill("#prompt", "Typed before")
+    for each in ("#run", "#compare", "#share"):
+        expect(page.page.locator(each)).to_be_disabled()
+    expect(page.page.locator("#reference")).to_be_hidden()  # a link has no key
+    page.page.click("#run", force=True)
+    expect(page.page.locator("#key")).to_be_visible()
+    enter(page, KEY)
+    page.page.wait_for_selector("#a-seed")
+    page.wait_ready()
+    for each in ("#run", "#compare", "#share"):
+        expect(page.page.locator(each)).to_be_enabled()
+    assert "Typed before" == page.page.input_value("#prompt")
+
+
+def test_the_load_asks_nothing_while_the_key_is_used(keyed: Server, visit: Visiting) -> None:
+    """Which may allow one request at a time."""
+    page = visit(keyed, ready=False)
+    enter(page, KEY)
+    page.page.wait_for_selector("#a-seed")
+    page.wait_ready()
+    expect(page.page.locator("#load")).to_be_visible()
+    page.page.fill("#prompt", "")
+    for name, value in {"max_tokens": str(LONGEST["max_tokens"]), "ignore_eos": "true"}.items():
+        page.set(name, value)
+    page.page.click("#run")
+    expect(page.page.locator(".token").nth(3)).to_be_attached()
+    look = "document.dispatchEvent(new Event('visibilitychange'))"
+    with page.page.expect_response("**/readyz"):
+        before = len(page.requests)
+        page.page.evaluate(look)
+    page.page.wait_for_timeout(300)  # the metrics would be asked for next
+    assert not [each.url for each in page.requests[before:] if each.url.endswith("metrics")]
+    expect(page.page.locator("#load")).to_be_visible()
+    page.page.click("#stop")
+    page.wait_done()
+    with page.page.expect_response("**/metrics"):
+        page.page.evaluate(look)
 
 
 def test_a_key_is_kept_for_the_tab_alone(keyed: Server, visit: Visiting) -> None:
@@ -71,10 +128,11 @@ def test_a_key_that_is_withdrawn(keyed: Server, visit: Visiting) -> None:
 
 def test_a_schema_that_is_open(start: Start, visit: Visiting) -> None:
     """Then the form is there at once, and the page still knows that a key is needed."""
-    server = start("--kv-memory", "64MiB", "--open-routes", "/openapi.json", environment={"MGPT_API_KEY": KEY})
+    server = start("--kv-memory", "64MiB", "--open-routes", "/openapi.json,/docs", environment={"MGPT_API_KEY": KEY})
     page = visit(server, ready=False)
     expect(page.page.locator("#key")).to_be_visible()
     page.page.wait_for_selector("#a-max_tokens")
+    expect(page.page.locator("#reference")).to_be_visible()
     page.page.keyboard.press("Escape")
     page.wait_ready()
     page.run()

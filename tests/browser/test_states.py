@@ -12,12 +12,16 @@ from tests.browser.conftest import PROMPT, Visiting, complete
 from tests.browser.proxy import under_prefix
 from tests.service.server import Server, Start
 
+# What Chromium notes of a service that goes, by what was on its way.
+GONE = "ERR_(CONNECTION_REFUSED|CONNECTION_RESET|EMPTY_RESPONSE|INCOMPLETE_CHUNKED_ENCODING)"
+
 
 def wait_engine(server: Server) -> None:
     """Return when the engine process is there; it then takes a second at least to be ready."""
     deadline = time.monotonic() + 30
     while not server.engines:
         assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def test_while_the_model_loads(start: Start, visit: Visiting) -> None:
@@ -61,7 +65,7 @@ def test_an_engine_that_dies_and_a_service_that_is_gone(start: Start, visit: Vis
     assert page.page.is_hidden(".error")
     server.kill()
     expect(page.page.locator("#phase")).to_have_text("service not reachable")
-    page.complaints[:] = [each for each in page.complaints if "ERR_CONNECTION_REFUSED" not in each]
+    page.complaints[:] = [each for each in page.complaints if not re.search(GONE, each)]
 
 
 def test_behind_a_path_prefix(server: Server, visit: Visiting) -> None:
@@ -99,3 +103,19 @@ def test_an_odd_answer_does_not_end_the_asking(server: Server, visit: Visiting, 
     expect(page.page.locator("#load")).to_be_hidden()
     expect(page.page.locator("#load")).to_be_visible()
     page.wait_ready()
+
+
+@pytest.mark.parametrize("body", ["<html>", "null", "{}"])
+def test_a_schema_that_does_not_come(server: Server, visit: Visiting, body: str) -> None:
+    """It is said where it can be seen, asked for again, and what was typed meanwhile stays."""
+    page = visit("about:blank", ready=False)
+    page.url = f"{server.url}/"
+    page.page.route("**/openapi.json", lambda route: route.fulfill(status=200, body=body))
+    page.page.goto(page.url)
+    expect(page.page.locator("#status")).to_contain_text("not one that this service gives")
+    expect(page.page.locator("#status")).to_be_visible()
+    page.page.fill("#prompt", PROMPT)
+    page.page.unroute("**/openapi.json")
+    page.page.wait_for_selector("#a-max_tokens")
+    expect(page.page.locator("#status")).to_have_text("")
+    assert PROMPT == page.page.input_value("#prompt")

@@ -85,6 +85,10 @@ def test_stop_aborts_the_request(scripted: Server, visit: Visiting, how: str) ->
         case "button":
             page.page.click("#stop")
         case "key":
+            composing = "new KeyboardEvent('keydown', { key: 'Escape', isComposing: true, bubbles: true })"
+            page.page.evaluate(f"document.getElementById('prompt').dispatchEvent({composing})")
+            num_tokens = page.page.locator(".token").count()
+            expect(page.page.locator(".token").nth(num_tokens + 3)).to_be_attached()  # it was for the input method
             page.page.keyboard.press("Escape")
         case "gone":
             page.page.goto("about:blank")
@@ -265,10 +269,11 @@ def test_a_stream_that_breaks(server: Server, visit: Visiting, body: str, told: 
 def test_the_load_is_shown_while_the_page_is_seen(scripted: Server, visit: Visiting) -> None:
     """What runs and how fast, from the metrics; nobody is asked while nobody looks."""
     page = visit(scripted)
-    page.set("max_tokens", "1000")
-    page.set("ignore_eos", "true")
+    page.page.fill("#prompt", "")
+    for name, value in {"max_tokens": str(LONGEST["max_tokens"]), "ignore_eos": "true", "n": "4"}.items():
+        page.set(name, value)
     page.page.click("#run")
-    expect(page.page.locator("#running")).to_have_text("1")
+    expect(page.page.locator("#running")).to_have_text("4")
     expect(page.page.locator("#rate")).not_to_have_text("0")
     page.page.click("#stop")
     page.page.evaluate(
@@ -358,3 +363,16 @@ def test_a_run_closes_the_alternatives(server: Server, visit: Visiting) -> None:
     page.page.keyboard.press("Control+Enter")
     expect(page.page.locator("#alternatives")).to_be_hidden()
     page.wait_done()
+
+
+def test_many_alternatives_fit_the_screen(server: Server, visit: Visiting) -> None:
+    """Each can be scrolled to."""
+    page = visit(server, viewport={"width": 1000, "height": 400})
+    page.set("logprobs", "20")
+    page.set("max_tokens", "4")
+    page.run()
+    page.page.locator(".token").nth(1).click()
+    box = page.page.locator("#alternatives").bounding_box()
+    assert 0 <= box["y"] <= box["y"] + box["height"] <= 400
+    page.page.locator("#alternatives .close").click()
+    expect(page.page.locator("#alternatives")).to_be_hidden()
