@@ -143,9 +143,9 @@ export class Pane {
     this.#page.changed();
   }
 
-  /** Which of two settings it is about needs no word where there is one. */
+  /** How a run goes, as the figures show it. Which of two settings it is needs no word where there is one. */
   #announce(words) {
-    this.#page.announce(this.#page.comparing ? `${this.name}: ${words}` : words);
+    this.#page.announce(this.#page.comparing ? `${this.name}: ${words}` : words, { seen: false });
   }
 
   #choice(index) {

@@ -86,8 +86,9 @@ class Playground {
     if (this.#panes.length) this.#address.write({ prompt: this.prompt, panes: this.#panes.map((pane) => pane.fields.typed) });
   }
 
-  /** Beside the buttons, and to whoever does not see the page. */
-  announce(words) {
+  /** Beside the buttons, and to whoever does not see the page; `seen` is false for what is seen elsewhere on it. */
+  announce(words, { seen = true } = {}) {
+    part("status").classList.toggle("unseen", !seen);
     part("status").textContent = words;
   }
 
