@@ -34,7 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "ray_serve": {"api", "engine", "serve", "settings", "supervised", "logs"},
     "generate": {"api", "engine", "serve", "settings", "logs"},
     "convert": {"checkpoint", "serve", "settings", "logs"},
-    "evaluation": {"api", "checkpoint", "engine", "serve", "settings", "version"},
+    "evaluation": {"api", "checkpoint", "engine", "model", "serve", "settings", "version"},
     "drain": {"settings"},
     "verify": {"checkpoint", "engine", "model", "serve", "settings", "logs"},
     "key": {"api"},
