@@ -33,7 +33,7 @@ class LayerCache(NamedTuple):
 
 
 class KVCache:
-    """Keys and values of every layer. Zeroed: on a CPU the memory is taken only as blocks are first written."""
+    """Keys and values of every layer. Zeroed."""
 
     def __init__(
         self,

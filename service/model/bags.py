@@ -6,8 +6,6 @@ block is kept transposed, weighted by the query's numbers. torch's embedding_bag
 fp32, at the memory's speed.
 """
 
-import math
-import mmap
 from typing import NamedTuple
 
 import torch
@@ -33,14 +31,14 @@ class _Group(NamedTuple):
 
 
 class BagCache:
-    """Keys and values of every layer. Zeroed: the memory is taken only as blocks are first written."""
+    """Keys and values of every layer. Zeroed, which takes the memory at once: none is missing later, under load."""
 
     def __init__(
         self, *, num_layers: int, num_blocks: int, block_size: int, num_heads: int, head_size: int, dtype: torch.dtype
     ) -> None:
         self.dtype = dtype
-        self._keys = _zeros(num_layers, num_blocks, num_heads, head_size, block_size, dtype=dtype)
-        self._values = _zeros(num_layers, num_blocks, block_size, num_heads, head_size, dtype=dtype)
+        self._keys = torch.zeros(num_layers, num_blocks, num_heads, head_size, block_size, dtype=dtype)
+        self._values = torch.zeros(num_layers, num_blocks, block_size, num_heads, head_size, dtype=dtype)
 
     def layer(self, number: int) -> BagLayer:
         return BagLayer(self._keys[number], self._values[number])
@@ -128,12 +126,6 @@ class BagAttention:
             )
             out[rows] = mixed[0].transpose(0, 1)
         return out
-
-
-def _zeros(*shape: int, dtype: torch.dtype) -> Tensor:
-    """Memory of its own, taken as it is first written: torch writes its zeros at once."""
-    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, access=mmap.ACCESS_COPY)
-    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 def _sum_rows(table: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
