@@ -77,6 +77,19 @@ class _Widened:
         return self.product(x.float())
 
 
+def size_for(num_rows: int) -> int:
+    """The least size that holds the rows: each number up to 16 is one, and past it eight to each power of two."""
+    step = 1 << max(num_rows.bit_length() - 4, 0)
+    return -(-num_rows // step) * step
+
+
+def _padded(x: Tensor) -> Tensor:
+    """oneDNN compiles a product for each number of rows and keeps it, and malloc what lay around it; few sizes bound
+    that, which was 450 MB, and with it 1.2 GB (docs/performance.md, Start and memory on a CPU)."""
+    padding = size_for(len(x)) - len(x)
+    return F.pad(x, (0, 0, 0, padding)) if padding else x
+
+
 @dataclass(frozen=True, slots=True)
 class _Packed:
     """In the weight's dtype."""
@@ -85,8 +98,8 @@ class _Packed:
     bias: Tensor | None
 
     def __call__(self, x: Tensor) -> Tensor:
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-        return y
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(_padded(x), self.weight, self.bias, "none", [], "")
+        return y[: len(x)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +159,7 @@ class _Int8:
         scale = torch.add(_TINY, x.abs().amax(1, keepdim=True), alpha=1 / self.largest)
         zero = self.largest + 1
         y: Tensor = torch.ops.onednn.qlinear_pointwise(
-            x.div(scale).add_(zero + 0.5).to(torch.uint8),  # cut off, which rounds what is positive
+            _padded(x.div(scale).add_(zero + 0.5).to(torch.uint8)),  # cut off, which rounds what is positive
             1.0,
             zero,
             self.weight,
@@ -160,7 +173,7 @@ class _Int8:
             [],
             "",
         )
-        return torch.addcmul(self.bias, y, scale)
+        return torch.addcmul(self.bias, y[: len(x)], scale)
 
 
 class Int8:

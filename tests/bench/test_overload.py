@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from bench.overload import judged
+from bench.overload import growth, judged
 from service.load.figures import Figures, Spread, figures_of
 from service.load.plan import Level, Plan, Server
 from service.load.worker import Tally
@@ -24,3 +24,10 @@ def figures(tokens_per_second: float, p99: float | None) -> Figures:
 def test_goodput_and_refusals_are_judged(tokens_per_second: float, p99: float | None, num_faults: int) -> None:
     """90 % of the peak at least, and 50 ms at most; an overload in which nothing was refused was none."""
     assert num_faults == len(judged(figures(1000, None), figures(tokens_per_second, p99)))
+
+
+def test_what_grows_once_is_kept_and_what_grows_always_is_a_leak() -> None:
+    """As much as each load added, at least."""
+    assert 0 == growth([1000, 1040, 1040])
+    assert 20 == growth([1000, 1040, 1060])
+    assert -5 == growth([1000, 995, 1040])

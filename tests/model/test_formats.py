@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from service.model import formats
-from service.model.formats import Format, Int8, Packed, Plain, WeightOnlyInt8, format_for, quantized
+from service.model.formats import Format, Int8, Packed, Plain, WeightOnlyInt8, format_for, quantized, size_for
 
 CPU = torch.device("cpu")
 # What the relative error of a product of Gaussian numbers may be; 1.2 to 2 times what was measured.
@@ -84,6 +84,26 @@ def test_a_row_is_the_same_in_any_company(name: str) -> None:
     else:
         bound = {torch.float32: 1e-5, torch.bfloat16: 1e-2}[weights.dtype if name == "float32" else torch.bfloat16]
         torch.testing.assert_close(alone, together, rtol=bound, atol=bound)
+
+
+def test_few_sizes_of_products() -> None:
+    """Whatever steps have, what oneDNN compiles is bounded; no size is an eighth too large, few rows are exact."""
+    sizes = [size_for(num_rows) for num_rows in range(1, 8193)]
+    assert list(range(1, 17)) == sizes[:16]
+    assert all(num_rows <= size < 1.125 * num_rows for num_rows, size in enumerate(sizes, 1))
+    assert len(set(sizes)) == 16 + 8 * 9
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_products_of_every_number_of_rows(name: str) -> None:
+    """As many rows as were given, with their values, also of a view and at sizes that are padded."""
+    weights = made(name)
+    weight = random(96, 64, seed=1)
+    product = weights.linear(weight.to(weights.dtype), None)
+    x = random(200, 64, seed=3, dtype=weights.dtype)
+    for num_rows in (*range(1, 70), 127, 128, 129, 199):
+        found = product(x[1 : num_rows + 1])
+        assert relative_error(F.linear(x[1 : num_rows + 1].float(), weight), found) < TOLERANCE[name]
 
 
 def test_int8_of_zeros_and_of_what_is_not_finite() -> None:
