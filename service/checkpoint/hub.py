@@ -188,6 +188,7 @@ def read_state(
     device: torch.device | str = "cpu",
     on_tensor: Callable[[int, int], None] | None = None,
     part: Callable[[str, Tensor], Tensor] | None = None,
+    head_apart: bool = False,
 ) -> dict[str, Tensor]:
     """All weights in `dtype`, or their own, on `device`; read-only where they are not copies.
 
@@ -199,15 +200,17 @@ def read_state(
 
     Matrices are (out, in): token_embedding.weight (vocab_size, hidden), position_embedding.weight (context, hidden),
     layers.{i}.{attention_norm, qkv, attention_output, mlp_norm, up, down}.{weight, bias} with qkv's rows q then k then
-    v, final_norm.{weight, bias}, and head.weight (vocab_size, hidden) if it is not tied. `on_tensor(done, total)` is
-    called after each. Raises CheckpointError naming the file and the tensor that is unknown, missing, of a wrong shape
-    or not finite.
+    v, final_norm.{weight, bias}, and head.weight (vocab_size, hidden) if it is not tied. With `head_apart` also where
+    it is tied and mapped, in a mapping of its own: once a product is made of it, of the embeddings only rows that are
+    looked up are in memory. `on_tensor(done, total)` is called after each. Raises CheckpointError naming the file and
+    the tensor that is unknown, missing, of a wrong shape or not finite.
     """
     import torch
 
     expected = layout(config)
     total = len({name for name, _, _ in expected.values()})
     state: dict[str, Tensor] = {}
+    mapped_head: tuple[Path, str] | None = None
     for file, their_name, tensor in _stored(folder):
         where, name = f"{file}: {their_name}", their_name.removeprefix("transformer.")
         if re.fullmatch(r"h\.\d+\.attn\.(bias|masked_bias)", name):
@@ -236,11 +239,19 @@ def read_state(
             tied = " (tie_word_embeddings: lm_head.weight must equal wte.weight)" if name in _VOCABULARY else ""
             raise CheckpointError(f"{where}: stored twice with different values{tied}")
         state[our_name] = value
+        if our_name == "token_embedding.weight":
+            is_mapped = value is tensor and file.suffix == ".safetensors"
+            mapped_head = (file, their_name) if is_mapped and head_apart else None
         if on_tensor is not None:
             on_tensor(len(state), total)
     for their_name, (our_name, _, _) in expected.items():
         if our_name not in state:
             raise CheckpointError(f"{folder}: {their_name}: missing from the weights")
+    if mapped_head is not None and config.tie_word_embeddings:
+        file, their_name = mapped_head
+        state["head.weight"] = state["token_embedding.weight"]
+        again = next(tensor for name, tensor in _mapped(file, None) if name == their_name)
+        state["token_embedding.weight"] = again[: config.vocab_size]
     return state
 
 

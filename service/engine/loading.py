@@ -227,7 +227,7 @@ def _compute(
     }
     agree: Callable[[int], int] | None = None
     if num_ranks == 1:
-        model = GPT2(model_config, read_state(folder, model_config, **reading), weights)
+        model = GPT2(model_config, read_state(folder, model_config, **reading, head_apart=True), weights)
     else:
         part = partial(part_of, config=model_config, rank=rank, num_ranks=num_ranks)
         state = read_state(folder, model_config, **reading, part=part)

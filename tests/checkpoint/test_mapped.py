@@ -30,8 +30,11 @@ folder, dtype = Path(sys.argv[1]), getattr(torch, sys.argv[2], None)
 config = read_config(folder)
 torch.ones(1000).to(torch.bfloat16).aminmax()  # what a first call makes stays
 anon, rss = kib("RssAnon"), kib("VmRSS")
-state = read_state(folder, config, dtype=dtype)
-print(1024 * (kib("RssAnon") - anon), 1024 * (kib("VmHWM") - rss))
+state = read_state(folder, config, dtype=dtype, head_apart=True)
+taken = 1024 * (kib("RssAnon") - anon), 1024 * (kib("VmHWM") - rss)
+mapped = kib("RssFile")
+state.pop("head.weight", None)
+print(*taken, 1024 * (mapped - kib("RssFile")))
 """
 
 
@@ -39,6 +42,7 @@ print(1024 * (kib("RssAnon") - anon), 1024 * (kib("VmHWM") - rss))
 class Taken:
     anon: int  # bytes that are no file's, once it is read
     peak: int  # bytes of all kinds, files' too
+    head: int  # bytes that go with a head of its own, once something else is made of it
 
 
 @pytest.fixture(scope="module")
@@ -70,12 +74,14 @@ def sizes(state: dict[str, torch.Tensor], dtype: torch.dtype) -> tuple[int, int]
 def test_weights_that_need_no_cast_stay_in_their_file(
     stored: str, dtype: str, state: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
-    """They take no memory that is not the file's, and are mapped once."""
+    """They take no memory that is not the file's, and are in memory once: a tied head's go with it, none stay."""
     taken = read(state, tmp_path, stored=getattr(torch, stored), dtype=dtype)
     whole, _ = sizes(state, getattr(torch, stored))
     assert whole > 60 * MIB
     assert taken.anon < NOISE
     assert taken.peak < whole + NOISE
+    table = state["transformer.wte.weight"].numel() * getattr(torch, stored).itemsize
+    assert 0.95 * table < taken.head < 1.05 * table + MIB
 
 
 @pytest.mark.parametrize(
