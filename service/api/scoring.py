@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import msgspec
-import numpy as np
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
@@ -24,10 +23,9 @@ from service.api.metrics import Metrics
 from service.api.schemas import Id
 from service.api.served import ServedModel
 from service.engine.client import EngineClient
-from service.engine.request import Delta, ModelInfo, SamplingParams
+from service.engine.request import SCORING, Delta, ModelInfo, scores_of
 from service.engine.request import Request as EngineRequest
 
-_SCORING = SamplingParams(max_tokens=0, temperature=0.0, num_logprobs=1)
 _json = msgspec.json.Encoder().encode
 
 
@@ -155,7 +153,7 @@ async def _scored(
     prompt_tokens = sum(len(request.prompt) for request in requests)
     stream = client.submit(
         requests,
-        _SCORING,
+        SCORING,
         patient=True,
         client=caller.name,
         timeout_seconds=timeout_seconds,
@@ -188,16 +186,13 @@ def _encoded(head: dict[str, Any], pairs: Sequence[_Pair], deltas: Sequence[Delt
 
 
 def _result(pair: _Pair, delta: Delta, names: Sequence[str]) -> dict[str, Any]:
-    scores = delta.prompt_logprobs
-    assert scores is not None, "score_from was asked for"
-    logprobs = np.frombuffer(scores.chosen, np.float32).tolist()
-    assert len(logprobs) == len(pair.continuation)
+    logprobs, is_greedy = scores_of(delta, pair.continuation)
     return {
         "logprob": math.fsum(logprobs),
         "token_logprobs": logprobs,
         "tokens": [names[token_id] for token_id in pair.continuation],
         "token_ids": pair.continuation,
-        "is_greedy": np.frombuffer(scores.top_ids, np.int32).tolist() == list(pair.continuation),
+        "is_greedy": is_greedy,
         "context_tokens": len(pair.context),
         "continuation_tokens": len(pair.continuation),
     }

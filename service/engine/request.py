@@ -5,8 +5,10 @@ passes over those that come in numbers: they hold nothing that could refer back 
 """
 
 import enum
+from collections.abc import Sequence
 
 import msgspec
+import numpy as np
 
 MAX_LOGPROBS = 20  # best tokens that /v1/completions reports; a step gives NUM_TOP (model/batch.py)
 
@@ -44,6 +46,9 @@ class SamplingParams(msgspec.Struct, frozen=True, array_like=True, gc=False):
     bad_words: tuple[tuple[int, ...], ...] = ()  # of two ids or more; the last is banned where the others stand before
     grammar: str | None = None  # of llguidance; the text must match it
     num_logprobs: int | None = None  # report each token's log-probability, and so many of the best (0..NUM_TOP)
+
+
+SCORING = SamplingParams(max_tokens=0, temperature=0.0, num_logprobs=1)  # of prompts that are scored only
 
 
 class Request(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -109,6 +114,15 @@ class Delta(msgspec.Struct, frozen=True, array_like=True, gc=False):
             self.prompt_logprobs or later.prompt_logprobs,
             later.urgent,
         )
+
+
+def scores_of(delta: Delta, targets: Sequence[int]) -> tuple[list[float], bool]:
+    """Of a request drawn by SCORING: the log-probability of each target, and whether each is the likeliest there."""
+    scores = delta.prompt_logprobs
+    assert scores is not None, "score_from was asked for"
+    logprobs: list[float] = np.frombuffer(scores.chosen, np.float32).tolist()
+    assert len(logprobs) == len(targets)
+    return logprobs, np.frombuffer(scores.top_ids, np.int32).tolist() == list(targets)
 
 
 class EngineStats(msgspec.Struct, frozen=True, array_like=True, gc=False):

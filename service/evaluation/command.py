@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from service.evaluation import tasks
+from service.evaluation.data import Data
 from service.evaluation.errors import EvaluationError
 from service.evaluation.journal import Journal
 from service.evaluation.progress import Progress
@@ -18,9 +19,12 @@ from service.evaluation.report import lines, verdict
 from service.evaluation.scorer import Scorer
 from service.evaluation.server import ServerScorer
 from service.evaluation.tasks import Task
+from service.pair import parse_header
 from service.serve import DEMO_MODEL, engine_config, log_quietly, wants_json
-from service.settings import Settings, SettingsError
+from service.settings import Settings, SettingsError, load
 from service.version import VERSION
+
+_OF_ANY_RUN = {"log_level", "log_format", "config"}  # settings, here or by a server
 
 
 def evaluate(settings: Settings, *, task: str, options: Mapping[str, Any]) -> int:
@@ -31,25 +35,17 @@ def evaluate(settings: Settings, *, task: str, options: Mapping[str, Any]) -> in
     log_quietly(settings)
     out = Path(options.get("out", f"eval-{task}.json"))
     try:
-        _check_files("FILE" if task == "text" else "--data", options["data"], out)
+        if not out.name or out.is_dir():
+            raise EvaluationError(f"--out: {out}: must be a file")
+        data = Data.read(options["data"], "FILE" if task == "text" else "--data")
         with closing(_scorer(settings, options)) as scorer:
-            asked = _task(task, options, scorer)
+            asked = _task(task, data, options, scorer)
             report = _run(asked, scorer, out)
         for line in lines(report):
             print(line)
     except EvaluationError as error:
         raise SettingsError(str(error)) from error
     return 0
-
-
-def _check_files(flag: str, data: Path, out: Path) -> None:
-    """What can be seen before a model is loaded. Raises EvaluationError."""
-    if not out.name or out.is_dir():
-        raise EvaluationError(f"--out: {out}: must be a file")
-    try:
-        data.open("rb").close()
-    except OSError as error:
-        raise EvaluationError(f"{flag}: {data}: {error.strerror}") from error
 
 
 def _scorer(settings: Settings, options: Mapping[str, Any]) -> Scorer:
@@ -60,18 +56,25 @@ def _scorer(settings: Settings, options: Mapping[str, Any]) -> Scorer:
         from service.evaluation.engine import EngineScorer  # imports torch, which asking a server needs not
 
         return EngineScorer(engine_config(settings, json_lines=wants_json(settings)))
-    headers = {}
-    for text in options.get("header", ()):
-        name, colon, value = text.partition(":")
-        if not colon:
-            raise EvaluationError(f"--header: must be NAME:VALUE (got {text!r})")
-        headers[name.strip()] = value.strip()
+    _check_flags(settings)
+    try:
+        headers = dict(parse_header(text) for text in options.get("header", ()))
+    except ValueError as error:
+        raise EvaluationError(f"--header: {error}") from error
     return ServerScorer(options["url"], headers=headers, tokenizer=options.get("tokenizer", DEMO_MODEL))
 
 
-def _task(name: str, options: Mapping[str, Any], scorer: Scorer) -> Task:
-    file = options["data"]
-    make = partial(getattr(tasks, name), file, scorer.tokenizer, context_length=scorer.context_length)
+def _check_flags(settings: Settings) -> None:
+    """With --url no model is loaded: raise EvaluationError for a flag that says how. Variables and a file say it to
+    other commands too, so they are passed over."""
+    others = load({} if settings.config is None else {"config": settings.config})
+    for name in sorted(settings.model_fields_set - _OF_ANY_RUN):
+        if name not in others.model_fields_set or getattr(settings, name) != getattr(others, name):
+            raise EvaluationError(f"--{name.replace('_', '-')}: does not go with --url, where the server has the model")
+
+
+def _task(name: str, data: Data, options: Mapping[str, Any], scorer: Scorer) -> Task:
+    make = partial(getattr(tasks, name), data, scorer.tokenizer, context_length=scorer.context_length)
     given = {key: options[key] for key in ("stride", "strict", "skip_bad_lines") if key in options}
     made: Task = make(**given)
     return made

@@ -6,20 +6,16 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
-
 from service.api.text import load_tokenizer
 from service.checkpoint.hub import read_config
 from service.engine.config import EngineConfig
 from service.engine.core import Core
 from service.engine.loading import Reporter, Unusable, load
-from service.engine.request import Finish, Request, SamplingParams
+from service.engine.request import SCORING, Finish, Request, scores_of
 from service.evaluation.errors import EvaluationError
 from service.evaluation.items import Item, Outcome
 from service.evaluation.tasks import PAPER_SHAPE
 from service.model.batch import DeviceLost
-
-_SCORING = SamplingParams(max_tokens=0, temperature=0.0, num_logprobs=1)
 
 
 class EngineScorer:
@@ -55,7 +51,7 @@ class EngineScorer:
         while True:
             for number, item in islice(waiting, most_open - len(targets)):
                 targets[number] = item.ids[item.score_from :]
-                scheduler.add(Request(number, item.ids, score_from=item.score_from), _SCORING, patient=True)
+                scheduler.add(Request(number, item.ids, score_from=item.score_from), SCORING, patient=True)
             if core.idle:
                 return
             try:
@@ -65,11 +61,8 @@ class EngineScorer:
             for delta in deltas:
                 if delta.finish is Finish.ERROR:
                     raise EvaluationError(f"the engine failed: {delta.error}")
-                scores = delta.prompt_logprobs
-                assert scores is not None, "score_from was asked for"
-                logprob = math.fsum(np.frombuffer(scores.chosen, np.float32).tolist())
-                best = tuple(np.frombuffer(scores.top_ids, np.int32).tolist())
-                yield delta.request_id, Outcome(logprob, best == targets.pop(delta.request_id))
+                logprobs, is_greedy = scores_of(delta, targets.pop(delta.request_id))
+                yield delta.request_id, Outcome(math.fsum(logprobs), is_greedy)
 
     def close(self) -> None:
         """Give the device's memory back."""

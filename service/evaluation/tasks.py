@@ -1,14 +1,13 @@
 """The evaluations: what of a file is scored, and what comes of it. Sources: docs/evaluation.md."""
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from service.api.text import Tokenizer
+from service.evaluation.data import Data
 from service.evaluation.detokenizer import detokenize
 from service.evaluation.errors import EvaluationError
 from service.evaluation.items import Item, Outcome, Windows
@@ -20,7 +19,6 @@ _PAPER_STRIDE = 32
 _STRIDE = 512  # of other texts: a sixteenth of that work, and at least half a context before each token
 _TEST_SET = (245_566, 270_329)  # of WikiText-103's: pieces between spaces, tokens
 _LAMBADA_LINES = 5153
-_MOST_BYTES = 2**25  # of a file: as one stream, its tokens take some fifty times that
 _MOST_LINE_BYTES = 2**16
 _MOST_EXPONENT = 20.0  # Megatron-LM's cap
 _MOST_NAMED = 5  # faults that an error names
@@ -43,17 +41,17 @@ class Task:
     skipped: list[Figures] = field(default_factory=list)  # lines that are not counted, and why
 
 
-def wikitext103(file: Path, tokenizer: Tokenizer, *, context_length: int, stride: int = _PAPER_STRIDE) -> Task:
+def wikitext103(data: Data, tokenizer: Tokenizer, *, context_length: int, stride: int = _PAPER_STRIDE) -> Task:
     """The paper's perplexity: one stream of tokens in overlapping windows, counted by the words of the raw file.
 
     Raises EvaluationError.
     """
-    text, data = _read_text(file, "--data")
+    text = data.text()
     num_original = len(text.strip().split(" "))
     ids = tokenizer.encode([detokenize(text)], split_special=True)[0]
     _check_stride(stride, context_length)
     if len(ids) < 2 or num_original < 2:
-        raise EvaluationError(f"--data: {file}: a text of two words or more is needed")
+        raise data.error("a text of two words or more is needed")
     items = Windows(ids, width=context_length, stride=stride)
 
     def figures(outcomes: Sequence[Outcome]) -> Figures:
@@ -75,7 +73,7 @@ def wikitext103(file: Path, tokenizer: Tokenizer, *, context_length: int, stride
     return Task(
         "wikitext103",
         {"window": context_length, "stride": stride, "detokenized": True, "adjusted_by": "(T - 1) / (To - 1)"},
-        data | {"original_tokens": num_original, "tokens": len(ids)},
+        data.about | {"original_tokens": num_original, "tokens": len(ids)},
         items,
         figures,
         incomparable,
@@ -84,18 +82,17 @@ def wikitext103(file: Path, tokenizer: Tokenizer, *, context_length: int, stride
 
 
 def lambada(
-    file: Path, tokenizer: Tokenizer, *, context_length: int, strict: bool = True, skip_bad_lines: bool = False
+    data: Data, tokenizer: Tokenizer, *, context_length: int, strict: bool = True, skip_bad_lines: bool = False
 ) -> Task:
     """The paper's accuracy: whether greedy decoding gives the last word of each line; not `strict`, the last token.
 
     Raises EvaluationError, also for a line that cannot be used, unless `skip_bad_lines`.
     """
-    content, data = _read(file, "--data")
     contexts: list[str] = []
     words: list[str] = []
     numbers: list[int] = []
     bad: list[tuple[int, str]] = []
-    for number, line in enumerate(content.splitlines(), 1):
+    for number, line in enumerate(data.content.splitlines(), 1):
         text = _passage(line)
         if isinstance(text, _Fault):
             bad.append((number, text.reason))
@@ -116,9 +113,9 @@ def lambada(
             items.append(Item(tuple(ids), score_from))
     bad.sort()
     if bad and not skip_bad_lines:
-        raise EvaluationError(f"--data: {file}: {_named(bad)} (--skip-bad-lines leaves such lines out)")
+        raise data.error(f"{_named(bad)} (--skip-bad-lines leaves such lines out)")
     if not items:
-        raise EvaluationError(f"--data: {file}: has no line that can be used{': ' + _named(bad) if bad else ''}")
+        raise data.error(f"has no line that can be used{': ' + _named(bad) if bad else ''}")
 
     def figures(outcomes: Sequence[Outcome]) -> Figures:
         hits = sum(outcome.is_greedy for outcome in outcomes)
@@ -138,7 +135,7 @@ def lambada(
     return Task(
         "lambada",
         {"strict": strict, "target": "the last word" if strict else "the last token"},
-        data | {"lines": len(items) + len(bad), "lines_scored": len(items)},
+        data.about | {"lines": len(items) + len(bad), "lines_scored": len(items)},
         items,
         figures,
         incomparable,
@@ -147,12 +144,12 @@ def lambada(
     )
 
 
-def text(file: Path, tokenizer: Tokenizer, *, context_length: int, stride: int | None = None) -> Task:
+def text(data: Data, tokenizer: Tokenizer, *, context_length: int, stride: int | None = None) -> Task:
     """The perplexity of any text, after an end of text; spelled out in it, that is its one token.
 
     Raises EvaluationError.
     """
-    content, data = _read_text(file, "FILE")
+    content = data.text()
     stride = min(_STRIDE, context_length) if stride is None else stride
     _check_stride(stride, context_length)
     ids = [tokenizer.end_of_text_id, *tokenizer.encode([content])[0]]
@@ -160,12 +157,12 @@ def text(file: Path, tokenizer: Tokenizer, *, context_length: int, stride: int |
 
     def figures(outcomes: Sequence[Outcome]) -> Figures:
         found = _loss(items, outcomes)
-        found["bits_per_byte"] = found["loss"] * (len(ids) - 1) / math.log(2) / data["bytes"]
+        found["bits_per_byte"] = found["loss"] * (len(ids) - 1) / math.log(2) / len(data.content)
         found["word_perplexity"] = _exp(found["loss"] * (len(ids) - 1) / max(1, len(content.split())))
         return found
 
     protocol = {"window": context_length, "stride": stride, "begins_with": "end of text"}
-    return Task("text", protocol, data | {"tokens": len(ids) - 1}, items, figures, None, None)
+    return Task("text", protocol, data.about | {"tokens": len(ids) - 1}, items, figures, None, None)
 
 
 def _loss(items: Sequence[Item], outcomes: Sequence[Outcome]) -> Figures:
@@ -228,30 +225,3 @@ def _named(bad: Sequence[tuple[int, str]]) -> str:
 def _check_stride(stride: int, context_length: int) -> None:
     if not 1 <= stride <= context_length:
         raise EvaluationError(f"--stride: must be from 1 to {context_length}, the model's context (got {stride})")
-
-
-def _read(file: Path, flag: str) -> tuple[bytes, Figures]:
-    try:
-        size = file.stat().st_size
-        if size > _MOST_BYTES:
-            raise EvaluationError(f"{flag}: {file}: its {size:,} bytes are more than {_MOST_BYTES:,}; cut it in pieces")
-        content = file.read_bytes()
-    except OSError as error:
-        raise EvaluationError(f"{flag}: {file}: {error.strerror}") from error
-    if not content.strip():
-        raise EvaluationError(f"{flag}: {file}: is empty")
-    return content, {"file": file.name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-
-
-def _read_text(file: Path, flag: str) -> tuple[str, Figures]:
-    content, data = _read(file, flag)
-    if content.startswith(b"\xef\xbb\xbf"):
-        raise EvaluationError(f"{flag}: {file}: line 1: begins with a byte order mark")
-    if (place := content.find(b"\0")) >= 0:  # as in UTF-16
-        line = content[:place].count(b"\n") + 1
-        raise EvaluationError(f"{flag}: {file}: line {line}: has a byte of zeros (byte {place}), which no text has")
-    try:
-        return content.decode("utf-8"), data
-    except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        raise EvaluationError(f"{flag}: {file}: line {line}: is not UTF-8 (byte {error.start})") from error

@@ -24,6 +24,7 @@ from service.load.crowd import Crowd, CrowdError
 from service.load.figures import Figures, figures_of, is_flat
 from service.load.plan import Level, Plan, Server
 from service.load.report import load_name, picture, table, to_json
+from service.pair import parse_header, parse_pair
 from service.version import VERSION
 
 _DESCRIPTION = """\
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str], *, program: str = "megatron-gpt2 bench") -> i
         levels = _levels(asked)
         plan, about = asyncio.run(_prepare(asked))
         rows, interrupted = _measure(plan, levels)
-        about["command"] = shlex.join([*program.split(), *arguments])
+        about["command"] = _command(program, arguments, asked.header)
         _write(asked.out, about, rows)
     except (LoadError, CrowdError) as error:
         print(f"{program}: {error}", file=sys.stderr)
@@ -57,6 +58,13 @@ def main(arguments: Sequence[str], *, program: str = "megatron-gpt2 bench") -> i
     if interrupted:
         return 130
     return 0 if all(row.requests for row in rows) else 1
+
+
+def _command(program: str, arguments: Sequence[str], headers: Sequence[str]) -> str:
+    """As it was given, but for the values of headers: results are kept and shown, keys are not."""
+    for header in headers:
+        arguments = [text.replace(header, header.partition(":")[0] + ":…") for text in arguments]
+    return shlex.join([*program.split(), *arguments])
 
 
 def _parser(program: str) -> argparse.ArgumentParser:
@@ -127,7 +135,10 @@ def _levels(asked: argparse.Namespace) -> list[Level] | None:
 
 async def _prepare(asked: argparse.Namespace) -> tuple[Plan, dict[str, Any]]:
     """What will be sent, once the server has taken one of it; and what belongs with the results."""
-    headers = tuple(_pair("--header", text, ":") for text in asked.header)
+    try:
+        headers = tuple(parse_header(text) for text in asked.header)
+    except ValueError as error:
+        raise LoadError(f"--header: {error}") from None
     try:
         server = Server.at(asked.url, headers)
     except ValueError as error:
@@ -136,7 +147,10 @@ async def _prepare(asked: argparse.Namespace) -> tuple[Plan, dict[str, Any]]:
         extra = msgspec.json.decode(asked.body, type=dict[str, Any])
     except msgspec.MsgspecError as error:
         raise LoadError(f"--body: must be a JSON object: {error}") from None
-    notes = dict(_pair("--note", text, "=") for text in asked.note)
+    try:
+        notes = dict(parse_pair(text, "=") for text in asked.note)
+    except ValueError as error:
+        raise LoadError(f"--note: {error}") from None
     fields: dict[str, Any] = {"model": asked.model, "max_tokens": asked.max_tokens, "stream": not asked.no_stream}
     if not asked.no_stream:
         fields["stream_options"] = {"include_usage": True}
@@ -170,13 +184,6 @@ async def _prepare(asked: argparse.Namespace) -> tuple[Plan, dict[str, Any]]:
         **notes,
     }
     return plan, about
-
-
-def _pair(flag: str, text: str, separator: str) -> tuple[str, str]:
-    name, found, value = text.partition(separator)
-    if not found or not name.strip() or "\n" in text or "\r" in text:
-        raise LoadError(f"{flag}: must be NAME{separator}VALUE, not {text!r}")
-    return name.strip(), value.strip()
 
 
 def _texts(file: Path | None) -> tuple[str, ...]:

@@ -1,4 +1,8 @@
-"""Attention over a paged KV cache in plain torch operators, for a GPU. Called by the model, once a layer."""
+"""Attention over a paged KV cache: what the model asks of one, once a layer, and one in plain torch operators.
+
+That is a GPU's where it cannot have the kernels (model/kernels/attention.py); a CPU's is in model/bags.py, which takes
+from here what a sequence with several new tokens does.
+"""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol

@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 
 Int32 = npt.NDArray[np.int32]
-Int64 = npt.NDArray[np.int64]
 Float32 = npt.NDArray[np.float32]
 
 # Best tokens whose log-probabilities a step gives, where it gives any: as many as one of 32 beams needs (api/beams.py).

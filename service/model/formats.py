@@ -184,9 +184,7 @@ class Int8:
     cache_dtype = torch.float16
 
     def __init__(self) -> None:
-        self._largest = 127
-        if _saturates():
-            self._largest = 63
+        self._largest = 63 if _saturates() else 127
 
     def linear(self, weight: Tensor, bias: Tensor | None) -> _Int8:
         rows, scales = quantized(weight)
@@ -198,7 +196,12 @@ class Int8:
         return self.linear(weight, None)
 
     def embedding(self, weight: Tensor) -> Tensor:
-        return weight.half() if weight.dtype == torch.float32 and _fits_half(weight) else weight
+        return _halved(weight)
+
+
+def _halved(weight: Tensor) -> Tensor:
+    """In fp16, where that takes less memory and holds the numbers."""
+    return weight.half() if weight.dtype == torch.float32 and _fits_half(weight) else weight
 
 
 def _fits_half(weight: Tensor) -> bool:
@@ -236,19 +239,23 @@ def _whole_depth(x: Tensor) -> Tensor:
     return F.pad(x, (0, missing)) if missing else x
 
 
-class WeightOnlyInt8(Int8):
+class WeightOnlyInt8:
     """int8 weights where oneDNN has no fast product for them: rows in bf16, and the head in fp32."""
 
-    def __init__(self) -> None:
-        pass
+    name = "int8"
+    dtype = torch.float32
+    cache_dtype = torch.float16
 
-    def linear(self, weight: Tensor, bias: Tensor | None) -> _WeightOnlyInt8:  # type: ignore[override]
+    def linear(self, weight: Tensor, bias: Tensor | None) -> _WeightOnlyInt8:
         rows, scales = quantized(weight)
         bias = torch.zeros(len(rows)) if bias is None else bias.float()
         return _WeightOnlyInt8(_whole_depth(rows), scales.bfloat16(), bias)
 
     def head(self, weight: Tensor) -> Product:
         return Linear(weight.float(), None)
+
+    def embedding(self, weight: Tensor) -> Tensor:
+        return _halved(weight)
 
 
 def format_for(name: str, device: torch.device) -> Format:

@@ -61,7 +61,6 @@ class StepInputs:
     ) -> None:
         """`no_slot`: where the keys and values of what fills a bucket up go."""
         max_rows = -(-max_rows // _ALIGNMENT) * _ALIGNMENT
-        self._table_width = table_width
         self._no_slot = no_slot
         words = max_rows + max_rows + max_rows * SAMPLING_WORDS
         first = -(-words // _ALIGNMENT) * _ALIGNMENT

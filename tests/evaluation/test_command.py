@@ -87,7 +87,10 @@ def test_a_journal_of_another_run_is_not_gone_on_with(
         (["text", str(HELD_OUT), "--out", ""], "--out: .: must be a file"),
         (["text", str(HELD_OUT), "--out", "nowhere/out.json"], "--out: nowhere/out.json.partial: No such file"),
         (["text", str(HELD_OUT), "--url", "localhost:1"], "--url"),
+        (["text", str(HELD_OUT), "--url", "http://127.0.0.1:1"], "--url: http://127.0.0.1:1/tokenizer_info"),
         (["text", str(HELD_OUT), "--url", "http://127.0.0.1:1", "--header", "x"], "--header: must be NAME:VALUE"),
+        (["text", str(HELD_OUT), "--url", "http://127.0.0.1:1", "--header", ": x"], "--header: must be NAME:VALUE"),
+        (["text", str(HELD_OUT), "--url", "http://127.0.0.1:1", "--header", "a: …"], "--header: must be ASCII"),
         (["glue", "--data", "x"], "glue"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -104,6 +107,39 @@ def test_mistakes_are_told(
     assert 2 == code
     assert message in capsys.readouterr().err
     assert [] == os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--model", str(HELD_OUT.parent)],
+        ["--revision", "main"],
+        ["--offline"],
+        ["--cache-dir", "cache"],
+        ["--device", "cpu"],
+        ["--dtype", "auto"],  # also what is so without it
+        ["--tensor-parallel-size", "2"],
+        ["--kv-memory", "64MiB"],
+        ["--gpu-memory-utilization", "0.5"],
+        ["--cpu-threads", "1"],
+        ["--max-num-seqs", "8"],
+        ["--max-num-batched-tokens", "512"],
+    ],
+    ids=lambda flags: str(flags[0]),
+)
+def test_what_a_model_is_loaded_by_does_not_go_with_a_server(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The flag is named, and no server is asked; variables and a file, which other commands have too, pass."""
+    asked = ["eval", "text", str(HELD_OUT), "--url", "http://127.0.0.1:1", "--out", str(tmp_path / "out.json")]
+    config = tmp_path / "config.yaml"
+    config.write_text("max_num_seqs: 4\n")
+    monkeypatch.setenv("MGPT_KV_MEMORY", "32MiB")
+    for given in (flags, [*flags, "--config", str(config), "--log-level", "warning"]):
+        assert 2 == main([*asked, *given])
+        assert f"megatron-gpt2: {flags[0]}: does not go with --url" in capsys.readouterr().err
+    assert 2 == main([*asked, "--config", str(config), "--log-level", "warning"])
+    assert "--url: http://127.0.0.1:1/tokenizer_info: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What a run has found outlasts it, and is only gone on with where it belongs."""
 
+import os
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,45 @@ def test_broken_lines_are_an_error(file: Path) -> None:
     file.write_bytes(file.read_bytes() + b"[1, 2]\n")
     with pytest.raises(EvaluationError, match="is no journal of an evaluation"):
         Journal(file, ABOUT)
+
+
+def test_two_runs_do_not_write_one_file(file: Path) -> None:
+    """The second is told so and changes nothing; it goes on once the first has let go."""
+    with closing(Journal(file, ABOUT)) as journal:
+        content = file.read_bytes()
+        with pytest.raises(EvaluationError, match=rf"^--out: {file}: another run writes it now; wait .* another --out"):
+            Journal(file, ABOUT)
+        assert content == file.read_bytes()
+        journal.add(9, Outcome(-3.0, False))
+    with closing(Journal(file, ABOUT)) as journal:
+        assert OUTCOMES | {9: Outcome(-3.0, False)} == journal.outcomes
+
+
+def test_a_run_that_has_ended_leaves_the_next_a_file_of_its_own(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that opened the file just before the other took it away makes it anew."""
+    first = Journal(file, ABOUT)
+    really = os.open
+    opened: list[int] = []
+
+    def open_then_end(*arguments: Any) -> int:
+        opened.append(really(*arguments))
+        if len(opened) == 1:
+            first.remove()
+        return opened[-1]
+
+    monkeypatch.setattr(os, "open", open_then_end)
+    with closing(Journal(file, ABOUT)) as second:
+        second.add(1, Outcome(-1.0, True))
+    monkeypatch.undo()
+    with closing(Journal(file, ABOUT)) as third:
+        assert {1: Outcome(-1.0, True)} == third.outcomes
+    assert 2 == len(opened)
+
+
+def test_a_file_that_is_refused_is_let_go(file: Path) -> None:
+    with pytest.raises(EvaluationError):
+        Journal(file, {"task": "other"})
+    Journal(file, ABOUT).close()
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from service.api.text import Tokenizer, load_tokenizer
+from service.evaluation.data import Data
 from service.evaluation.errors import EvaluationError
 from service.evaluation.items import Outcome
 from service.evaluation.tasks import Task, lambada, text, wikitext103
@@ -24,10 +25,10 @@ def lines_of(*texts: str) -> bytes:
     return b"".join(json.dumps({"text": each}).encode() + b"\n" for each in texts)
 
 
-def write(folder: Path, content: bytes, name: str = "lambada_test.jsonl") -> Path:
+def write(folder: Path, content: bytes, name: str = "lambada_test.jsonl") -> Data:
     file = folder / name
     file.write_bytes(content)
-    return file
+    return Data.read(file, "--data")
 
 
 def decoded(task: Task, tokenizer: Tokenizer) -> list[tuple[str, str]]:
@@ -85,13 +86,13 @@ BAD_LINES = {
 @pytest.mark.parametrize("line", BAD_LINES, ids=list(BAD_LINES.values()))
 def test_a_bad_line_is_named(tmp_path: Path, tokenizer: Tokenizer, line: bytes) -> None:
     """By its number and its fault; where lines are skipped, it is in the report and counted nowhere else."""
-    file = write(tmp_path, lines_of("one two") + line + b"\n" + lines_of("three four"))
+    data = write(tmp_path, lines_of("one two") + line + b"\n" + lines_of("three four"))
     with pytest.raises(EvaluationError) as caught:
-        lambada(file, tokenizer, context_length=CONTEXT)
-    assert f"--data: {file}: line 2: " in str(caught.value)
+        lambada(data, tokenizer, context_length=CONTEXT)
+    assert f"--data: {data.file}: line 2: " in str(caught.value)
     assert BAD_LINES[line] in str(caught.value)
     assert len(str(caught.value)) < 400
-    task = lambada(file, tokenizer, context_length=CONTEXT, skip_bad_lines=True)
+    task = lambada(data, tokenizer, context_length=CONTEXT, skip_bad_lines=True)
     assert [("one", " two"), ("three", " four")] == decoded(task, tokenizer)
     (skipped,) = task.skipped
     assert 2 == skipped["line"]
@@ -100,9 +101,9 @@ def test_a_bad_line_is_named(tmp_path: Path, tokenizer: Tokenizer, line: bytes) 
 
 
 def test_many_bad_lines_are_named_in_order(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    file = write(tmp_path, b"x\n" * 3 + lines_of("alone", "one two") + b"x\n" * 5)
+    data = write(tmp_path, b"x\n" * 3 + lines_of("alone", "one two") + b"x\n" * 5)
     with pytest.raises(EvaluationError) as caught:
-        lambada(file, tokenizer, context_length=CONTEXT)
+        lambada(data, tokenizer, context_length=CONTEXT)
     places = [str(caught.value).find(f"line {number}:") for number in range(1, 11)]
     assert [place > 0 for place in places] == [True] * 4 + [False, True] + [False] * 4
     assert sorted(place for place in places if place > 0) == [place for place in places if place > 0]
@@ -114,22 +115,22 @@ def test_a_file_without_a_good_line_is_refused(tmp_path: Path, tokenizer: Tokeni
         lambada(write(tmp_path, b"x\n"), tokenizer, context_length=CONTEXT, skip_bad_lines=True)
 
 
-@pytest.mark.parametrize("name", ["wikitext103", "lambada", "text"])
-def test_files_that_cannot_be_read(tmp_path: Path, tokenizer: Tokenizer, name: str) -> None:
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     """Missing, a folder, empty, too large: the flag and the file are named."""
-    task = {"wikitext103": wikitext103, "lambada": lambada, "text": text}[name]
+    (tmp_path / "empty").touch()
+    (tmp_path / "blank").write_bytes(b" \n \n")
     large = tmp_path / "large"
     with large.open("wb") as stream:
         stream.truncate(2**25 + 1)
     for file, message in (
         (tmp_path / "nowhere", "No such file"),
         (tmp_path, "Is a directory"),
-        (write(tmp_path, b""), "is empty"),
-        (write(tmp_path, b" \n \n"), "is empty"),
+        (tmp_path / "empty", "is empty"),
+        (tmp_path / "blank", "is empty"),
         (large, "33,554,433 bytes are more than 33,554,432"),
     ):
-        with pytest.raises(EvaluationError, match=f"^({'FILE' if name == 'text' else '--data'}): {file}: .*{message}"):
-            task(file, tokenizer, context_length=CONTEXT)
+        with pytest.raises(EvaluationError, match=f"^--flag: {file}: .*{message}"):
+            Data.read(file, "--flag")
 
 
 @pytest.mark.parametrize("task", [wikitext103, text])
@@ -146,9 +147,9 @@ def test_files_that_cannot_be_read(tmp_path: Path, tokenizer: Tokenizer, name: s
 def test_a_wrong_encoding_is_named_by_its_line(
     tmp_path: Path, tokenizer: Tokenizer, task: type[Task], content: bytes, message: str
 ) -> None:
-    file = write(tmp_path, content, "wiki.test.tokens")
-    with pytest.raises(EvaluationError, match=f"{file}: {message}"):
-        task(file, tokenizer, context_length=CONTEXT)
+    data = write(tmp_path, content, "wiki.test.tokens")
+    with pytest.raises(EvaluationError, match=f"{data.file}: {message}"):
+        task(data, tokenizer, context_length=CONTEXT)
 
 
 @pytest.mark.parametrize("stride", [0, -1, 1025])

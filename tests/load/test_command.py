@@ -77,6 +77,8 @@ def test_fields_headers_and_texts_are_sent_as_given(tmp_path: Path) -> None:
     about = json.loads((tmp_path / "result.json").read_bytes())
     assert "1" == about["api_processes"]
     assert {"url", "model", "device", "host", "date", "client", "command"} <= about.keys()
+    assert "--header 'Authorization:…' --prompts" in about["command"], "files of results have no keys"
+    assert "Bearer" not in (tmp_path / "result.json").read_text() + (tmp_path / "result.svg").read_text()
 
 
 @pytest.mark.parametrize(
@@ -167,6 +169,7 @@ def test_clients_double_until_more_of_them_gain_nothing(tmp_path: Path, capsys: 
         (["--body", "[1]"], "--body"),
         (["--body", "{"], "--body"),
         (["--header", "nothing"], "--header"),
+        (["--header", "Authorization: Bearer mgpt-…"], "--header: must be ASCII"),
         (["--prompts", "no/such/file"], "--prompts"),
         (["--note", "x"], "--note"),
     ],
