@@ -139,21 +139,35 @@ def test_documented_routes_answer(url: str) -> None:
     assert dict.fromkeys(routes, 200) == {route: httpx.get(url + route).status_code for route in routes}
 
 
-def test_links_lead_somewhere() -> None:
-    """Relative links of the README and of the documents name files of the repository."""
-    for document in (README, ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")):
-        for link in re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text()):
-            assert (document.parent / link).is_file(), f"{document.name}: {link}"
-
-
-def test_make_targets_are_there() -> None:
-    """Every `make` command that README.md and CONTRIBUTING.md show is a target."""
-    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    shown = re.findall(
-        r"\bmake (run|test|[a-z]+)(?=[`\s]|$)", README.read_text() + (ROOT / "CONTRIBUTING.md").read_text()
+def test_it_has_what_a_reader_looks_for() -> None:
+    """Two commands first, a picture of the playground, one figure against vLLM with its command, as docs/performance.md
+    has it, three ways to deploy, and a link to each document."""
+    text = README.read_text()
+    first = re.search(r"^```console\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    assert first is not None
+    assert ["$ make run", "$ make test"] == [line.partition("#")[0].strip() for line in first[1].splitlines()]
+    assert "```" not in text[: first.start()]
+    assert re.search(r"!\[The playground: [^]]+\]\(docs/pictures/playground-light.png\)", text)
+    fast = " ".join(_section(text, "How fast").split())
+    compared = re.search(
+        r"at (\d+) streams .*? gives ([\d,]+) tokens/s, where vLLM [\d.]+ gives ([\d,]+): ([\d.]+)", fast
     )
-    assert {"run", "test"} <= set(shown)
-    assert set(shown) <= targets
+    assert compared is not None
+    streams, ours, theirs, ratio = compared.groups()
+    assert f"--concurrency {streams} " in block("console", "$ megatron-gpt2 bench")
+    assert float(ratio) == round(int(ours.replace(",", "")) / int(theirs.replace(",", "")), 1)
+    performance = (ROOT / "docs/performance.md").read_text()
+    assert ours in performance
+    assert theirs in performance
+    ways = re.findall(r"^(\d)\. \*\*(.+?)\*\*", _section(text, "Deploying it"), re.MULTILINE)
+    assert [("1", "An image"), ("2", "Compose"), ("3", "Kubernetes")] == ways
+    linked = set(re.findall(r"\]\((docs/\w+\.md|[A-Z]+\.md)\)", _section(text, "Read on")))
+    documents = {file.relative_to(ROOT).as_posix() for file in ROOT.glob("docs/*.md")}
+    assert documents | {"CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"} == linked
+
+
+def _section(text: str, heading: str) -> str:
+    return text.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
 
 
 def write() -> None:

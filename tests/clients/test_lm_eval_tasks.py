@@ -234,12 +234,15 @@ def test_a_longer_text_has_other_windows(server: Server, harness: Any, tmp_path:
 
 
 def test_the_documented_command(server: Server, tmp_path: Path) -> None:
-    """That of docs/evaluation.md, over local data: it ends well, and its results have both tasks."""
+    """That of docs/evaluation.md, over local data, its first task by the page's file for one: it ends well, and its
+    results have both tasks."""
     page = (ROOT / "docs/evaluation.md").read_text()
     found = re.search(r"^\$ (lm_eval .*)$", page, re.MULTILINE)
     assert found is not None
     command = found[1].replace("http://127.0.0.1:8000", server.url)
-    write_task(tmp_path, "local_lambada", LAMBADA, [{"text": text} for text in PASSAGES[:5]])
+    (task,) = re.findall(r"^```yaml\n(include: .*?)^```$", page, re.MULTILINE | re.DOTALL)
+    (tmp_path / "local_lambada.yaml").write_text(task.replace("/path/to/lm_eval/tasks", str(TASKS)))
+    (tmp_path / "lambada_test.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in PASSAGES[:5]))
     write_task(tmp_path, "local_wikitext", WIKITEXT, [{"page": PAGE}])
     command = command.replace("lambada_openai,wikitext", "local_lambada,local_wikitext")
     words = [word.replace("results", str(tmp_path / "results")) for word in shlex.split(command)]
