@@ -14,7 +14,6 @@ from service.engine.loading import Reporter, Unusable, load
 from service.engine.request import SCORING, Finish, Request, scores_of
 from service.evaluation.errors import EvaluationError
 from service.evaluation.items import Item, Outcome
-from service.evaluation.tasks import PAPER_SHAPE
 from service.model.batch import DeviceLost
 
 
@@ -38,9 +37,8 @@ class EngineScorer:
             "dtype": info.dtype,
             "device": info.device,
         }
-        shape = read_config(folder, vocab_size=info.vocab_size)
-        found = (shape.num_layers, shape.hidden_size, shape.num_heads, shape.context_length, shape.vocab_size)
-        self.incomparable = None if found == PAPER_SHAPE else "the model has another shape than the paper's 345M"
+        is_345m = read_config(folder, vocab_size=info.vocab_size).is_345m
+        self.incomparable = None if is_345m else "the model has another shape than the paper's 345M"
 
     def score(self, items: Iterable[tuple[int, Item]]) -> Iterator[tuple[int, Outcome]]:
         scheduler = self._loaded.scheduler

@@ -13,7 +13,6 @@ from service.evaluation.errors import EvaluationError
 from service.evaluation.items import Item, Outcome, Windows
 from service.evaluation.statistics import loss_interval, wilson_interval
 
-PAPER_SHAPE = (24, 1024, 16, 1024, 50257)  # layers, hidden size, heads, positions, ids of the 345M
 _PAPER_PERPLEXITY, _PAPER_ACCURACY = 19.31, 0.4518
 _PAPER_STRIDE = 32
 _STRIDE = 512  # of other texts: a sixteenth of that work, and at least half a context before each token

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+_345M = (24, 1024, 16, 1024, 50257)  # layers, hidden size, heads, positions, ids
+
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
@@ -32,3 +34,8 @@ class ModelConfig:
     def head_size(self) -> int:
         """Width of one attention head; hidden_size is a whole multiple of num_heads."""
         return self.hidden_size // self.num_heads
+
+    @property
+    def is_345m(self) -> bool:
+        """Whether the sizes are those of NVIDIA's MegatronGPT2 345M, which is the paper's."""
+        return (self.num_layers, self.hidden_size, self.num_heads, self.context_length, self.vocab_size) == _345M

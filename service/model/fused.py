@@ -15,6 +15,9 @@ from service.model.kernels.products import ACTIVATE, MERGE, NORM, PARTIAL, RESID
 from service.model.matrix import Matrix
 from service.model.parallel import ParallelGPT2, plain
 
+_MOST_PARTS = 2048  # rows of split sums: tokens times splits
+_PREFILL_PROGRAMS = 528  # four for each of an H100's multiprocessors
+
 
 @dataclass(frozen=True, slots=True)
 class StepTensors:
@@ -243,7 +246,3 @@ class FusedGPT2:
             BESIDE=step.query_starts is not None,
             num_warps=plan.decode.warps,
         )
-
-
-_MOST_PARTS = 2048  # rows of split sums: tokens times splits
-_PREFILL_PROGRAMS = 528  # four for each of an H100's multiprocessors

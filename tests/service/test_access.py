@@ -17,7 +17,7 @@ import trustme
 from tests.service.scripted_model import ScriptedModel
 from tests.service.server import COMMAND, Connect, Start, eventually
 
-ALICE, BOB = "mgpt-" + "a" * 43, "mgpt-" + "b" * 43
+ALICE = "mgpt-" + "a" * 43
 
 
 async def run(*arguments: str, **environment: str) -> tuple[int, str, str]:
