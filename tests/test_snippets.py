@@ -271,7 +271,7 @@ def test_the_benchmark_runs(url: str, tmp_path: Path) -> None:
     (block,) = claimed("test_the_benchmark_runs")
     (command,) = block.commands
     printed = shell(
-        f"{command.replace(DOCUMENTED_URL, url)} --requests 64 --max-tokens 2 --prompt-tokens 8 --warmup-seconds 0",
+        f"{command.replace(DOCUMENTED_URL, url)} --requests 16 --max-tokens 2 --prompt-tokens 8 --warmup-seconds 0",
         tmp_path,
     )
     assert "64 clients" in printed

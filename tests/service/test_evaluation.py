@@ -179,7 +179,7 @@ def test_a_server_with_keys(keyed_server: Server, words: Path, tmp_path: Path) -
     for headers in ([], ["--header", "Authorization: Bearer mgpt-wrong"]):
         message = refused(*asked, *url, *headers)
         assert f"--url: {keyed_server.url}/tokenizer_info: HTTP 401: " in message
-    assert "--header: must be NAME:VALUE (got 'x')" in refused(*asked, *url, "--header", "x")
+    assert "--header: must be NAME:VALUE, not 'x'" in refused(*asked, *url, "--header", "x")
     assert not list(tmp_path.iterdir())
     report = evaluated(
         tmp_path / "report.json", *asked[:-2], *url, "--header", f"authorization:Bearer {ALICE}", "--header", "X-A: b"
