@@ -17,6 +17,7 @@ from io import StringIO
 from typing import Any, Never
 from unittest import mock
 
+import httpx
 import yaml
 
 from service import cli
@@ -25,6 +26,7 @@ from service.load import command as load
 from service.settings import ENV_PREFIX, Settings
 from tests.markdown import ROOT
 
+DOCUMENTED_URL = "http://127.0.0.1:8000"
 # Flags that prose names and no program of ours has, and whose they are.
 OTHERS = {
     "--build-arg": "docker",
@@ -243,8 +245,32 @@ def _kubectl(words: Sequence[str], in_prose: bool) -> None:
 
 def _curl(words: Sequence[str], _in_prose: bool) -> None:
     """A route of ours, and a body that it takes."""
-    assert "http://127.0.0.1:8000/v1/completions" in words, "its own test must send it"
-    CompletionRequest.model_validate(json.loads(words[list(words).index("-d") + 1]))
+    asked = _asked(words)
+    assert f"{DOCUMENTED_URL}/v1/completions" == asked.target, "its own test must send it"
+    CompletionRequest.model_validate(json.loads(asked.d))
+
+
+def _asked(words: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    for flag in ("-s", "-N"):
+        parser.add_argument(flag, action="store_true")
+    parser.add_argument("-X")
+    parser.add_argument("-H", action="append", default=[])
+    parser.add_argument("-d")
+    parser.add_argument("target")
+    return parser.parse_args(words)
+
+
+def curl(command: str, url: str) -> httpx.Response:
+    """What a curl command of a page is answered by the service at `url`; curl itself need not be there."""
+    asked = _asked(shlex.split(command)[1:])
+    return httpx.request(
+        asked.X or ("GET" if asked.d is None else "POST"),
+        asked.target.replace(DOCUMENTED_URL, url),
+        content=None if asked.d is None else asked.d.encode(),
+        headers=[tuple(header.split(": ", 1)) for header in asked.H],
+        timeout=60,
+    )
 
 
 def _export(words: Sequence[str], _in_prose: bool) -> None:

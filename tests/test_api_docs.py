@@ -5,18 +5,17 @@
 
 import json
 import re
-import shlex
 from collections.abc import Iterator
 from typing import Any
 
-import httpx
 import pytest
 
 from service.api.megatron import REQUEST_SCHEMAS as MEGATRON
 from service.api.schemas import CompletionRequest
 from service.api.scoring import REQUEST_SCHEMAS as SCORING
 from service.api.tokens import REQUEST_SCHEMAS as TOKENS
-from tests.test_readme import DOCUMENTED_URL, ROOT, served_demo
+from tests.commands import curl
+from tests.test_readme import ROOT, served_demo
 
 PAGE = ROOT / "docs/api.md"
 FIELDS = re.compile(r"^<!-- (\w+): (.*?) -->\n\n((?:\|.*\n)+)", re.MULTILINE)
@@ -100,16 +99,7 @@ def rounded(value: Any) -> Any:
 
 def answer(command: str, url: str) -> str:
     """What a documented curl command prints, asked of `url`, without what differs from run to run."""
-    arguments = shlex.split(command)
-    documented = next(argument for argument in arguments if argument.startswith(DOCUMENTED_URL))
-    target = documented.replace(DOCUMENTED_URL, url)
-    if "-d" in arguments:
-        name, value = arguments[arguments.index("-H") + 1].split(": ")
-        content = arguments[arguments.index("-d") + 1]
-        method = arguments[arguments.index("-X") + 1] if "-X" in arguments else "POST"
-        response = httpx.request(method, target, content=content.encode(), headers={name: value}, timeout=60)
-    else:
-        response = httpx.get(target, timeout=60)
+    response = curl(command, url)
     assert 200 == response.status_code or '"error"' in response.text, response.text
     if response.headers["content-type"].startswith("text/event-stream"):
         lines = [line.removeprefix("data: ") for line in response.text.splitlines() if line]

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from service.evaluation.items import Windows
-from tests.test_readme import COMMAND, DOCUMENTED_URL, ROOT, served_demo
+from tests.commands import DOCUMENTED_URL
+from tests.test_readme import COMMAND, ROOT, served_demo
 
 PAGE = ROOT / "docs/evaluation.md"
 # A block that begins with commands and goes on with what the last of them prints.

@@ -5,7 +5,6 @@
 
 import json
 import re
-import shlex
 import subprocess
 import sys
 import time
@@ -18,12 +17,12 @@ import httpx
 import pytest
 
 from service.settings import ENV_PREFIX, Settings
+from tests.commands import DOCUMENTED_URL, curl
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 SETTINGS = ROOT / "docs" / "settings.md"
 COMMAND = Path(sys.executable).with_name("megatron-gpt2")
-DOCUMENTED_URL = "http://127.0.0.1:8000"
 VARYING = ("id", "created", "system_fingerprint")
 TABLE_HEAD = "| flag | environment variable | default | what |\n| --- | --- | --- | --- |\n"
 
@@ -63,11 +62,7 @@ def block(language: str, start: str) -> str:
 
 def curl_answer(command: str, url: str) -> str:
     """What the README's curl command prints, asked of `url`."""
-    arguments = shlex.split(command)
-    data, header = (arguments[arguments.index(flag) + 1] for flag in ("-d", "-H"))
-    documented = next(argument for argument in arguments if argument.startswith(DOCUMENTED_URL))
-    name, value = header.split(": ")
-    response = httpx.post(documented.replace(DOCUMENTED_URL, url), content=data, headers={name: value}, timeout=60)
+    response = curl(command, url)
     assert 200 == response.status_code, response.text
     return response.text
 
