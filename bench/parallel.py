@@ -104,6 +104,8 @@ def engine_config(folder: Path, tensor: int, data: int, number: int, arguments: 
         kv_memory=None,
         gpu_memory_utilization=0.9,
         cpu_threads=1,
+        speculation="off",
+        speculation_tokens=1,
         max_event_interval_ms=0,
         log_level="warning",
         json_lines=False,

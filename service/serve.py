@@ -227,6 +227,8 @@ def engine_config(
         kv_memory=settings.kv_memory,
         gpu_memory_utilization=settings.gpu_memory_utilization,
         cpu_threads=cpu_threads,
+        speculation=settings.speculation,
+        speculation_tokens=settings.speculation_tokens,
         max_event_interval_ms=settings.max_event_interval_ms,
         log_level=settings.log_level,
         json_lines=json_lines,

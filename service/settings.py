@@ -48,6 +48,11 @@ def split_names(value: object) -> object:
     return [name.strip() for item in values for name in item.split(",") if name.strip()]
 
 
+def read_off(value: object) -> object:
+    """A file's `off` as the word: to YAML it is a boolean."""
+    return "off" if value is False else value
+
+
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
 Seconds = Annotated[float, Field(gt=0, le=10**6, allow_inf_nan=False)]
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(split_names)]
@@ -128,6 +133,14 @@ class Settings(BaseSettings):
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="Share of the GPU's memory to use in all.")
     cpu_threads: int | None = Field(
         None, ge=1, description="Threads of an engine on a CPU; by default one a core, shared by all engines."
+    )
+    speculation: Annotated[Literal["off", "ngram"], BeforeValidator(read_off)] = Field(
+        "off",
+        description="ngram: on a CPU, compute what followed a text's last tokens before beside its next token; the "
+        "same text, sooner where it repeats.",
+    )
+    speculation_tokens: int = Field(
+        8, ge=1, le=64, description="Of speculation, how many such tokens of a sequence a step has at most."
     )
     max_body_bytes: Bytes = Field(8 * 2**20, description="Largest request body.")
     max_choices: int = Field(1024, ge=1, description="Sequences of one request: prompts x max(n, best_of), or items.")

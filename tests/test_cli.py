@@ -31,6 +31,8 @@ SERVER_ONLY = {
     "max_num_seqs",
     "max_num_batched_tokens",
     "block_size",
+    "speculation",
+    "speculation_tokens",
     "max_body_bytes",
     "max_choices",
     "stream_keep_alive_seconds",

@@ -133,6 +133,8 @@ def test_devices(device: str) -> None:
         ("block_size", "257"),
         ("gpu_memory_utilization", "1.1"),
         ("cpu_threads", "0"),
+        ("speculation", "on"),
+        ("speculation_tokens", "0"),
         ("drain_seconds", "-1"),
         ("drain_seconds", "nan"),
         ("stall_seconds", "0"),

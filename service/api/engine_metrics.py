@@ -25,6 +25,10 @@ class EngineMetrics:
         self._preemptions = Count(f"{PREFIX}_preemptions", "Sequences that gave up their blocks and began again.")
         self._prefix_queries = Count(f"{PREFIX}_prefix_cache_queries", "Prompt tokens looked up in shared blocks.")
         self._prefix_hits = Count(f"{PREFIX}_prefix_cache_hits", "Prompt tokens found in shared blocks.")
+        self._draft_tokens = Count(f"{PREFIX}_draft_tokens", "Tokens computed on speculation.")
+        self._accepted_draft_tokens = Count(
+            f"{PREFIX}_accepted_draft_tokens", "Of the tokens computed on speculation, those that were right."
+        )
         self._step_seconds = Distribution(f"{PREFIX}_step_seconds", "Time of a step.", bounds=_STEP_SECONDS)
         self._batch_size = Distribution(f"{PREFIX}_batch_size", "Sequences in a step.", bounds=_SEQUENCES)
 
@@ -39,6 +43,8 @@ class EngineMetrics:
         self._preemptions.inc(stats.num_preemptions - last.num_preemptions)
         self._prefix_queries.inc(stats.num_prefix_queries - last.num_prefix_queries)
         self._prefix_hits.inc(stats.num_prefix_hits - last.num_prefix_hits)
+        self._draft_tokens.inc(stats.num_draft_tokens - last.num_draft_tokens)
+        self._accepted_draft_tokens.inc(stats.num_accepted_tokens - last.num_accepted_tokens)
         for seconds in stats.step_seconds:
             self._step_seconds.observe(seconds)
         for size in stats.batch_sizes:
@@ -81,6 +87,7 @@ class EngineMetrics:
         yield about
         for series in (
             *(self._steps, self._preemptions, self._prefix_queries, self._prefix_hits),
+            *(self._draft_tokens, self._accepted_draft_tokens),
             *(self._step_seconds, self._batch_size),
         ):
             yield from series.collect()

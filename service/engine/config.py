@@ -22,6 +22,8 @@ class EngineConfig:
     kv_memory: int | None
     gpu_memory_utilization: float
     cpu_threads: int | None
+    speculation: str
+    speculation_tokens: int
     max_event_interval_ms: float
     log_level: str
     json_lines: bool

@@ -32,6 +32,7 @@ from service.engine.grammar import Grammars
 from service.engine.ranks import LeadingRunner, Ranks, follow, meet
 from service.engine.request import ModelInfo
 from service.engine.scheduler import Scheduler
+from service.engine.speculation import Speculation
 from service.model.batch import OutOfMemory, Runner
 from service.model.config import ModelConfig
 from service.model.formats import format_for
@@ -149,10 +150,12 @@ def _load(config: EngineConfig, report: Reporter) -> Loaded:
     scheduler = Scheduler(
         num_blocks=runner.num_blocks,
         block_size=config.block_size,
-        **limits,
+        max_num_seqs=limits["max_num_seqs"],
+        max_num_batched_tokens=limits["max_num_batched_tokens"],
         context_length=model_config.context_length,
         vocab_size=model_config.vocab_size,
         end_of_text_id=model_config.end_of_text_id,
+        speculation=Speculation(most=0 if config.speculation == "off" else config.speculation_tokens),
     )
     info = ModelInfo(
         folder=str(folder),
@@ -282,6 +285,10 @@ def _device(config: EngineConfig, *, rank: int) -> torch.device:
         return device
     if config.dtype == "int8":
         raise DeviceError("dtype: int8 is for a CPU, and the device is a GPU; choose another dtype, or device cpu")
+    if config.speculation != "off":
+        raise DeviceError(
+            f"speculation: {config.speculation} is for a CPU, and the device is a GPU; choose off, or device cpu"
+        )
     if not torch.cuda.is_available():
         raise DeviceError(f"device: {name} was asked for, and this torch ({torch.__version__}) sees no GPU")
     first, num_gpus = device.index or 0, torch.cuda.device_count()

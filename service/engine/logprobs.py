@@ -1,9 +1,18 @@
 """The log-probabilities of a step, as the records that Deltas carry. Used by the scheduler as a step comes back."""
 
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from service.engine.request import Logprobs
 from service.model.batch import TopLogprobs
+
+if TYPE_CHECKING:
+    from service.engine.rows import Scoring
+    from service.engine.sequence import Sequence
 
 
 class PackedLogprobs:
@@ -25,3 +34,20 @@ class PackedLogprobs:
         ids_bytes, values_bytes = self._best[num_best]
         row = slice(4 * num_best * start, 4 * num_best * stop)
         return Logprobs(self._chosen[4 * start : 4 * stop], ids_bytes[row], values_bytes[row])
+
+
+def take_scores(scored: Iterable[Scoring], found: TopLogprobs) -> Iterator[Sequence]:
+    """Give those that have not ended the scores of a step; the sequences of which one is not finite, which get none."""
+    packed = PackedLogprobs(found)
+    for scoring in scored:
+        sequence = scoring.sequence
+        start = scoring.start + sequence.next_score - scoring.first  # a preemption may have some computed again
+        if sequence.finish is not None or start >= scoring.stop:
+            continue
+        scores = packed.records(start, scoring.stop, sequence.group.params.num_logprobs or 0)
+        if scores is None:
+            yield sequence
+        else:
+            assert sequence.scores is not None
+            sequence.scores += scores
+            sequence.next_score += scoring.stop - start

@@ -137,6 +137,8 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True, gc=False):
     num_dropped_tokens: int = 0  # computed past a stop, never sent
     num_prefix_queries: int = 0  # prompt tokens looked up
     num_prefix_hits: int = 0  # of these, found in shared blocks
+    num_draft_tokens: int = 0  # computed on speculation
+    num_accepted_tokens: int = 0  # of these, what was sampled in their places
     step_seconds: tuple[float, ...] = ()  # one entry a step since the last stats
     batch_sizes: tuple[int, ...] = ()  # sequences in each of these steps
 

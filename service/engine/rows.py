@@ -1,5 +1,6 @@
 """The running sequences as arrays, a row each, and the batches cut from them. Called by the scheduler alone."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -32,6 +33,16 @@ class Scoring:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Drafted:
+    """Of a launched batch with drafts, what each of its R samples is."""
+
+    rows: Indices  # [R]
+    numbers: Int32  # [R] how many drafts of its row stand before it
+    positions: Int32  # [R]
+    after: Int32  # [R] the token it is computed from, a draft where `numbers` is not 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Plan:
     """A launched batch: S sequences, of which R get a token."""
 
@@ -44,6 +55,7 @@ class Plan:
     scored: list[Scoring]
     # So many batches may follow of the same rows, each of the next token, in which nobody needs a block or has enough.
     num_like_it: int
+    drafted: Drafted | None = None  # then R counts the drafts, and `sampled` has rows several times
 
 
 class Rows:
@@ -150,12 +162,11 @@ class Rows:
         return wanted
 
     def take_tokens(self, rows: Indices, token_ids: Int32) -> list[int]:
-        """The tokens of a launch are back; which of them, by index, may end their sequences or are watched for."""
+        """The next token of each of these; which of them, by index, may end their sequences or are watched for."""
         num_known = self.num_known[rows]
         self.tokens[rows, num_known] = token_ids
         num_known += 1
         self.num_known[rows] = num_known
-        self.num_in_flight[rows] -= 1
         # As unsigned, NOT_FINITE is above all ids; and end of text is the last of GPT-2's.
         looks = (num_known >= self._watched_from[rows]) | (token_ids.view(np.uint32) >= self._stop_ids[rows])
         indices: list[int] = looks.nonzero()[0].tolist()
@@ -171,17 +182,22 @@ class Rows:
             for row, start, end in zip(rows.tolist(), starts, ends, strict=True)
         ]
 
-    def batch(self, decodes: Indices, placed: list[Placing]) -> tuple[Batch, Plan]:
+    def batch(self, decodes: Indices, placed: list[Placing], drafts: Mapping[int, Int32]) -> tuple[Batch, Plan]:
         """The batch that computes one more token of each of the rows `decodes`, and `placed`.
 
-        A sequence that is then complete gets a row of its samples.
+        A sequence that is then complete gets a row of its samples. The `drafts` of a decode, by its row, are as many
+        decodes more, as if they were its next tokens; with any, nothing may be in flight.
         """
         rows, starts = decodes, self.num_scheduled[decodes]
-        if placed:
-            rows = np.concatenate((rows, [placing.sequence.row for placing in placed]))
+        numbers: Int32 | None = None  # [S] how many drafts of its row stand before a decode
+        if drafts:
+            rows, numbers = self._with_drafts(rows, drafts)
+            starts = self.num_scheduled[rows] + numbers
+        if placed or drafts:
+            counts = np.ones(len(rows) + len(placed), np.int32)
+            counts[len(rows) :] = [placing.count for placing in placed]
+            rows = np.concatenate((rows, np.asarray([placing.sequence.row for placing in placed], np.intp)))
             starts = np.concatenate((starts, np.asarray([placing.start for placing in placed], np.int32)))
-            counts = np.ones(len(rows), np.int32)
-            counts[len(decodes) :] = [placing.count for placing in placed]
             order = np.lexsort((starts, counts > 1))
             rows, starts, counts = rows[order], starts[order], counts[order]
             lengths = starts + counts
@@ -190,7 +206,7 @@ class Rows:
             positions = np.arange(query_starts[-1], dtype=np.int32) + (starts - query_starts[:-1]).repeat(counts)
             token_rows = rows.repeat(counts)
             num_decodes = int((counts == 1).sum())
-            samples = (lengths == self.num_known[rows] + self.num_in_flight[rows]).nonzero()[0]
+            samples = (lengths >= self.num_known[rows] + self.num_in_flight[rows]).nonzero()[0]
             sampled = rows[samples]
             indices = query_starts[samples + 1] - 1
             sample_positions = lengths[samples]
@@ -203,7 +219,7 @@ class Rows:
             num_decodes = len(rows)
             indices = query_starts[:-1]
         # Only a sequence's last token can be in flight, and only from the previous launch.
-        in_flight = positions >= self.num_known[token_rows]
+        in_flight = np.zeros(len(positions), np.bool_) if drafts else positions >= self.num_known[token_rows]
         blocks, offsets = np.divmod(positions, np.int32(self._block_size))
         batch = Batch(
             token_ids=self.tokens[token_rows, positions],
@@ -227,11 +243,29 @@ class Rows:
         num_like_it = 0
         if self._num_demanding:
             batch, scorings = self._demand(batch, sequences, sampled)
-        elif not placed:
+        elif not placed and not drafts:
             num_left = min(self._block_size - int(offsets.max()), int((self._limits[rows] - lengths).min()))
             num_like_it = max(0, num_left - 1)
-        plan = Plan(rows, sequences, starts, admitted, len(positions), sampled, scorings, num_like_it)
+        drafted: Drafted | None = None
+        if numbers is not None:
+            numbers = np.concatenate((numbers, np.zeros(len(placed), np.int32)))[order]
+            drafted = Drafted(sampled, numbers[samples], sample_positions, batch.token_ids[indices])
+            rows, sequences, starts = (each[numbers == 0] for each in (rows, sequences, starts))
+        plan = Plan(rows, sequences, starts, admitted, len(positions), sampled, scorings, num_like_it, drafted)
         return batch, plan
+
+    def _with_drafts(self, decodes: Indices, drafts: Mapping[int, Int32]) -> tuple[Indices, Int32]:
+        """Each of the rows once more for each of its drafts, which stand then where its next tokens will; and how many
+        of these stand before."""
+        counts = np.ones(len(decodes), np.intp)
+        for index, row in enumerate(decodes.tolist()):
+            if (tokens := drafts.get(row)) is not None:
+                known = self.num_known[row]
+                self.tokens[row, known : known + len(tokens)] = tokens
+                counts[index] += len(tokens)
+        firsts = counts.cumsum() - counts
+        numbers = np.arange(counts.sum(), dtype=np.int32) - firsts.repeat(counts).astype(np.int32)
+        return decodes.repeat(counts), numbers
 
     def next_batch(self, batch: Batch, plan: Plan, *, in_flight: bool) -> tuple[Batch, Plan]:
         """The batch after `batch`, of which `plan.num_like_it` is above 0, when no sequence has ended or come.

@@ -89,6 +89,22 @@ class Running:
                 decodes = decodes[[sequence.running for sequence in sequences]]
         return decodes
 
+    def grow_draft(self, sequence: Sequence, count: int) -> int:
+        """How many of `count` drafts after a decode's next token there is room for, in its own blocks or free ones.
+
+        Free ones are taken only if they leave as much room to every sequence that runs: none is preempted for a draft.
+        """
+        rows, row = self.rows, sequence.row
+        length, capacity = int(rows.num_scheduled[row]) + 1, int(rows.capacities[row])
+        needed = self.pool.blocks_for(length + count) - len(sequence.blocks)
+        if needed <= 0:
+            return count
+        if needed + len(self._sequences) * self.pool.blocks_for(count) > self.pool.num_free:
+            return capacity - length
+        self._register(sequence, min(capacity, int(rows.num_known[row])))
+        rows.extend(sequence, self.pool.take(needed))
+        return count
+
     def place(
         self, sequence: Sequence, budget: int, decodes: Indices, placed: list[Placing], *, admitted: bool = False
     ) -> int:

@@ -11,16 +11,19 @@ import itertools
 from collections import deque
 from typing import TYPE_CHECKING
 
-from service.engine.logprobs import PackedLogprobs
+from service.engine.logprobs import PackedLogprobs, take_scores
 from service.engine.request import Delta, EngineStats, Finish, Logprobs, Request, SamplingParams, is_scored_only
 from service.engine.rows import Placing, Plan
 from service.engine.running import Running
 from service.engine.sequence import Group, Sequence
+from service.engine.speculation import Speculation
 from service.engine.waiting import Waiting
 from service.model.batch import NOT_FINITE, NUM_TOP, Batch, StepOutput
 
 if TYPE_CHECKING:
     from service.engine.grammar import Constraint
+    from service.engine.rows import Indices
+    from service.model.batch import Int32
 
 NOT_FINITE_ERROR = "the model gave a number that is not finite"
 
@@ -42,6 +45,7 @@ class Scheduler:
         context_length: int,
         vocab_size: int,
         end_of_text_id: int,
+        speculation: Speculation | None = None,  # for a runner of depth 0; None: nothing is drafted
     ) -> None:
         """A lone sequence of a full context must fit in the blocks, and a token of each sequence in a step."""
         assert max_num_batched_tokens >= max_num_seqs
@@ -50,6 +54,7 @@ class Scheduler:
         self._context_length = context_length
         self._vocab_size = vocab_size
         self._end_of_text_id = end_of_text_id
+        self._speculation = speculation or Speculation(most=0)
         self._waiting = Waiting()
         self._running = Running(
             num_blocks=num_blocks,
@@ -100,6 +105,8 @@ class Scheduler:
             num_dropped_tokens=self._num_dropped_tokens,
             num_prefix_queries=self._num_prefix_queries,
             num_prefix_hits=self._num_prefix_hits,
+            num_draft_tokens=self._speculation.num_drafted,
+            num_accepted_tokens=self._speculation.num_accepted,
             step_seconds=step_seconds,
             batch_sizes=batch_sizes,
         )
@@ -183,10 +190,13 @@ class Scheduler:
     def schedule(self) -> Batch | None:
         """The next step's batch, or None when there is nothing to compute now. It counts as launched."""
         self._free_rows()
-        if (like_it := self._next_like_it()) is not None:
-            return like_it
+        running, rows, speculation = self._running, self._rows, self._speculation
+        repeats = self._repeats()
+        if not speculation.look(rows, running.indices) and repeats is not None:
+            self._last = rows.next_batch(*repeats, in_flight=bool(self._plans))
+            self._plans.append(self._last[1])
+            return self._last[0]
         self._last = None
-        running, rows = self._running, self._rows
         num_preemptions = running.num_preemptions
         wanted = rows.num_wanted(running.indices)
         prompts = list(rows.sequences[running.indices[wanted > 1]])
@@ -209,33 +219,38 @@ class Scheduler:
             budget -= count
         if not len(decodes) and not placed:
             return None
-        self._last = self._rows.batch(decodes, placed)
+        drafts = speculation.drafts(running, decodes, num_tokens=self._budget - budget, room=budget)
+        self._last = rows.batch(decodes, placed, drafts)
         self._plans.append(self._last[1])
         return self._last[0]
 
-    def _next_like_it(self) -> Batch | None:
-        """The same decodes again, each one token on, if that is all there is to do."""
+    def _repeats(self) -> tuple[Batch, Plan] | None:
+        """The last batch, if all there is to do is the same decodes again, each one token on."""
         if self._last is None or self._running.changed or (self._waiting and not self._running.full):
             return None
-        batch, plan = self._last
-        if not plan.num_like_it or len(plan.rows) < len(self._running):
-            return None
-        self._last = self._rows.next_batch(batch, plan, in_flight=bool(self._plans))
-        self._plans.append(self._last[1])
-        return self._last[0]
+        _, plan = self._last
+        return self._last if plan.num_like_it and len(plan.rows) == len(self._running) else None
 
     def commit(self, output: StepOutput) -> list[Delta]:
         """Take the tokens and scores of the oldest launched batch."""
         plan = self._plans.popleft()
+        rows = self._rows
         self.num_steps += 1
-        self.num_sampled += len(plan.sampled)
         self._budget = min(self._max_budget, self._budget + max(1, self._budget // 16))
-        if plan.scored:
-            self._take_scores(plan, output)
+        if output.scores is not None:
+            for sequence in take_scores(plan.scored, output.scores):
+                self._pool.forget()
+                self._end(sequence, Finish.ERROR, error=NOT_FINITE_ERROR)
         packed = None if output.logprobs is None else PackedLogprobs(output.logprobs)
-        for index in self._rows.take_tokens(plan.sampled, output.token_ids):
-            sequence = self._rows.sequences[plan.sampled[index]]
-            self._take_token(sequence, int(output.token_ids[index]), index, packed)
+        rows.num_in_flight[plan.sampled] -= 1
+        if plan.drafted is None:
+            self.num_sampled += len(plan.sampled)
+            self._take_tokens(plan.sampled, output.token_ids, range(len(plan.sampled)), packed)
+        else:
+            self.num_sampled += int((plan.drafted.numbers == 0).sum())
+            for at in self._speculation.kept(rows, plan.drafted, output.token_ids):
+                self._take_tokens(plan.sampled[at], output.token_ids[at], at.tolist(), packed)
+        self._speculation.learn(rows, plan)
         return self._take_deltas()
 
     def fail(self, error: str, *, launched: bool) -> list[Delta]:
@@ -275,22 +290,12 @@ class Scheduler:
         self._rows.num_in_flight[plan.sampled] -= 1
         self._pool.forget()  # what the step was to write is not to be shared
 
-    def _take_scores(self, plan: Plan, output: StepOutput) -> None:
-        assert output.scores is not None
-        packed = PackedLogprobs(output.scores)
-        for scoring in plan.scored:
-            sequence = scoring.sequence
-            start = scoring.start + sequence.next_score - scoring.first  # a preemption may have some computed again
-            if sequence.finish is not None or start >= scoring.stop:
-                continue
-            scores = packed.records(start, scoring.stop, sequence.group.params.num_logprobs or 0)
-            if scores is None:
-                self._pool.forget()
-                self._end(sequence, Finish.ERROR, error=NOT_FINITE_ERROR)
-            else:
-                assert sequence.scores is not None
-                sequence.scores += scores
-                sequence.next_score += scoring.stop - start
+    def _take_tokens(
+        self, rows: Indices, token_ids: Int32, indices: list[int] | range, packed: PackedLogprobs | None
+    ) -> None:
+        """The next token of each of the rows; `indices` are theirs in the step's samples."""
+        for number in self._rows.take_tokens(rows, token_ids):
+            self._take_token(self._rows.sequences[rows[number]], int(token_ids[number]), indices[number], packed)
 
     def _take_token(self, sequence: Sequence, token: int, index: int, packed: PackedLogprobs | None) -> None:
         """A token that ends its sequence, or is watched for; the rows have it already."""

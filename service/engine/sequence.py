@@ -10,6 +10,7 @@ import numpy as np
 from service.engine.blocks import ROOT, TOKEN_BYTES, Node
 from service.engine.masks import Mask
 from service.engine.request import Finish, Logprobs, Request, SamplingParams, count_tokens, is_scored_only
+from service.engine.speculation import Chances
 from service.model.batch import Float32, Int32
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ class Sequence:
         "arrived_at",
         "blocks",
         "cached_tokens",
+        "chances",
         "choice",
         "constraint",
         "cost",
@@ -160,6 +162,7 @@ class Sequence:
         self.num_registered = 0  # blocks
         self.started = False  # it has left the queue before
         self.cached_tokens = 0
+        self.chances = Chances()  # of its drafts
         self.error: str | None = None  # why it must end
         self.finish: Finish | None = None
 

@@ -43,6 +43,8 @@ async def test_engine_stats(api: Service) -> None:
         num_dropped_tokens=5,
         num_prefix_queries=100,
         num_prefix_hits=60,
+        num_draft_tokens=30,
+        num_accepted_tokens=20,
         step_seconds=(0.001, 0.5),
         batch_sizes=(1, 64),
     )
@@ -60,6 +62,8 @@ async def test_engine_stats(api: Service) -> None:
         "dropped_tokens_total": 5,
         "prefix_cache_queries_total": 100,
         "prefix_cache_hits_total": 60,
+        "draft_tokens_total": 30,
+        "accepted_draft_tokens_total": 20,
         "step_seconds_count": 2,
         "step_seconds_sum": 0.501,
         "step_seconds_bucket le=0.001": 1,

@@ -10,15 +10,21 @@ from service.model.batch import NUM_TOP, Float32, Int32
 
 VOCAB_SIZE = 97
 END_OF_TEXT = 96
+REPEATS_FROM = 80  # contexts that begin with such a token are mostly copied from themselves, others are noise
 _IDS = np.arange(VOCAB_SIZE, dtype=np.uint64)
 
 
 def logits(context: Sequence[int]) -> Float32:
-    """[VOCAB_SIZE], from -4 to 4; not to be written to."""
+    """[VOCAB_SIZE], from -4 to 4, but for 12 of the token that repeats; not to be written to."""
     value = 17
     for token in context:
         value = (value * 31 + token + 1) % 1_000_003
-    return _noise(value)
+    period = 3 + context[0] % 5
+    if context[0] < REPEATS_FROM or len(context) < period or len(context) * 7 % 11 == 0:
+        return _noise(value)
+    found = _noise(value).copy()
+    found[context[-period]] = 12
+    return found
 
 
 @lru_cache(maxsize=20_000)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from service.engine.core import Core
 from service.engine.request import Delta, Logprobs, Request, SamplingParams
 from service.engine.scheduler import Scheduler
+from service.engine.speculation import Speculation
 from tests.engine.fake_grammar import FakeConstraint
 from tests.engine.fake_model import END_OF_TEXT, VOCAB_SIZE
 from tests.engine.fake_runner import FakeRunner
@@ -28,6 +29,7 @@ class Engine:
     budget: int = 16
     depth: int = 0
     publish_every: int = 1  # steps, after which the tokens that could wait are told
+    drafts: int = 0  # most a sequence and step
     deltas: dict[tuple[int, int], list[Delta]] = field(default_factory=lambda: defaultdict(list))
     num_steps: int = 0
 
@@ -41,6 +43,7 @@ class Engine:
             context_length=CONTEXT_LENGTH,
             vocab_size=VOCAB_SIZE,
             end_of_text_id=END_OF_TEXT,
+            speculation=Speculation(most=self.drafts),
         )
         self.core = Core(self.scheduler, self.runner)
 
@@ -130,7 +133,8 @@ def greedy(
 
 
 TOKEN_IDS = st.integers(0, VOCAB_SIZE - 1)
-PREFIXES = [tuple(range(base, base + 40)) for base in (3, 50)]
+# The continuations of the last repeat it (fake_model.py).
+PREFIXES = [*(tuple(range(base, base + 40)) for base in (3, 50)), tuple(80 + token % 9 for token in range(40))]
 
 
 @st.composite
@@ -205,17 +209,19 @@ def asks_strategy(draw: st.DrawFn, *, most_requests: int = 12) -> list[Ask]:
 
 @st.composite
 def engines(draw: st.DrawFn) -> Engine:
-    """Of any block size, shortage of blocks, budget, depth and interval of publishing."""
+    """Of any block size, shortage of blocks, budget, interval of publishing, and depth or number of drafts."""
     block_size = draw(st.sampled_from([1, 3, 4, 16]))
     least = -(-CONTEXT_LENGTH // block_size)
     max_num_seqs = draw(st.integers(1, 8))
+    depth, drafts = draw(st.sampled_from([(0, 0), (1, 0), (0, 1), (0, 5)]))
     return Engine(
         num_blocks=least + draw(st.integers(0, least)),
         block_size=block_size,
         max_num_seqs=max_num_seqs,
         budget=max_num_seqs + draw(st.integers(0, 40)),
-        depth=draw(st.integers(0, 1)),
+        depth=depth,
         publish_every=draw(st.sampled_from([1, 4, 1000])),
+        drafts=drafts,
     )
 
 

@@ -15,7 +15,8 @@ from service.checkpoint.tokenizer import read_tokenizer
 from service.engine.config import EngineConfig
 from service.engine.core import Core
 from service.engine.loading import DeviceError, Reporter, _device, load
-from service.engine.request import Request, SamplingParams
+from service.engine.request import Delta, EngineStats, Request, SamplingParams
+from service.model.batch import Float32
 
 FOLDER = Path(service.demo.__file__).parent / "model"
 CONFIG = EngineConfig(
@@ -31,6 +32,8 @@ CONFIG = EngineConfig(
     kv_memory=None,
     gpu_memory_utilization=0.9,
     cpu_threads=1,
+    speculation="off",
+    speculation_tokens=8,
     tensor_parallel_size=1,
     engine_number=0,
     data_parallel_size=1,
@@ -123,6 +126,57 @@ def test_a_text_is_the_same_alone_and_in_company(dtype: str) -> None:
     assert alone == text(*others)
 
 
+REPEATING = "one two three, one two three, one two three, one two"
+ORDINARY = "The Congress of the United States shall"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_a_text_is_the_same_with_drafts(dtype: str) -> None:
+    """Of the demo model: greedy and drawn, with log-probabilities, penalties and a text that ends within drafts; all at
+    once, so that a step has drafts of several. The log-probabilities may differ by rounding.
+    """
+    backend = read_tokenizer(FOLDER).backend
+    kinds = [
+        SamplingParams(60, temperature=0.0, ignore_eos=True),
+        SamplingParams(60, temperature=0.7, top_p=0.9, seed=3, ignore_eos=True, num_logprobs=2),
+        SamplingParams(60, temperature=0.0, repetition_penalty=1.05, num_logprobs=0),
+        SamplingParams(61, temperature=0.0, stop_token_ids=tuple(backend.encode(" three").ids), min_tokens=7),
+    ]
+    asks = [(tuple(backend.encode(text).ids), params) for text in (REPEATING, ORDINARY) for params in kinds]
+
+    def texts(speculation: str) -> tuple[dict[int, Delta], EngineStats]:
+        config = dataclasses.replace(
+            CONFIG, dtype=dtype, max_num_seqs=8, max_num_batched_tokens=128, speculation=speculation
+        )
+        with Reporter(lambda phase, progress: None) as reporter:
+            loaded = load(config, reporter)
+        for number, (prompt, params) in enumerate(asks):
+            loaded.scheduler.add(Request(number, prompt), params)
+        core = Core(loaded.scheduler, loaded.runner)
+        found: dict[int, Delta] = {}
+        while not core.idle:
+            for delta in (*core.step(), *loaded.scheduler.take_held()):
+                before = found.get(delta.request_id)
+                found[delta.request_id] = delta if before is None else before.then(delta)
+        loaded.runner.close()
+        return found, loaded.scheduler.stats()
+
+    expected, without = texts("off")
+    got, stats = texts("ngram")
+    assert (0, 0) == (without.num_draft_tokens, without.num_accepted_tokens)
+    assert 60 < stats.num_accepted_tokens < stats.num_draft_tokens
+    assert stats.num_steps < without.num_steps
+    for number, delta in expected.items():
+        assert (delta.token_ids, delta.finish) == (got[number].token_ids, got[number].finish)
+        for one, other in zip(logprobs_of(delta), logprobs_of(got[number]), strict=True):
+            np.testing.assert_allclose(one, other, atol=1e-4)
+
+
+def logprobs_of(delta: Delta) -> list[Float32]:
+    found = delta.logprobs
+    return [] if found is None else [np.frombuffer(each, np.float32) for each in (found.chosen, found.top)]
+
+
 @pytest.fixture
 def four_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -153,6 +207,16 @@ def test_int8_is_refused_on_a_gpu(device: str) -> None:
     """By the name of the setting; on a CPU beside the GPUs it is served."""
     config = dataclasses.replace(CONFIG, dtype="int8", device=device)
     with pytest.raises(DeviceError, match=r"^dtype: int8 is for a CPU"):
+        _device(config, rank=0)
+    assert torch.device("cpu") == _device(dataclasses.replace(config, device="cpu"), rank=0)
+
+
+@pytest.mark.usefixtures("four_gpus")
+@pytest.mark.parametrize("device", ["auto", "cuda", "cuda:1"])
+def test_speculation_is_refused_on_a_gpu(device: str) -> None:
+    """By the name of the setting; on a CPU beside the GPUs it is there."""
+    config = dataclasses.replace(CONFIG, speculation="ngram", device=device)
+    with pytest.raises(DeviceError, match=r"^speculation: ngram is for a CPU"):
         _device(config, rank=0)
     assert torch.device("cpu") == _device(dataclasses.replace(config, device="cpu"), rank=0)
 
