@@ -51,7 +51,7 @@ class Batch:
 
     The first `num_decodes` sequences have one token each, and come in order of their lengths. Keys and values of
     every token are written to its slot before any token attends, so a sequence may read blocks that another fills in
-    the same step.
+    the same step. So may one that stands among the first several times, a token longer each time: with its drafts.
     """
 
     token_ids: Int32  # [T]

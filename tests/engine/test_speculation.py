@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from service.engine.request import Finish, Logprobs
 from service.engine.speculation import Chances, Speculation, StepCost, propose
-from service.model.batch import Batch
-from tests.engine.fake_model import REPEATS_FROM
+from service.model.batch import Batch, Float32
+from tests.engine import fake_runner
+from tests.engine.fake_model import REPEATS_FROM, VOCAB_SIZE
 from tests.engine.harness import Engine, check_answers, greedy
 from tests.engine.oracle import Ask, alone, answers
 
@@ -121,17 +122,18 @@ def test_a_repeating_text_takes_fewer_steps() -> None:
 
 @pytest.mark.parametrize("patient", [False, True])
 def test_a_stop_in_the_middle_of_right_drafts_ends_the_text_there(patient: bool) -> None:
-    """What was right past it is dropped, and counted so."""
-    prompt = (81, 1, 2, 3, 1, 2, 3, 9, 1, 2, 3)
-    whole = alone(greedy(1, prompt, 30))[0]
-    ask = Ask(greedy(1, prompt, 30, stop_token_ids=(whole[8],)).request, greedy(1, prompt, 30).params, patient=patient)
-    stop = next(token for token in whole if whole.index(token) >= 4)
-    ask = Ask(ask.request, greedy(1, prompt, 30, stop_token_ids=(stop,)).params, patient=patient)
-    engine = Engine(drafts=8)
-    engine.add(ask)
-    engine.run()
-    check_answers(engine, [ask])
-    assert Finish.STOP is engine.answer(1, 0).finish
+    """What was right past it is in no Delta, and is counted as dropped."""
+    period = (1, 2, 3, 4, 5, 6, 7)
+    num_dropped = []
+    for length, stop in enumerate(period, 1):
+        asked = greedy(1, (84, *period, *period), 30, stop_token_ids=(stop,))
+        engine = Engine(drafts=8)
+        engine.add(ask := Ask(asked.request, asked.params, patient=patient))
+        engine.run()
+        check_answers(engine, [ask])
+        assert (list(period[:length]), Finish.STOP) == (engine.answer(1, 0).tokens, engine.answer(1, 0).finish)
+        num_dropped.append(engine.scheduler.stats().num_dropped_tokens)
+    assert 1 in num_dropped
 
 
 def test_what_follows_tokens_is_not_drafted() -> None:
@@ -210,17 +212,17 @@ def test_prompts_come_before_drafts() -> None:
 
 def test_an_undone_step_is_computed_again_without_its_drafts() -> None:
     """Out of memory: where its sequences stood is where they stand again, and nothing drafted was told."""
-    engine = Engine(drafts=8)
+    engine = Engine(drafts=8, budget=40)
     asks = [greedy(number, REPEATING, 40) for number in range(3)]
     engine.add_all(asks)
-    while not (engine.runner.launches and rows_of_drafts(engine.runner.launches[-1])):
-        engine.step()
+    engine.step()
     engine.runner.max_tokens = 3
-    for _ in range(4):
-        engine.step()
-    engine.runner.max_tokens = None
     engine.run()
     check_answers(engine, asks)
+    undone = [batch for batch in engine.runner.launches[1:] if len(batch.token_ids) > 3]
+    assert undone
+    assert all(map(rows_of_drafts, undone))
+    assert 0 == engine.scheduler.stats().num_preemptions
 
 
 def rows_of_drafts(batch: Batch) -> int:
@@ -231,29 +233,43 @@ def rows_of_drafts(batch: Batch) -> int:
 # When there are drafts
 
 
-class Clock:
-    """Seconds that a step of so many rows takes: `fixed` rows more."""
+def test_text_that_does_not_repeat_has_no_drafts_soon_and_has_some_again_when_it_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first two of three tokens come again and again, and between positions 21 and 42 the third never does."""
 
-    def __init__(self) -> None:
-        self.now = 0.0
+    def scripted(context: Sequence[int]) -> Float32:
+        position = len(context)
+        token = 20 + position if 21 <= position < 42 and not position % 3 else position % 3
+        return np.eye(VOCAB_SIZE, dtype=np.float32)[token]
 
-    def __call__(self) -> float:
-        return self.now
+    monkeypatch.setattr(fake_runner, "logits", scripted)
+    engine = Engine(drafts=8)
+    engine.add(greedy(1, (0, 1, 2), 60))
+    drafts = {}  # by position
+    while not engine.core.idle:
+        engine.step()
+        batch = engine.runner.launches[-1]
+        drafts[int(batch.positions[0])] = len(batch.positions) - 1
+    assert [position % 3 for position in range(42, 63)] == engine.answer(1, 0).tokens[-21:]
+    assert sum(count for position, count in drafts.items() if position < 21) > 8
+    assert 0 == sum(count for position, count in drafts.items() if 30 <= position < 42)
+    assert sum(count for position, count in drafts.items() if position >= 42) > 8
 
 
-def test_noise_is_not_drafted_for_long() -> None:
-    """Text that matches by chance and goes on otherwise: a few rows, then none, and then some when it repeats."""
-    speculation = Speculation(most=8)
-    assert speculation.num_drafted == 0
+def test_chances_are_of_late_and_by_length() -> None:
+    """A match of two that comes to nothing says nothing of one of four; and two hits make good for many misses."""
     chances = Chances()
-    assert chances.of(2) > 1 / 15
-    for _ in range(16):
+    before = [chances.of(match) for match in (2, 3, 4)]
+    assert before == sorted(before)
+    for _ in range(30):
         chances.take(2, False)
-    assert chances.of(2) < 1 / 15
-    assert chances.of(4) > 0.5
-    for _ in range(2):
+    assert chances.of(2) < 0.02
+    assert before[1:] == [chances.of(3), chances.of(4)]
+    assert chances.of(7) == chances.of(4)
+    for _ in range(3):
         chances.take(2, True)
-    assert chances.of(2) > 1 / 15
+    assert chances.of(2) > 0.3
 
 
 @pytest.mark.parametrize(("fixed", "a_row"), [(0.010, 0.001), (0.010, 0.0002), (0.002, 0.0005)])
