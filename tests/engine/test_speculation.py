@@ -9,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.engine.request import Finish, Logprobs
+from service.engine.running import Running
+from service.engine.sequence import Sequence as EngineSequence
 from service.engine.speculation import Chances, Speculation, StepCost, propose
 from service.model.batch import Batch, Float32
 from tests.engine import fake_runner
@@ -174,22 +176,30 @@ def test_nobody_is_preempted_for_a_draft(data: st.DataObject, block_size: int, d
     assert 0 == engine.scheduler.stats().num_preemptions
 
 
-def test_a_draft_takes_no_block_that_others_may_need_next() -> None:
-    """While blocks are short there are drafts only where a sequence's own blocks have room."""
+@pytest.mark.parametrize("block_size", [1, 4])
+def test_a_draft_takes_no_block_that_others_may_need_next(block_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes blocks only if each sequence that runs can go as far then; else it stays within its sequence's own."""
+    num_grown, num_held_back = 0, 0
+    grow_draft = Running.grow_draft
+
+    def watched(running: Running, sequence: EngineSequence, count: int) -> int:
+        nonlocal num_grown, num_held_back
+        before = running.pool.num_free
+        room = grow_draft(running, sequence, count)
+        if running.pool.num_free < before:
+            num_grown += 1
+            assert running.pool.num_free >= len(running) * running.pool.blocks_for(count)
+        num_held_back += room < count
+        return room
+
+    monkeypatch.setattr(Running, "grow_draft", watched)
     asks = [greedy(number, (*REPEATING, 80, 81), 40) for number in range(4)]
-    engine = Engine(num_blocks=17, block_size=4, budget=100, drafts=8)
+    engine = Engine(num_blocks=100 // block_size, block_size=block_size, budget=100, drafts=8)
     engine.add_all(asks)
-    while not engine.core.idle:
-        before = engine.scheduler.stats()
-        engine.step()
-        drafted = engine.scheduler.stats().num_draft_tokens > before.num_draft_tokens
-        running = list(engine.scheduler._running)
-        for sequence in running:
-            spare = len(sequence.blocks) - -(-int(engine.scheduler._rows.num_known[sequence.row]) // 4)
-            assert spare <= 2
-            if drafted and spare > 1:
-                assert engine.scheduler._pool.num_free >= len(running)
+    engine.run()
     check_answers(engine, asks)
+    assert num_grown > 0
+    assert num_held_back > 0
 
 
 def test_prompts_come_before_drafts() -> None:
@@ -255,6 +265,15 @@ def test_text_that_does_not_repeat_has_no_drafts_soon_and_has_some_again_when_it
     assert sum(count for position, count in drafts.items() if position < 21) > 8
     assert 0 == sum(count for position, count in drafts.items() if 30 <= position < 42)
     assert sum(count for position, count in drafts.items() if position >= 42) > 8
+
+
+def test_a_match_of_two_is_not_drafted_before_one_has_come_true() -> None:
+    """Though a lone stream's rows cost little."""
+    engine = Engine(drafts=8)
+    engine.add(greedy(1, (5, 1, 2, 6, 1, 2), 10))
+    engine.step()
+    engine.step()
+    assert [6, 1] == [len(batch.token_ids) for batch in engine.runner.launches]
 
 
 def test_chances_are_of_late_and_by_length() -> None:
