@@ -9,7 +9,7 @@ in its place was right, and what was sampled after it counts; the rest is droppe
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -125,8 +125,12 @@ class Speculation:
     sequence whose text does not repeat has no drafts soon, and has some again when it begins to.
     """
 
-    def __init__(self, *, most: int, clock: Callable[[], float] = time.perf_counter) -> None:
-        """Up to `most` drafts a sequence and step, 0: none ever; `clock` gives seconds."""
+    def __init__(self, *, most: int, clock: Callable[[], float] = time.thread_time) -> None:
+        """Up to `most` drafts a sequence and step, 0: none ever.
+
+        `clock` gives seconds: of this thread, which computes a part of every product as the others do, so that what
+        else the machine does is no cost of a row.
+        """
         self._most = most
         self._clock = clock
         self._began_at = 0.0
@@ -178,8 +182,8 @@ class Speculation:
     def _counts(self, *, num_tokens: int, room: int) -> list[int]:
         """How many of each proposal are worth their rows.
 
-        A step takes fixed + rows, in rows. A draft makes tokens come faster if its chance is above what a step gives
-        for as much time: chance / 1 > tokens / (fixed + rows).
+        A step costs fixed + rows, in rows, and gives so many tokens. A draft, which costs a row and gives its chance,
+        makes these come faster if chance / 1 > tokens / (fixed + rows). The best come first, until one does not.
         """
         counts = [0] * len(self._proposals)
         candidates = [(chance, number) for number, each in enumerate(self._proposals) for chance in each.chances]
@@ -192,9 +196,9 @@ class Speculation:
         return counts
 
     def kept(self, rows: Rows, drafted: Drafted, token_ids: Int32) -> Iterator[Indices]:
-        """Which of a step's samples `token_ids` count, by index, in the order of their positions: of each row one.
+        """Which of a step's samples `token_ids` count, by index: of each row the first, then of some the next, and on.
 
-        The rows must have taken those before when the next are asked for.
+        The rows must have taken these when the next are asked for.
         """
         for number in range(int(drafted.numbers.max()) + 1):
             at = (drafted.numbers == number).nonzero()[0]
@@ -224,6 +228,3 @@ class Speculation:
                 match += 1
         if self._most and plan.num_tokens == len(plan.sampled):  # nothing but decodes
             self._cost.take(plan.num_tokens, self._clock() - self._began_at)
-
-
-Drafts = Mapping[int, Int32]  # by row
