@@ -136,11 +136,11 @@ class Settings(BaseSettings):
     )
     speculation: Annotated[Literal["off", "ngram"], BeforeValidator(read_off)] = Field(
         "off",
-        description="ngram: on a CPU, compute what followed a text's last tokens before beside its next token; the "
-        "same text, sooner where it repeats.",
+        description="ngram: on a CPU, also compute the tokens that followed a text's last ones before; the same text, "
+        "sooner where it repeats.",
     )
     speculation_tokens: int = Field(
-        8, ge=1, le=64, description="Of speculation, how many such tokens of a sequence a step has at most."
+        8, ge=1, le=64, description="How many such tokens a step has of a sequence at most."
     )
     max_body_bytes: Bytes = Field(8 * 2**20, description="Largest request body.")
     max_choices: int = Field(1024, ge=1, description="Sequences of one request: prompts x max(n, best_of), or items.")
