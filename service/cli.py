@@ -17,6 +17,7 @@ _GENERATE_SETTINGS = (
     "cache_dir",
     "device",
     "dtype",
+    "deterministic",
     "tensor_parallel_size",
     "kv_memory",
     "gpu_memory_utilization",

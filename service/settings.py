@@ -110,6 +110,10 @@ class Settings(BaseSettings):
         "auto",
         description="Of the weights; auto is the checkpoint's own on a GPU and float32 on a CPU, int8 is for a CPU.",
     )
+    deterministic: bool = Field(
+        False,
+        description="The same bits for a request in any company and order, slower; not with tensor_parallel_size.",
+    )
     tensor_parallel_size: int = Field(
         1, ge=1, le=64, description="GPUs that an engine splits each layer over; must divide the attention heads."
     )

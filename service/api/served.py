@@ -77,8 +77,9 @@ class ServedModel:
             raise ApiError(404, message, param="model", code="model_not_found")
 
     def fingerprint(self, model: ModelInfo) -> str:
-        """Equal where the version, the model (a hub snapshot's folder is its commit), dtype and device are."""
-        return _fingerprint(self._version, model.folder, model.dtype, model.device)
+        """Equal where the version, the model (a hub snapshot's folder is its commit), dtype, mode and device are."""
+        mode = f"{model.dtype} deterministic" if model.deterministic else model.dtype
+        return _fingerprint(self._version, model.folder, mode, model.device)
 
     def prompt_ids(
         self,
@@ -122,6 +123,6 @@ class ServedModel:
 
 
 @lru_cache(maxsize=8)
-def _fingerprint(version: str, folder: str, dtype: str, device: str) -> str:
-    about = f"{version} {Path(folder).name} {dtype} {device.split(':')[0]}"
+def _fingerprint(version: str, folder: str, mode: str, device: str) -> str:
+    about = f"{version} {Path(folder).name} {mode} {device.split(':')[0]}"
     return f"fp_{hashlib.sha256(about.encode()).hexdigest()[:12]}"

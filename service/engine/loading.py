@@ -121,6 +121,11 @@ def _room_needed() -> Iterator[None]:
 
 def _load(config: EngineConfig, report: Reporter) -> Loaded:
     started = time.monotonic()
+    if config.deterministic and config.tensor_parallel_size > 1:
+        raise ParallelError(
+            f"deterministic, tensor_parallel_size: sums over {config.tensor_parallel_size} ranks round by how many "
+            "tokens a step has; choose one of the two"
+        )
     device = _prepare(config, rank=0)
     report("download", 0.0)
     folder = served_folder(config, report)
@@ -138,11 +143,12 @@ def _load(config: EngineConfig, report: Reporter) -> Loaded:
     report("warmup", 1.0)
     report.close()
     log.info(
-        "model loaded in %.1f s: %s on %s in %s, %d KV blocks of %d tokens",
+        "model loaded in %.1f s: %s on %s in %s%s, %d KV blocks of %d tokens",
         time.monotonic() - started,
         config.model,
         device if ranks is None else f"{ranks.num_ranks} ranks from {device} on",
         model.format.name,
+        ", deterministic" if config.deterministic else "",
         runner.num_blocks,
         config.block_size,
     )
@@ -167,6 +173,7 @@ def _load(config: EngineConfig, report: Reporter) -> Loaded:
         max_num_seqs=limits["max_num_seqs"],
         dtype=model.format.name,
         device=str(device),
+        deterministic=config.deterministic,
     )
     grammars = Grammars(lambda: read_tokenizer(folder), end_of_text_id=model_config.end_of_text_id)
     return Loaded(info, runner if ranks is None else LeadingRunner(runner, ranks), scheduler, grammars.compile)
@@ -246,6 +253,7 @@ def _compute(
         **_limits(config, device),
         kv_memory=config.kv_memory,
         utilization=config.gpu_memory_utilization,
+        deterministic=config.deterministic,
         on_progress=lambda share: report("warmup", share),
         agree=agree,
     )

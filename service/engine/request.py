@@ -160,6 +160,7 @@ class ModelInfo(msgspec.Struct, frozen=True, array_like=True):
     max_num_seqs: int
     dtype: str
     device: str
+    deterministic: bool = False
 
 
 # API -> engine

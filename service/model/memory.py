@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from service.model.batch import Runner
+from service.model.deterministic import DeterministicRunner
 from service.model.gpt2 import GPT2
 from service.model.runner import TorchRunner, translate, warm_up
 
@@ -39,30 +40,37 @@ def make_runner(
     max_num_batched_tokens: int,
     kv_memory: int | None,
     utilization: float,
+    deterministic: bool = False,
     on_progress: Callable[[float], None] = lambda _: None,
     agree: Callable[[int], int] | None = None,
 ) -> Runner:
-    """The runner for the model's device, ready to step.
+    """The runner for the model's device, or the deterministic one, ready to step.
 
     `kv_memory` are the bytes of its cache; None takes what the GPU has left when `utilization` of it may be used in
     all. `on_progress` hears numbers from 0 to 1. `agree` is told what this GPU has left for the cache, and says how
     much of it is taken. Raises KVMemoryError, KernelError, OutOfMemory.
     """
     limits = {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens}
+    plain = DeterministicRunner if deterministic else TorchRunner
+    spare = int(deterministic)  # blocks for what fills slices up
     if model.device.type == "cpu":
-        runner = TorchRunner(
-            model, num_blocks=count_blocks(model, block_size, kv_memory or _CPU_KV_MEMORY), block_size=block_size
-        )
+        num_blocks = count_blocks(model, block_size, kv_memory or _CPU_KV_MEMORY, spare=spare)
+        runner = plain(model, num_blocks=num_blocks, block_size=block_size)
         warm_up(runner, max_num_seqs=1, max_num_batched_tokens=16)  # only first calls are slow; memory is no concern
         return runner
-    if lack := what_kernels_lack(model.device):
-        log.warning("the GPU is used through plain operators, many times slower: the kernels lack %s", lack)
+    lack = what_kernels_lack(model.device)
+    if deterministic or lack:
+        log.warning(
+            "the GPU is used through plain operators, many times slower: %s",
+            "deterministic was asked for" if deterministic else f"the kernels lack {lack}",
+        )
         if kv_memory is None:
-            probe = TorchRunner(model, num_blocks=1, block_size=block_size)
+            probe = plain(model, num_blocks=1, block_size=block_size)
             run = partial(warm_up, probe, **limits)
             kv_memory = _memory_left(model.device, run, utilization=utilization, agree=agree)
             probe.close()
-        torch_runner = TorchRunner(model, num_blocks=count_blocks(model, block_size, kv_memory), block_size=block_size)
+        num_blocks = count_blocks(model, block_size, kv_memory, spare=spare)
+        torch_runner = plain(model, num_blocks=num_blocks, block_size=block_size)
         warm_up(torch_runner, **limits)
         return torch_runner
     from triton.errors import TritonError  # Triton is only where CUDA is

@@ -23,7 +23,7 @@ _gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tenso
 
 
 class ParallelError(ValueError):
-    """The model does not split over so many ranks."""
+    """The model does not split over so many ranks, or not with the other settings."""
 
 
 def check_split(config: ModelConfig, num_ranks: int) -> None:

@@ -119,17 +119,29 @@ class TorchRunner:
             # A row that could not be sampled is NOT_FINITE here; what is computed from it is dropped.
             sampled = self._previous[sources.clamp(min=0)].clamp(min=0)
             token_ids = torch.where(sources >= 0, sampled, token_ids)
-        tables = inputs["tables"].view(batch.block_tables.shape)
-        attention = self._attention(batch, inputs["slots"].long(), tables, inputs["lengths"])
-        hidden = self._model.hidden(token_ids, inputs["positions"].long(), self._cache, attention)
+        hidden = self._hidden(batch, inputs, token_ids=token_ids)
         scores = None
         if batch.scored is not None:
             scores = self._score(hidden, inputs["scored_indices"].long(), inputs["scored_targets"].long())
         if not len(batch.sampling):
             return _Results(self._previous[:0], None, scores)
-        logits = self._model.logits(hidden[inputs["indices"].long()])
+        logits = self._logits(hidden, inputs["indices"].long())
         tokens = self._sample(batch, inputs, logits=logits, token_ids=token_ids)
-        return _Results(tokens, logprob_words(logits, tokens) if batch.logprobs else None, scores)
+        return _Results(tokens, self._words(logits, tokens) if batch.logprobs else None, scores)
+
+    def _hidden(self, batch: Batch, inputs: Mapping[str, Tensor], *, token_ids: Tensor) -> Tensor:
+        """The residual stream [T, H] of the step's tokens [T], those in flight included."""
+        tables = inputs["tables"].view(batch.block_tables.shape)
+        attention = self._attention(batch, inputs["slots"].long(), tables, inputs["lengths"])
+        return self._model.hidden(token_ids, inputs["positions"].long(), self._cache, attention)
+
+    def _logits(self, hidden: Tensor, indices: Tensor) -> Tensor:
+        """[N, V] of rows `indices` [N] of the residual stream."""
+        return self._model.logits(hidden[indices])
+
+    def _words(self, logits: Tensor, token_ids: Tensor) -> Tensor:
+        """Words [N, ...] of model/logprobs.py."""
+        return logprob_words(logits, token_ids)
 
     def _sample(self, batch: Batch, inputs: Mapping[str, Tensor], *, logits: Tensor, token_ids: Tensor) -> Tensor:
         """Tokens [R] from logits [R, V]; `token_ids` [T] are the step's, those in flight included."""
@@ -161,7 +173,7 @@ class TorchRunner:
         """Words [P, ...] of model/logprobs.py for P targets. Never holds the logits of more than a slice of them."""
         size = _MOST_SCORED[self._device.type]
         slices = zip(torch.split(indices, size), torch.split(targets, size), strict=True)
-        return torch.cat([logprob_words(self._model.logits(hidden[rows]), ids) for rows, ids in slices])
+        return torch.cat([self._words(self._logits(hidden, rows), ids) for rows, ids in slices])
 
     def _attention(self, batch: Batch, slots: Tensor, tables: Tensor, lengths: Tensor) -> Attention:
         num_decodes = batch.num_decodes

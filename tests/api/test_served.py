@@ -90,16 +90,17 @@ async def test_names(served: ServedModel) -> None:
 
 
 async def test_the_fingerprint_is_of_what_could_change_an_answer(served: ServedModel) -> None:
-    """The model's own folder, dtype and kind of device; not its place on the disk or the device's number."""
+    """The model's own folder, dtype, mode and kind of device; not its place on the disk or the device's number."""
     same = [msgspec.structs.replace(MODEL, folder="/elsewhere/demo"), msgspec.structs.replace(MODEL, device="cpu:1")]
     other = [
         msgspec.structs.replace(MODEL, folder="demo2"),
         msgspec.structs.replace(MODEL, dtype="bfloat16"),
         msgspec.structs.replace(MODEL, device="cuda:0"),
+        msgspec.structs.replace(MODEL, deterministic=True),
     ]
     fingerprints = [served.fingerprint(model) for model in (MODEL, *same)]
     assert 1 == len(set(fingerprints))
-    assert 4 == len({fingerprints[0], *(served.fingerprint(model) for model in other)})
+    assert 5 == len({fingerprints[0], *(served.fingerprint(model) for model in other)})
 
 
 async def test_a_tokenizer_that_cannot_be_read_fails_the_client() -> None:

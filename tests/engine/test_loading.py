@@ -17,6 +17,8 @@ from service.engine.core import Core
 from service.engine.loading import DeviceError, Reporter, _device, load
 from service.engine.request import Delta, EngineStats, Request, SamplingParams
 from service.model.batch import Float32
+from service.model.deterministic import DeterministicRunner
+from service.model.parallel import ParallelError
 
 FOLDER = Path(service.demo.__file__).parent / "model"
 CONFIG = EngineConfig(
@@ -26,6 +28,7 @@ CONFIG = EngineConfig(
     cache_dir="unused",
     device="cpu",
     dtype="auto",
+    deterministic=False,
     max_num_seqs=2,
     max_num_batched_tokens=16,
     block_size=16,
@@ -175,6 +178,18 @@ def test_a_text_is_the_same_with_drafts(dtype: str) -> None:
 def logprobs_of(delta: Delta) -> list[Float32]:
     found = delta.logprobs
     return [] if found is None else [np.frombuffer(each, np.float32) for each in (found.chosen, found.top)]
+
+
+def test_deterministic_mode_is_refused_beside_ranks() -> None:
+    """Before anything is read, by the names of both settings; alone it is what the model says of itself."""
+    config = dataclasses.replace(CONFIG, deterministic=True)
+    with pytest.raises(ParallelError, match=r"^deterministic, tensor_parallel_size: .* 2 ranks .* one of the two$"):
+        load(dataclasses.replace(config, tensor_parallel_size=2), Reporter(lambda *_: None))
+    with Reporter(lambda *_: None) as reporter:
+        loaded = load(config, reporter)
+    assert loaded.model.deterministic
+    assert isinstance(loaded.runner, DeterministicRunner)
+    loaded.runner.close()
 
 
 @pytest.fixture

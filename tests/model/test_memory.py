@@ -14,6 +14,7 @@ from triton.runtime.errors import OutOfResources
 
 from service.model import graphs, memory
 from service.model.batch import OutOfMemory
+from service.model.deterministic import DeterministicRunner
 from service.model.memory import (
     KernelError,
     KVMemoryError,
@@ -65,6 +66,16 @@ def test_a_cpu_gets_the_runner_of_plain_operators(make_pair: Callable[..., Pair]
     )
     assert isinstance(runner, TorchRunner)
     assert 20 == runner.num_blocks
+
+
+def test_deterministic_mode_has_a_runner_of_its_own(make_pair: Callable[..., Pair]) -> None:
+    """Which takes one of the blocks for itself, so that the bytes are not exceeded."""
+    _, ours = make_pair()
+    limits = {"block_size": BLOCK_SIZE, "max_num_seqs": 4, "max_num_batched_tokens": 64}
+    kv_memory = 20 * block_bytes(ours, BLOCK_SIZE)
+    runner = make_runner(ours, **limits, kv_memory=kv_memory, utilization=0.9, deterministic=True)
+    assert isinstance(runner, DeterministicRunner)
+    assert 19 == runner.num_blocks
 
 
 @pytest.mark.parametrize(
