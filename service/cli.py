@@ -1,4 +1,4 @@
-"""The command `megatron-gpt2`: serve, generate, convert, verify, eval, bench, drain, key."""
+"""The command `megatron-gpt2`: serve, generate, convert, verify, eval, selftest, bench, drain, key."""
 
 import argparse
 import os
@@ -73,6 +73,10 @@ def _run(command: str, settings: Settings, own: dict[str, Any]) -> int:
             from service.evaluation.command import evaluate
 
             return evaluate(settings, task=own.pop("task"), options=own)
+        case "selftest":
+            from service.selftest.command import selftest
+
+            return selftest(settings, **own)
         case "drain":
             from service.drain import drain
 
@@ -168,6 +172,7 @@ _OWN = {
     "generate": ("text", *_SAMPLING),
     "convert": ("target", *_CONVERTING),
     "eval": ("task", "data", *_EVALUATING, *{name for _, options in _TASKS.values() for name in options}),
+    "selftest": ("requests", "seed", "as_json"),
     "drain": ("seconds",),
     "key": ("action", "name", "file", *_LIMITS),
 }
@@ -213,10 +218,31 @@ def _parser() -> argparse.ArgumentParser:
         "are over, so that balancers have noticed.",
     )
     _add_settings(drain, ("admin_port", "admin_socket", "config"))
+    _add_selftest(commands)
     commands.add_parser("bench", help="load on a server with OpenAI's completions, and what it takes", add_help=False)
     _add_key(commands.add_parser("key", help="make, list and remove API keys", allow_abbrev=False))
     _add_eval(commands.add_parser("eval", help="perplexity and accuracy, by the paper's protocols", allow_abbrev=False))
     return parser
+
+
+def _add_selftest(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    selftest = commands.add_parser(
+        "selftest",
+        help="whether requests get the same bits alone and in company, on this machine",
+        description="Asks a mix of requests alone and in company, on the runner of deterministic mode, or with "
+        "--no-deterministic on the other one. Ends with 0 where all answers are the same to the bit, else with 1.",
+        epilog=_EPILOG,
+        allow_abbrev=False,
+    )
+    selftest.add_argument("--model", default=argparse.SUPPRESS, help=Settings.model_fields["model"].description)
+    selftest.add_argument(
+        "--requests", type=int, metavar="N", default=argparse.SUPPRESS, help="How many (default 256; fewer are faster)."
+    )
+    selftest.add_argument("--seed", type=int, default=argparse.SUPPRESS, help="Of the mix (default 0).")
+    selftest.add_argument(
+        "--json", action="store_true", dest="as_json", default=argparse.SUPPRESS, help="Print JSON instead of a table."
+    )
+    _add_settings(selftest, (*_GENERATE_SETTINGS, "max_num_seqs", "max_num_batched_tokens", "block_size"))
 
 
 def _add_eval(parser: argparse.ArgumentParser) -> None:

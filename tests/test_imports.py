@@ -36,6 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "generate": {"api", "engine", "serve", "settings", "logs"},
     "convert": {"checkpoint", "serve", "settings", "logs"},
     "evaluation": {"api", "checkpoint", "engine", "model", "pair", "serve", "settings", "version"},
+    "selftest": {"engine", "model", "serve", "settings"},
     "drain": {"settings"},
     "verify": {"checkpoint", "engine", "model", "serve", "settings", "logs"},
     "key": {"api"},
@@ -47,6 +48,7 @@ ALLOWED: dict[str, set[str]] = {
         "convert",
         "verify",
         "evaluation",
+        "selftest",
         "load",
         "drain",
         "settings",
@@ -155,6 +157,7 @@ def test_settings_are_read_by_the_command_line_and_the_composition_root_alone() 
         "service.convert",
         "service.verify",
         "service.evaluation.command",
+        "service.selftest.command",
         "service.drain",
     }
     assert {"service.cli", *commands} == readers

@@ -85,7 +85,7 @@ def alone(ask: Ask, *, block_size: int, dtype: str = "float32") -> list[Answer]:
     return engine.answers(ask)
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(asks_strategy(most_requests=8), engines(), st.data())
 def test_everybody_gets_what_they_get_alone(asks: list[Ask], engine: Engine, data: st.DataObject) -> None:
     """Tokens and log-probabilities, at any arrival, with any cut of prompts, prefix hits, preemption, and in flight."""
