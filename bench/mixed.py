@@ -26,10 +26,10 @@ class Row:
     step_ms: float
 
 
-def mixed_batch(num_decodes: int, context: int, num_prompts: int) -> Batch:
+def mixed_batch(num_decodes: int, context: int, num_prompts: int, *, length: int = LENGTH) -> Batch:
     """One step of so many tokens that the step before sampled, and whole prompts; blocks lie apart."""
-    lengths = np.asarray([context] * num_decodes + [LENGTH] * num_prompts, np.int32)
-    counts = np.asarray([1] * num_decodes + [LENGTH] * num_prompts, np.int32)
+    lengths = np.asarray([context] * num_decodes + [length] * num_prompts, np.int32)
+    counts = np.asarray([1] * num_decodes + [length] * num_prompts, np.int32)
     width = -(-int(lengths.max()) // BLOCK_SIZE)
     tables = np.random.default_rng(0).permutation(len(lengths) * width).astype(np.int32).reshape(-1, width)
     starts = np.concatenate([[0], counts.cumsum()]).astype(np.int32)
