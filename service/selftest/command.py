@@ -13,7 +13,7 @@ from service.model.batch import DeviceLost
 from service.selftest.asks import Ask, random_asks
 from service.selftest.differences import Finding, compare
 from service.selftest.scenarios import Limits, alone, run, scenarios, usual
-from service.serve import engine_config, log_quietly, wants_json
+from service.serve import DEMO_NAME, engine_config, log_quietly, wants_json
 from service.settings import Settings, SettingsError
 
 NUM_REQUESTS = 256
@@ -53,7 +53,7 @@ def selftest(settings: Settings, *, requests: int = NUM_REQUESTS, seed: int = 0,
     )
     most = Limits(model.num_blocks, max_num_seqs, budget)
     about: dict[str, Any] = {
-        "model": config.model,
+        "model": settings.model or DEMO_NAME,
         "dtype": model.dtype,
         "device": model.device,
         "deterministic": model.deterministic,
