@@ -55,9 +55,8 @@ def first_difference(alone: Delta, here: Delta) -> str | None:
             return f"end: {answer.finish}: {answer.error}"
     place = _first(alone.prompt_logprobs, here.prompt_logprobs)
     if place is not None:
-        return f"scored prompt token {place}: {_told(alone.prompt_logprobs, place, None)} alone, " + (
-            f"{_told(here.prompt_logprobs, place, None)} here"
-        )
+        told = [_told(answer.prompt_logprobs, place, None) for answer in (alone, here)]
+        return f"scored prompt token {place}: {told[0]} alone, {told[1]} here"
     places = [_first(alone.logprobs, here.logprobs), _first_other(alone.token_ids, here.token_ids)]
     if any(place is not None for place in places):
         place = min(place for place in places if place is not None)
