@@ -29,6 +29,7 @@ SCENARIOS = [
     "twice, prefixes found",
     "blocks for one context",
     "21 tokens a step",
+    "with drafts",
 ]
 
 
@@ -198,3 +199,10 @@ def test_a_scenario_that_did_not_happen_shows_nothing(needs: str) -> None:
         assert (f"there were no {needs}, so that nothing is shown" if not count else None) == compare(
             expected, outcome
         ).first
+
+
+def test_an_answer_that_never_came_is_a_difference() -> None:
+    """Each request of those that were asked alone must be answered in company."""
+    expected = {(0, 0): answer(1), (1, 0): answer(2)}
+    found = compare(expected, Outcome("x", [((1, 0), answer(2))], 1.0, 1, 0, 0, ""))
+    assert (1, "request 0, choice 0, no answer") == (found.differing, found.first)

@@ -89,7 +89,7 @@ def _findings(loaded: Loaded, asks: Sequence[Ask], most: Limits, *, seed: int, s
     if show:
         _print(findings[-1])
     least_blocks = -(-model.context_length // model.block_size)
-    for scenario in scenarios(asks, most, least_blocks=least_blocks, seed=seed):
+    for scenario in scenarios(asks, most, least_blocks=least_blocks, seed=seed, drafting=not loaded.runner.depth):
         total = sum(ask.request.n for wave in scenario.waves for ask in wave)
         with _progress(scenario.name, total) as bar:
             outcome = run(loaded, scenario, num_requests=len(asks), on_end=bar.update)

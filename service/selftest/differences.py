@@ -24,8 +24,10 @@ class Finding:
 
 
 def compare(expected: Answers, outcome: Outcome) -> Finding:
-    """`expected` are the answers that everybody got alone."""
-    found = [
+    """`expected` are the answers that everybody got alone; each must have come again."""
+    missing = sorted(expected.keys() - {key for key, _ in outcome.answers})
+    found = [((request, choice), "no answer") for request, choice in missing]
+    found += [
         (key, difference)
         for key, answer in sorted(outcome.answers, key=lambda pair: pair[0])
         if (difference := first_difference(expected[key], answer)) is not None

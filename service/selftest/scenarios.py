@@ -11,11 +11,13 @@ from service.engine.core import Core
 from service.engine.loading import Loaded
 from service.engine.request import Delta
 from service.engine.scheduler import Scheduler
+from service.engine.speculation import Speculation
 from service.selftest.asks import Ask
 
 _USUAL = 256  # tokens of a step
 _WAVE = 32  # requests that are asked twice, before the next are
 _MOST_ARRIVING = 4  # between two steps
+_DRAFTS = 8
 
 Key = tuple[int, int]  # request, choice
 Answers = dict[Key, Delta]  # each sequence's Deltas as one
@@ -42,6 +44,7 @@ class Scenario:
     limits: Limits
     in_turn: bool = True
     needs: str = ""  # hits or preemptions, without which it shows nothing
+    drafts: int = 0  # that a sequence may have in a step
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +79,8 @@ def alone(loaded: Loaded, asks: Sequence[Ask], limits: Limits, on_end: Callable[
     )
 
 
-def scenarios(asks: Sequence[Ask], most: Limits, *, least_blocks: int, seed: int) -> Iterator[Scenario]:
-    """In limits of `most` or less; `least_blocks` hold one context."""
+def scenarios(asks: Sequence[Ask], most: Limits, *, least_blocks: int, seed: int, drafting: bool) -> Iterator[Scenario]:
+    """In limits of `most` or less; `least_blocks` hold one context; `drafting`: the runner takes drafts."""
     random = np.random.default_rng(seed)
     yield Scenario("all at once", [list(asks)], most)
     limits = usual(most)
@@ -91,6 +94,8 @@ def scenarios(asks: Sequence[Ask], most: Limits, *, least_blocks: int, seed: int
     yield Scenario("blocks for one context", [growing_first], few, needs="preemptions")
     pieces = replace(limits, max_num_seqs=min(limits.max_num_seqs, 13), max_num_batched_tokens=21)
     yield Scenario("21 tokens a step", [shuffled], pieces)
+    if drafting:
+        yield Scenario("with drafts", [shuffled], limits, drafts=_DRAFTS)
 
 
 def _arriving(random: np.random.Generator, asks: Sequence[Ask]) -> list[list[Ask]]:
@@ -118,6 +123,7 @@ def run(loaded: Loaded, scenario: Scenario, *, num_requests: int, on_end: Callab
         context_length=model.context_length,
         vocab_size=model.vocab_size,
         end_of_text_id=model.end_of_text_id,
+        speculation=Speculation(most=scenario.drafts),
     )
     core = Core(scheduler, loaded.runner)
     answers: Answers = {}
