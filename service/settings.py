@@ -140,8 +140,8 @@ class Settings(BaseSettings):
     )
     speculation: Annotated[Literal["off", "ngram"], BeforeValidator(read_off)] = Field(
         "off",
-        description="ngram: on a CPU, also compute the tokens that followed a text's last ones before; the same text, "
-        "sooner where it repeats.",
+        description="ngram: on a CPU, also compute the tokens that followed a text's last ones before: the same text, "
+        "but for rounding, sooner where it repeats.",
     )
     speculation_tokens: int = Field(
         8, ge=1, le=64, description="How many such tokens a step has of a sequence at most."

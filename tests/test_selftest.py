@@ -76,6 +76,23 @@ def test_everybody_gets_the_same_bits(folder: Path, capsys: pytest.CaptureFixtur
     assert int(found["blocks for one context"][4]) > 0
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        *(("--max-num-seqs", str(number), "--requests", "12") for number in (1, 2, 5)),
+        *(("--block-size", str(size), "--requests", "12") for size in (1, 32, 64)),
+        *(("--requests", "3", "--seed", str(seed)) for seed in range(3)),
+        ("--requests", "2"),
+    ],
+    ids=" ".join,
+)
+def test_what_cannot_happen_is_not_asked_for(
+    folder: Path, flags: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The verdict is good with any of the service's settings, also where nobody can be preempted, or found."""
+    assert 0 == run(folder, *flags), capsys.readouterr().out
+
+
 def test_as_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One document, and nothing else on standard output."""
     assert 0 == run(folder, "--json", "--dtype", "int8", "--seed", "3", requests=8)
@@ -137,9 +154,9 @@ def test_what_cannot_be_used(flags: tuple[str, ...], message: str, capsys: pytes
 
 def test_the_mix_has_every_kind() -> None:
     """The same for a seed; within the context; of all kinds at the default size; growing ones outgrow a context."""
-    asks = random_asks(256, seed=0, context_length=1024, block_size=16, vocab_size=50257)
-    assert asks == random_asks(256, seed=0, context_length=1024, block_size=16, vocab_size=50257)
-    assert asks != random_asks(256, seed=1, context_length=1024, block_size=16, vocab_size=50257)
+    asks = random_asks(256, seed=0, context_length=1024, block_size=16, vocab_size=50257, max_num_seqs=256)
+    assert asks == random_asks(256, seed=0, context_length=1024, block_size=16, vocab_size=50257, max_num_seqs=256)
+    assert asks != random_asks(256, seed=1, context_length=1024, block_size=16, vocab_size=50257, max_num_seqs=256)
     assert list(range(256)) == [ask.request.id for ask in asks]
     for ask in asks:
         assert 0 < len(ask.request.prompt) + ask.params.max_tokens <= 1024
@@ -160,7 +177,9 @@ def test_the_mix_has_every_kind() -> None:
         assert 5 < sum(bool(what(ask)) for ask in asks) < 250
     for count in (2, 3, 7, 16, 256):
         for context_length in (64, 1024):
-            asks = random_asks(count, seed=0, context_length=context_length, block_size=16, vocab_size=97)
+            asks = random_asks(
+                count, seed=0, context_length=context_length, block_size=16, vocab_size=97, max_num_seqs=count
+            )
             growing = [ask.params.max_tokens for ask in asks if ask.growing]
             assert len(growing) >= 2
             assert context_length < sum(growing)

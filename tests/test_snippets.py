@@ -101,6 +101,11 @@ CLAIMS: list[tuple[str, str, Runs | Alike | Parsed]] = [
     ),
     ("docs/operations.md", '{"status"', Runs("tests/api/test_admin.py::test_the_documented_answer_is_of_this_form")),
     ("docs/operations.md", "terminationGrace", Runs("tests/test_deploy.py::test_documented_grace_is_enough")),
+    (
+        "docs/operations.md",
+        "$ megatron-gpt2 selftest",
+        Alike("tests/test_selftest.py::test_everybody_gets_the_same_bits", "minutes"),
+    ),
     ("docs/operations.md", "$ megatron-gpt2 key", Runs(HERE + "test_a_key_lets_its_client_in")),
     ("docs/operations.md", "- name: alice", Runs(HERE + "test_the_file_of_keys_is_one")),
     ("docs/operations.md", "$ docker build", Alike("tests/image/test_image.py::test_a_streamed_completion", _DOCKER)),

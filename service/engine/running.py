@@ -97,11 +97,11 @@ class Running:
         rows, row = self.rows, sequence.row
         length, capacity = int(rows.num_scheduled[row]) + 1, int(rows.capacities[row])
         needed = self.pool.blocks_for(length + count) - len(sequence.blocks)
+        self._register(sequence, min(capacity, int(rows.num_known[row])))
         if needed <= 0:
             return count
         if needed + len(self._sequences) * self.pool.blocks_for(count) > self.pool.num_free:
             return capacity - length
-        self._register(sequence, min(capacity, int(rows.num_known[row])))
         rows.extend(sequence, self.pool.take(needed))
         return count
 

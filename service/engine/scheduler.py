@@ -16,7 +16,7 @@ from service.engine.request import Delta, EngineStats, Finish, Logprobs, Request
 from service.engine.rows import Placing, Plan
 from service.engine.running import Running
 from service.engine.sequence import Group, Sequence
-from service.engine.speculation import Speculation
+from service.engine.speculation import MOST_SAMPLED, Speculation
 from service.engine.waiting import Waiting
 from service.model.batch import NOT_FINITE, NUM_TOP, Batch, StepOutput
 
@@ -219,7 +219,8 @@ class Scheduler:
             budget -= count
         if not len(decodes) and not placed:
             return None
-        drafts = speculation.drafts(running, decodes, num_tokens=self._budget - budget, room=budget)
+        room = 0 if short else min(budget, MOST_SAMPLED - len(decodes) - len(placed))
+        drafts = speculation.drafts(running, decodes, num_tokens=self._budget - budget, room=room)
         self._last = rows.batch(decodes, placed, drafts)
         self._plans.append(self._last[1])
         return self._last[0]

@@ -8,6 +8,7 @@ in its place was right, and what was sampled after it counts; the rest is droppe
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -33,6 +34,9 @@ _STEPS_MEMORY = 0.98
 # A draft below this is none, whatever the rows cost: what is gained would be lost again where a chance is off.
 _LEAST_CHANCE = 0.25
 _LEAST_FIXED_ROWS, _MOST_FIXED_ROWS = 1.0, 64.0
+# How much longer a step may take for drafts while somebody in it has none to gain by.
+_MOST_DELAY = 1.25
+MOST_SAMPLED = 64  # rows of a step with drafts: its logits, and what is made of them, take 1.6 MB each
 
 
 def propose(tokens: Int32, *, most: int) -> tuple[int, Int32]:
@@ -87,7 +91,7 @@ class StepCost:
         self._weight = self._rows = self._seconds = self._rows_squared = self._product = 0.0
 
     def take(self, num_rows: int, seconds: float) -> None:
-        if self._weight > 1:
+        if self._seconds:
             seconds = min(seconds, 3 * self._seconds / self._weight)  # something else had the processor
         self._weight = self._weight * _STEPS_MEMORY + 1
         self._rows = self._rows * _STEPS_MEMORY + num_rows
@@ -183,13 +187,16 @@ class Speculation:
         """How many of each proposal are worth their rows.
 
         A step costs fixed + rows, in rows, and gives so many tokens. A draft, which costs a row and gives its chance,
-        makes these come faster if chance / 1 > tokens / (fixed + rows). The best come first, until one does not.
+        makes these come faster if chance / 1 > tokens / (fixed + rows). The best come first, until one does not, or a
+        step becomes too long for those who have no drafts.
         """
         counts = [0] * len(self._proposals)
         candidates = [(chance, number) for number, each in enumerate(self._proposals) for chance in each.chances]
         fixed, rows, tokens = self._cost.fixed_rows, num_tokens, float(num_tokens)
-        for chance, number in sorted(candidates, reverse=True)[:room]:
-            if chance < _LEAST_CHANCE or chance * (fixed + rows) <= tokens:
+        num_hopeful = sum(each.chances[0] >= _LEAST_CHANCE for each in self._proposals)
+        most = _MOST_DELAY * (fixed + num_tokens) if num_hopeful < num_tokens else math.inf
+        for chance, number in sorted(candidates, reverse=True)[: max(room, 0)]:
+            if chance < _LEAST_CHANCE or chance * (fixed + rows) <= tokens or fixed + rows >= most:
                 break
             counts[number] += 1
             rows, tokens = rows + 1, tokens + chance

@@ -21,16 +21,19 @@ class Ask:
     growing: bool = False
 
 
-def random_asks(count: int, *, seed: int, context_length: int, block_size: int, vocab_size: int) -> list[Ask]:
+def random_asks(
+    count: int, *, seed: int, context_length: int, block_size: int, vocab_size: int, max_num_seqs: int
+) -> list[Ask]:
     """`count` requests, at least 2, the same for the same numbers; the growing ones fill more than a context together.
 
-    So in the blocks of one context they are let in together, do not fit, and some are preempted. The others have
+    So in the blocks of one context they are let in together, where `max_num_seqs` is 2 or more and a context has four
+    blocks, do not fit, and some are preempted. The first of the others has more than a block to be found. They have
     prompts of up to 320 tokens, half of which begin as others do, and up to 8 new tokens. All but one in eight ask for
     log-probabilities, and some for those of their prompts.
     """
     random = np.random.default_rng(seed)
     # Each is let in with a block, and one more to grow into.
-    num_growing = max(2, min(_MOST_GROWING, count // 4, context_length // block_size // 2))
+    num_growing = max(2, min(_MOST_GROWING, count // 4, context_length // block_size // 2, max_num_seqs))
     bases = random.integers(0, vocab_size, (_NUM_BASES, context_length // 4)).tolist()
     asks = []
     for number in range(count):
@@ -40,8 +43,12 @@ def random_asks(count: int, *, seed: int, context_length: int, block_size: int, 
             params = _params(random, max_tokens=max_tokens, vocab_size=vocab_size, prompt=prompt, ignore_eos=True)
             asks.append(Ask(Request(number, prompt), params, growing=True))
             continue
-        prompt = _prompt(random, bases, context_length=context_length, vocab_size=vocab_size)
-        scored = random.random() < 0.2
+        first = all(ask.growing for ask in asks)
+        if first:
+            prompt = _ids(random, vocab_size, min(2 * block_size + 1, context_length - 8))
+        else:
+            prompt = _prompt(random, bases, context_length=context_length, vocab_size=vocab_size)
+        scored = random.random() < 0.2 and not first
         max_tokens = 0 if scored and random.random() < 0.5 else int(random.integers(1, 9))
         score_from = int(random.integers(1, len(prompt))) if scored and len(prompt) > 1 else None
         if score_from is None:

@@ -50,6 +50,7 @@ def selftest(settings: Settings, *, requests: int = NUM_REQUESTS, seed: int = 0,
         context_length=model.context_length,
         block_size=model.block_size,
         vocab_size=model.vocab_size,
+        max_num_seqs=max_num_seqs,
     )
     most = Limits(model.num_blocks, max_num_seqs, budget)
     about: dict[str, Any] = {
@@ -88,8 +89,15 @@ def _findings(loaded: Loaded, asks: Sequence[Ask], most: Limits, *, seed: int, s
     findings = [compare(expected, outcome)]
     if show:
         _print(findings[-1])
-    least_blocks = -(-model.context_length // model.block_size)
-    for scenario in scenarios(asks, most, least_blocks=least_blocks, seed=seed, drafting=not loaded.runner.depth):
+    company = scenarios(
+        asks,
+        most,
+        context_length=model.context_length,
+        block_size=model.block_size,
+        seed=seed,
+        drafting=not loaded.runner.depth,
+    )
+    for scenario in company:
         total = sum(ask.request.n for wave in scenario.waves for ask in wave)
         with _progress(scenario.name, total) as bar:
             outcome = run(loaded, scenario, num_requests=len(asks), on_end=bar.update)

@@ -79,8 +79,13 @@ def alone(loaded: Loaded, asks: Sequence[Ask], limits: Limits, on_end: Callable[
     )
 
 
-def scenarios(asks: Sequence[Ask], most: Limits, *, least_blocks: int, seed: int, drafting: bool) -> Iterator[Scenario]:
-    """In limits of `most` or less; `least_blocks` hold one context; `drafting`: the runner takes drafts."""
+def scenarios(
+    asks: Sequence[Ask], most: Limits, *, context_length: int, block_size: int, seed: int, drafting: bool
+) -> Iterator[Scenario]:
+    """In limits of `most` or less. `drafting`: the runner takes drafts.
+
+    Nobody is preempted for want of blocks where one runs at a time, or a context is less than four blocks.
+    """
     random = np.random.default_rng(seed)
     yield Scenario("all at once", [list(asks)], most)
     limits = usual(most)
@@ -88,10 +93,13 @@ def scenarios(asks: Sequence[Ask], most: Limits, *, least_blocks: int, seed: int
     shuffled = [asks[number] for number in random.permutation(len(asks))]
     waves = [shuffled[start : start + _WAVE] for start in range(0, len(asks), _WAVE)]
     twice = [wave for first in waves for wave in (first, [_again(ask, len(asks)) for ask in first])]
-    yield Scenario("twice, prefixes found", twice, limits, needs="hits")
-    few = replace(limits, num_blocks=least_blocks)
-    growing_first = sorted(shuffled, key=lambda ask: not ask.growing)
-    yield Scenario("blocks for one context", [growing_first], few, needs="preemptions")
+    findable = any(len(ask.request.prompt) > block_size for ask in asks)
+    yield Scenario("twice, prefixes found", twice, limits, needs="hits" if findable else "")
+    least_blocks = -(-context_length // block_size)
+    if limits.max_num_seqs > 1 and least_blocks >= 4:
+        few = replace(limits, num_blocks=least_blocks)
+        growing_first = sorted(shuffled, key=lambda ask: not ask.growing)
+        yield Scenario("blocks for one context", [growing_first], few, needs="preemptions")
     pieces = replace(limits, max_num_seqs=min(limits.max_num_seqs, 13), max_num_batched_tokens=21)
     yield Scenario("21 tokens a step", [shuffled], pieces)
     if drafting:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from service.engine.request import Finish, Logprobs
 from service.engine.running import Running
 from service.engine.sequence import Sequence as EngineSequence
-from service.engine.speculation import Chances, Speculation, StepCost, propose
+from service.engine.speculation import FIXED_ROWS, MOST_SAMPLED, Chances, Speculation, StepCost, propose
 from service.model.batch import Batch, Float32
 from tests.engine import fake_runner
 from tests.engine.fake_model import REPEATS_FROM, VOCAB_SIZE
@@ -327,6 +327,46 @@ def test_more_sequences_need_better_chances() -> None:
         check_answers(engine, asks)
         per_sequence.append(engine.scheduler.stats().num_draft_tokens / num_sequences)
     assert per_sequence[1] < 0.8 * per_sequence[0]
+
+
+@pytest.mark.parametrize("num_repeating", [1, 3, 15])
+def test_who_has_no_drafts_does_not_wait_long_for_those_of_others(num_repeating: int) -> None:
+    """Beside a text that is noise, a step has no more rows than take a quarter of its time; alone, texts have more."""
+    most = []
+    for num_others in (1, 0):
+        asks = [greedy(number, (*REPEATING, number), 40) for number in range(num_repeating)]
+        asks += [greedy(100, (5, 7), 40)] * num_others
+        engine = Engine(num_blocks=400, budget=200, max_num_seqs=16, drafts=8)
+        engine.scheduler._speculation = Speculation(most=8, clock=lambda: 0.0)
+        engine.add_all(asks)
+        engine.run()
+        check_answers(engine, asks)
+        decodes = [batch for batch in engine.runner.launches if batch.num_decodes == len(batch.token_ids)]
+        most.append(max(len(batch.token_ids) for batch in decodes if not num_others or is_noise_in(batch)))
+    assert most[0] <= 1.25 * (FIXED_ROWS + num_repeating + 1) - FIXED_ROWS + 1
+    assert most[0] < most[1] <= MOST_SAMPLED
+
+
+def is_noise_in(batch: Batch) -> bool:
+    """Whether the text of the test above that begins with 5 has a row."""
+    return bool((batch.sampling["num_prompt"] == 2).any())
+
+
+@pytest.mark.parametrize("block_size", [4, 16])
+def test_blocks_filled_by_drafts_are_found_too(block_size: int) -> None:
+    """As many tokens of a text's next turn are found as without drafts, but for less than a block a text."""
+    hits = []
+    for drafts in (0, 8):
+        engine = Engine(num_blocks=100, block_size=block_size, drafts=drafts)
+        for number in range(8):
+            ask = greedy(2 * number, (84 + number % 4, *range(number, number + 9), *REPEATING[1:]), 37 + number)
+            engine.add(ask)
+            engine.run()
+            said = engine.answer(2 * number, 0).tokens
+            engine.add(greedy(2 * number + 1, (*ask.request.prompt, *said, 1), 1))
+            engine.run()
+        hits.append(engine.scheduler.stats().num_prefix_hits)
+    assert hits[0] - 8 * block_size < hits[1]
 
 
 def test_logprobs_are_those_of_each_accepted_token() -> None:
