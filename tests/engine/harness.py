@@ -43,7 +43,7 @@ class Engine:
             context_length=CONTEXT_LENGTH,
             vocab_size=VOCAB_SIZE,
             end_of_text_id=END_OF_TEXT,
-            speculation=Speculation(most=self.drafts),
+            speculation=Speculation(most=self.drafts, clock=lambda: 0.0),  # so that a row costs the same in each run
         )
         self.core = Core(self.scheduler, self.runner)
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from service.engine.request import Finish, Logprobs
 from service.engine.running import Running
 from service.engine.sequence import Sequence as EngineSequence
-from service.engine.speculation import FIXED_ROWS, MOST_SAMPLED, Chances, Speculation, StepCost, propose
+from service.engine.speculation import FIXED_ROWS, MOST_SAMPLED, Chances, StepCost, propose
 from service.model.batch import Batch, Float32
 from tests.engine import fake_runner
 from tests.engine.fake_model import REPEATS_FROM, VOCAB_SIZE
@@ -321,7 +321,6 @@ def test_more_sequences_need_better_chances() -> None:
     for num_sequences in (1, 8):
         asks = [greedy(number, (*REPEATING, number), 40) for number in range(num_sequences)]
         engine = Engine(num_blocks=200, budget=100, drafts=8)
-        engine.scheduler._speculation = Speculation(most=8, clock=lambda: 0.0)
         engine.add_all(asks)
         engine.run()
         check_answers(engine, asks)
@@ -337,7 +336,6 @@ def test_who_has_no_drafts_does_not_wait_long_for_those_of_others(num_repeating:
         asks = [greedy(number, (*REPEATING, number), 40) for number in range(num_repeating)]
         asks += [greedy(100, (5, 7), 40)] * num_others
         engine = Engine(num_blocks=400, budget=200, max_num_seqs=16, drafts=8)
-        engine.scheduler._speculation = Speculation(most=8, clock=lambda: 0.0)
         engine.add_all(asks)
         engine.run()
         check_answers(engine, asks)

@@ -8,8 +8,8 @@ import pytest
 from tests.service.conftest import Connect
 from tests.service.server import Client, Server, eventually, until_drained
 
-# int8, whose products are the same to the bit in any company; and prompts shorter than a block, which share none.
-_ARGUMENTS = ("--dtype", "int8")
+# In which drafts cannot move a bit; and prompts shorter than a block, which share none.
+_ARGUMENTS = ("--deterministic",)
 _REPEATING, _ORDINARY = "one two, one two, one", "My fellow citizens of the"
 _BODIES: list[dict[str, Any]] = [
     {"prompt": _REPEATING, "temperature": 0},
@@ -70,4 +70,4 @@ async def test_the_metrics_tell_what_was_right(clients: list[Client]) -> None:
         grown.append([await client.metric(name) - value for name, value in zip(names, before, strict=True)])
     assert [200, 0, 0] == grown[0]
     _, accepted, drafted = grown[1]
-    assert 100 < accepted <= drafted
+    assert 50 < accepted <= drafted  # how many depends on the time that steps take
