@@ -5,10 +5,10 @@ passes over those that come in numbers: they hold nothing that could refer back 
 """
 
 import enum
+from array import array
 from collections.abc import Sequence
 
 import msgspec
-import numpy as np
 
 MAX_LOGPROBS = 20  # best tokens that /v1/completions reports; a step gives NUM_TOP (model/batch.py)
 
@@ -120,9 +120,9 @@ def scores_of(delta: Delta, targets: Sequence[int]) -> tuple[list[float], bool]:
     """Of a request drawn by SCORING: the log-probability of each target, and whether each is the likeliest there."""
     scores = delta.prompt_logprobs
     assert scores is not None, "score_from was asked for"
-    logprobs: list[float] = np.frombuffer(scores.chosen, np.float32).tolist()
+    logprobs = array("f", scores.chosen).tolist()
     assert len(logprobs) == len(targets)
-    return logprobs, np.frombuffer(scores.top_ids, np.int32).tolist() == list(targets)
+    return logprobs, array("i", scores.top_ids).tolist() == list(targets)
 
 
 class EngineStats(msgspec.Struct, frozen=True, array_like=True, gc=False):
