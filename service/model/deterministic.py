@@ -8,6 +8,7 @@ nor its neighbours change its result: `tests/model/test_deterministic.py`, and `
 
 import copy
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import groupby
 
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from service.model.attention import Decodes
 from service.model.batch import Batch, Int32, Scored
@@ -26,6 +28,8 @@ from service.model.runner import TorchRunner
 _SLICE_ROWS = {"cpu": 8, "cuda": 32}
 # CUDA sums one row cumulatively in whatever order its blocks come to run; with two rows it has an order.
 _COPIES = {"cpu": 1, "cuda": 2}
+# Of attention on a GPU. cuDNN's, which torch may prefer on Hopper, does not keep the order of a row's sums.
+_ATTENTION = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class DeterministicRunner(TorchRunner):
@@ -49,7 +53,9 @@ class DeterministicRunner(TorchRunner):
 
     def launch(self, batch: Batch) -> None:
         no_slot = self.num_blocks * self._block_size
-        super().launch(spread(batch, slice_rows=self._slice_rows, table_width=self._table_width, no_slot=no_slot))
+        batch = spread(batch, slice_rows=self._slice_rows, table_width=self._table_width, no_slot=no_slot)
+        with sdpa_kernel(_ATTENTION) if self._one_rectangle else nullcontext():
+            super().launch(batch)
 
     def _hidden(self, batch: Batch, inputs: Mapping[str, Tensor], *, token_ids: Tensor) -> Tensor:
         slots, positions = inputs["slots"].long(), inputs["positions"].long()
