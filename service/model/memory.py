@@ -143,12 +143,12 @@ def _memory_left(
     beside: int = 0,
 ) -> int:
     """Bytes left when `utilization` of the GPU may be used in all: others hold some, the run and `beside` need some."""
-    free, total = torch.cuda.mem_get_info(device)
-    others = total - free - torch.cuda.memory_reserved(device)
     torch.cuda.reset_peak_memory_stats(device)
     run_largest()
     peak = torch.cuda.max_memory_reserved(device)
     gc.collect()
     torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    others = total - free - torch.cuda.memory_reserved(device)  # what NCCL and kernels took in the run, too
     left = max(0, int(total * utilization) - others - peak - beside)
     return left if agree is None else agree(left)
