@@ -42,6 +42,9 @@ MODEL = ModelInfo(
     max_num_seqs=256,
     dtype="bfloat16",
     device="cpu",
+    num_layers=24,
+    hidden_size=1024,
+    num_heads=16,
 )
 
 

@@ -67,6 +67,10 @@ class Model(BaseModel):
     created: int
     owned_by: str
     max_model_len: int
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    vocab_size: int
 
 
 class ModelList(BaseModel):

@@ -44,7 +44,16 @@ def operations_router(*, client: EngineClient, served: ServedModel, metrics: Met
         # A restarting or draining service still knows its model; one that has never loaded does not.
         model = client.model or client.check_ready()
         return [
-            Model(id=name, created=served.created, owned_by="megatron-gpt2", max_model_len=model.context_length)
+            Model(
+                id=name,
+                created=served.created,
+                owned_by="megatron-gpt2",
+                max_model_len=model.context_length,
+                num_layers=model.num_layers,
+                hidden_size=model.hidden_size,
+                num_heads=model.num_heads,
+                vocab_size=model.vocab_size,
+            )
             for name in served.names
         ]
 

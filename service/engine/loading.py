@@ -173,6 +173,9 @@ def _load(config: EngineConfig, report: Reporter) -> Loaded:
         max_num_seqs=limits["max_num_seqs"],
         dtype=model.format.name,
         device=str(device),
+        num_layers=model_config.num_layers,
+        hidden_size=model_config.hidden_size,
+        num_heads=model_config.num_heads,
         deterministic=config.deterministic,
     )
     grammars = Grammars(lambda: read_tokenizer(folder), end_of_text_id=model_config.end_of_text_id)
@@ -308,7 +311,11 @@ def _device(config: EngineConfig, *, rank: int) -> torch.device:
             f"data_parallel_size, tensor_parallel_size: {config.data_parallel_size} engines of {num_ranks} GPUs each "
             f"take {wanted} GPUs from {name} on, and there are {num_gpus}"
         )
-    return torch.device("cuda", first + config.engine_number * num_ranks + rank)
+    own = range(first + config.engine_number * num_ranks, first + (config.engine_number + 1) * num_ranks)
+    kinds = [torch.cuda.get_device_name(number) for number in own]
+    if len(set(kinds)) > 1:  # each would shape its steps for itself, and wait for the others in another place
+        raise DeviceError(f"tensor_parallel_size: its GPUs must be of one kind, and are {', '.join(kinds)}")
+    return torch.device("cuda", own[rank])
 
 
 Unusable = (CheckpointError, DeviceError, KernelError, KVMemoryError, ParallelError)  # what another try would not mend

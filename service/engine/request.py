@@ -160,6 +160,9 @@ class ModelInfo(msgspec.Struct, frozen=True, array_like=True):
     max_num_seqs: int
     dtype: str
     device: str
+    num_layers: int
+    hidden_size: int
+    num_heads: int
     deterministic: bool = False
 
 

@@ -3,18 +3,22 @@
 import hashlib
 import math
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 from service.api.text import load_tokenizer
-from service.checkpoint.hub import read_config
 from service.engine.config import EngineConfig
 from service.engine.core import Core
-from service.engine.loading import Reporter, Unusable, load
+from service.engine.loading import Reporter, Unusable, load, served_folder
 from service.engine.request import SCORING, Finish, Request, scores_of
 from service.evaluation.errors import EvaluationError
 from service.evaluation.items import Item, Outcome
+from service.evaluation.scorer import what_is_incomparable
 from service.model.batch import DeviceLost
+
+_MAX_NUM_SEQS = 32  # windows that are scored have so many tokens that few make a step, and each size costs a start time
 
 
 class EngineScorer:
@@ -22,8 +26,10 @@ class EngineScorer:
 
     def __init__(self, config: EngineConfig) -> None:
         """Raises EvaluationError."""
+        config = replace(config, max_num_seqs=config.max_num_seqs or _MAX_NUM_SEQS)
         try:
-            with Reporter(lambda phase, progress: None) as reporter:
+            with Reporter(lambda phase, progress: None) as reporter, ThreadPoolExecutor(1) as beside:
+                digest = beside.submit(_digest, served_folder(config, reporter))
                 self._loaded = load(config, reporter)
         except Unusable as error:
             raise EvaluationError(str(error)) from error
@@ -33,12 +39,12 @@ class EngineScorer:
         self.context_length = info.context_length
         self.model = {
             "name": config.model,
-            "sha256": _digest(folder),
+            "sha256": digest.result(),
             "dtype": info.dtype,
             "device": info.device,
         }
-        is_345m = read_config(folder, vocab_size=info.vocab_size).is_345m
-        self.incomparable = None if is_345m else "the model has another shape than the paper's 345M"
+        sizes = (info.num_layers, info.hidden_size, info.num_heads, info.context_length, info.vocab_size)
+        self.incomparable = what_is_incomparable(sizes)
 
     def score(self, items: Iterable[tuple[int, Item]]) -> Iterator[tuple[int, Outcome]]:
         scheduler = self._loaded.scheduler

@@ -5,6 +5,7 @@ from typing import Any, Protocol
 
 from service.api.text import Tokenizer
 from service.evaluation.items import Item, Outcome
+from service.model.config import SIZES_345M
 
 
 class Scorer(Protocol):
@@ -20,3 +21,8 @@ class Scorer(Protocol):
 
     def close(self) -> None:
         """Give back what it holds."""
+
+
+def what_is_incomparable(sizes: tuple[int, ...]) -> str | None:
+    """For `Scorer.incomparable`, of a model of these sizes, which are as SIZES_345M has them."""
+    return None if sizes == SIZES_345M else "the model has another shape than the paper's 345M"

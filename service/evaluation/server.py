@@ -15,6 +15,7 @@ from service.checkpoint.errors import CheckpointError
 from service.checkpoint.tokenizer import read_tokenizer
 from service.evaluation.errors import EvaluationError
 from service.evaluation.items import Item, Outcome
+from service.evaluation.scorer import what_is_incomparable
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +29,7 @@ _SECONDS = 600.0  # for one answer, which other clients may have to come before
 _BUSY = (429, 503)
 _TOO_LARGE = (400, 413)  # items or bytes; what is wrong otherwise is so in smaller requests, too
 _BROKEN = (500, 502, 504)  # an engine or a proxy that broke down meanwhile
+_SIZES = ("num_layers", "hidden_size", "num_heads", "max_model_len", "vocab_size")  # of a model, as SIZES_345M
 _Task = asyncio.Task[tuple[list[tuple[int, Outcome]], float]]  # outcomes, and the seconds that they took
 _PROBE = "The naïve cat's 12,345 tails =  日本 \n\n\t👍 <unk> @-@ isn't"
 
@@ -42,7 +44,6 @@ class ServerScorer:
             self._http = httpx.AsyncClient(base_url=base, headers=headers, timeout=_SECONDS)
         except (httpx.InvalidURL, ValueError, ImportError) as error:  # the last two: a proxy of the environment's
             raise EvaluationError(f"--url, --header: {error}") from error
-        self.incomparable: str | None = "the server does not tell its model's shape, which may not be the paper's"
         self._has_answered = False
         self._runner = asyncio.Runner()
         try:
@@ -54,7 +55,8 @@ class ServerScorer:
     def _learn(self, base: str, tokenizer: Path) -> None:
         try:
             known = self._asked("GET", "/tokenizer_info")
-            name = self._asked("GET", "/v1/models")["data"][0]["id"]
+            model = self._asked("GET", "/v1/models")["data"][0]
+            sizes = tuple(model[size] for size in _SIZES)
             self.context_length = int(known["model_max_length"])
             self._check_tokenizer(tokenizer, known)
             fingerprint = self._asked("POST", "/v1/score", _body([Item((0, 0), 1)]))["system_fingerprint"]
@@ -64,7 +66,8 @@ class ServerScorer:
             raise
         except (KeyError, TypeError, IndexError, ValueError) as error:
             raise EvaluationError(f"--url: {base}: is no server of ours: its answers lack {error}") from error
-        self.model = {"name": name, "fingerprint": fingerprint, "url": base}
+        self.incomparable = what_is_incomparable(sizes)
+        self.model = {"name": model["id"], "fingerprint": fingerprint, "url": base}
 
     def _check_tokenizer(self, folder: Path, known: Mapping[str, Any]) -> None:
         try:

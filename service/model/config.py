@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-_345M = (24, 1024, 16, 1024, 50257)  # layers, hidden size, heads, positions, ids
+SIZES_345M = (24, 1024, 16, 1024, 50257)  # layers, hidden size, heads, positions, ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,4 +38,4 @@ class ModelConfig:
     @property
     def is_345m(self) -> bool:
         """Whether the sizes are those of NVIDIA's MegatronGPT2 345M, which is the paper's."""
-        return (self.num_layers, self.hidden_size, self.num_heads, self.context_length, self.vocab_size) == _345M
+        return (self.num_layers, self.hidden_size, self.num_heads, self.context_length, self.vocab_size) == SIZES_345M

@@ -40,6 +40,9 @@ MODEL = ModelInfo(
     max_num_seqs=64,
     dtype="float32",
     device="cpu",
+    num_layers=6,
+    hidden_size=192,
+    num_heads=6,
 )
 Script = Callable[[Request, SamplingParams, int], Sequence[int]]
 

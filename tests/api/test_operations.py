@@ -100,13 +100,14 @@ async def test_draining(api: Service) -> None:
 
 
 async def test_models(api: Service) -> None:
-    """Every served name, also one with a slash; another is a 404."""
+    """Every served name, also one with a slash, and the model's sizes; another is a 404."""
     listed = (await api.http.get("/v1/models")).json()
     assert "list" == listed["object"]
     assert ["demo", "org/alias"] == [model["id"] for model in listed["data"]]
     for model in listed["data"]:
-        assert {"id", "object", "created", "owned_by", "max_model_len"} == model.keys()
-        assert ("model", 1024) == (model["object"], model["max_model_len"])
+        sizes = {"max_model_len": 1024, "num_layers": 6, "hidden_size": 192, "num_heads": 6, "vocab_size": 50257}
+        assert {"id", "object", "created", "owned_by", *sizes} == model.keys()
+        assert {"object": "model", **sizes} == {name: model[name] for name in ("object", *sizes)}
         assert model == (await api.http.get(f"/v1/models/{model['id']}")).json()
     missing = await api.http.get("/v1/models/org/other")
     assert (404, "model_not_found") == (missing.status_code, missing.json()["error"]["code"])

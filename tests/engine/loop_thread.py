@@ -14,7 +14,7 @@ from tests.engine.fake_model import END_OF_TEXT, VOCAB_SIZE
 from tests.engine.fake_runner import FakeRunner
 
 CONTEXT_LENGTH = 128
-MODEL = ModelInfo("/nowhere", CONTEXT_LENGTH, VOCAB_SIZE, END_OF_TEXT, 64, 4, 16, "float32", "cpu")
+MODEL = ModelInfo("/nowhere", CONTEXT_LENGTH, VOCAB_SIZE, END_OF_TEXT, 64, 4, 16, "float32", "cpu", 1, 8, 1)
 
 
 class LoopThread:

@@ -197,11 +197,12 @@ def test_deterministic_mode_is_refused_beside_ranks() -> None:
 def four_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: "H100" if number < 3 else "A100")
 
 
 @pytest.mark.usefixtures("four_gpus")
-def test_engines_and_their_ranks_take_gpus_one_after_the_other() -> None:
-    """From the one that was asked for."""
+def test_engines_and_their_ranks_take_gpus_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the one that was asked for; an engine's ranks take GPUs of one kind."""
 
     def devices(name: str, data: int, size: int) -> list[str]:
         config = dataclasses.replace(CONFIG, device=name, data_parallel_size=data, tensor_parallel_size=size)
@@ -211,10 +212,13 @@ def test_engines_and_their_ranks_take_gpus_one_after_the_other() -> None:
     assert ["cuda:0"] == devices("auto", 1, 1)
     assert ["cuda:2"] == devices("cuda:2", 1, 1)
     assert ["cuda:0", "cuda:1", "cuda:2", "cuda:3"] == devices("auto", 4, 1)
-    assert ["cuda:0", "cuda:1", "cuda:2", "cuda:3"] == devices("cuda", 2, 2)
     assert ["cuda:1", "cuda:2"] == devices("cuda:1", 1, 2)
     assert ["cuda:2", "cuda:3"] == devices("cuda:2", 2, 1)
     assert ["cpu"] * 8 == devices("cpu", 8, 1)
+    with pytest.raises(DeviceError, match=r"^tensor_parallel_size: its GPUs must be of one kind, and are H100, A100$"):
+        devices("cuda", 2, 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: "H100")
+    assert ["cuda:0", "cuda:1", "cuda:2", "cuda:3"] == devices("cuda", 2, 2)
 
 
 @pytest.mark.usefixtures("four_gpus")

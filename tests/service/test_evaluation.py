@@ -8,7 +8,7 @@ import signal
 import subprocess
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -165,11 +165,27 @@ def test_through_the_server_the_numbers_are_the_same(
     here = evaluated(tmp_path / "here.json", task, *asked, "--kv-memory", "64MiB", "--cpu-threads", "1")
     there = evaluated(tmp_path / "there.json", task, *asked, "--url", demo_server.url)
     assert_same(here, there)
+    assert here["verdict"] == there["verdict"]
     assert {"name": "megatron-gpt2-demo", "url": demo_server.url}.items() <= there["model"].items()
     if task == "lambada":
         assert 0 < here["figures"]["correct"] < len(WORDS) == here["data"]["lines_scored"]
     else:
         assert here["figures"]["loss_interval"] is not None  # so there are several windows
+
+
+@pytest.mark.parametrize("layers", [24, 12])
+def test_only_a_server_of_the_papers_shape_is_compared(demo_server: Server, layers: int) -> None:
+    """By what /v1/models says of its sizes."""
+    model = {"id": "345m", "max_model_len": 1024, "num_layers": layers, "hidden_size": 1024, "num_heads": 16}
+
+    def answer(path: str, body: Any) -> Answer:
+        return 200, {}, {"data": [model | {"vocab_size": 50257}]} if path == "/v1/models" else None
+
+    with (
+        Between(demo_server.url, answer) as between,
+        closing(ServerScorer(between.url, headers={}, tokenizer=DEMO)) as scorer,
+    ):
+        assert (layers == 24) == (scorer.incomparable is None)
 
 
 def test_a_server_with_keys(keyed_server: Server, words: Path, tmp_path: Path) -> None:
