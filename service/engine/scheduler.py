@@ -190,9 +190,9 @@ class Scheduler:
     def schedule(self) -> Batch | None:
         """The next step's batch, or None when there is nothing to compute now. It counts as launched."""
         self._free_rows()
-        running, rows, speculation = self._running, self._rows, self._speculation
-        repeats = self._repeats()
-        if not speculation.look(rows, running.indices) and repeats is not None:
+        running, rows, speculation, repeats = self._running, self._rows, self._speculation, self._repeats()
+        speculation.look(rows, running.indices)
+        if repeats is not None and not speculation.would_draft(len(running.indices)):
             self._last = rows.next_batch(*repeats, in_flight=bool(self._plans))
             self._plans.append(self._last[1])
             return self._last[0]

@@ -143,16 +143,19 @@ class Speculation:
         self.num_drafted = 0  # in steps that are committed
         self.num_accepted = 0  # of these
 
-    def look(self, rows: Rows, running: Indices) -> bool:
-        """Make proposals for those that decode; whether drafts would be worth their rows if all that run do."""
+    def look(self, rows: Rows, running: Indices) -> None:
+        """Make proposals for those that decode."""
         if not self._most:
-            return False
+            return
         self._began_at = self._clock()
         assert not rows.num_in_flight[running].any(), "speculation needs a runner of depth 0"
         decodes = running[rows.num_known[running] - rows.num_scheduled[running] == 1]
         found = (self._proposal(rows, sequence) for sequence in rows.sequences[decodes])
         self._proposals = [proposal for proposal in found if proposal is not None]
-        return any(self._counts(num_tokens=len(running), room=self._most))
+
+    def would_draft(self, num_decodes: int) -> bool:
+        """Whether drafts are worth their rows in a step of so many decodes and nothing else."""
+        return any(self._counts(num_tokens=num_decodes, room=self._most))
 
     def _proposal(self, rows: Rows, sequence: Sequence) -> _Proposal | None:
         known = rows.known(sequence)
