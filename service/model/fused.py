@@ -9,11 +9,12 @@ from torch import Tensor
 from service.model.attention import KVCache, LayerCache
 from service.model.formats import Product
 from service.model.gpt2 import GPT2, LayerNorm
-from service.model.kernels import attention, norms
+from service.model.kernels import attention, norms, peers
 from service.model.kernels.plan import Library, Plan, power_of_two, whole_tile
 from service.model.kernels.products import ACTIVATE, MERGE, NORM, PARTIAL, RESIDUAL, SCATTER
 from service.model.matrix import Matrix
 from service.model.parallel import ParallelGPT2, plain
+from service.model.peers import EMBEDDING
 
 _MOST_PARTS = 2048  # rows of split sums: tokens times splits
 _PREFILL_PROGRAMS = 528  # four for each of an H100's multiprocessors
@@ -54,6 +55,7 @@ class FusedGPT2:
         self._width = power_of_two(config.hidden_size)
         self._dim = whole_tile(config.head_size)
         self._group = model.group if isinstance(model, ParallelGPT2) else None
+        self._peers = model.peers if isinstance(model, ParallelGPT2) else None
 
         def matrix(product: Product, norm: LayerNorm | None = None) -> Matrix:
             weight, bias = plain(product)
@@ -108,9 +110,8 @@ class FusedGPT2:
             TURNS=step.num_turns,
             PDL=chain["PDL"],  # but launched when what wrote `step` is done: kernels to come read it early
         )
-        self._sum(self.x[:num_tokens])
         if not plan.fused:
-            self._add_and_norm(num_tokens, 0, None, model.layers[0].attention_norm, chain)
+            self._add_and_norm(num_tokens, 0, None, model.layers[0].attention_norm, chain, buffer=EMBEDDING)
         for number in range(config.num_layers):
             layer = self._cache.layer(number)
             scale = model.attention_scale(number)
@@ -118,11 +119,6 @@ class FusedGPT2:
                 self._fused_layer(number, layer, scale, step, plan)
             else:
                 self._split_layer(number, layer, scale, step, plan)
-
-    def _sum(self, tensor: Tensor) -> None:
-        """Over the ranks, if there are several."""
-        if self._group is not None:
-            self._group.sum(tensor)
 
     def _chain(self, plan: Plan) -> dict[str, bool]:
         pdl = self._pdl and plan.pdl
@@ -165,31 +161,45 @@ class FusedGPT2:
             qkv.product(plan.qkv, self.normed, self._q, put=SCATTER.value, cache=cache, slots=step.slots, **size)
         self._attend(cache, scale, step, plan)
         out.product(plan.out, self._mixed, self._parts, put=PARTIAL.value, **size)
-        self._add_and_norm(num_tokens, plan.out.splits, out.bias, layers[number].mlp_norm, chain)
+        self._add_and_norm(num_tokens, plan.out.splits, out.bias, layers[number].mlp_norm, chain, buffer=0)
         up.product(plan.up, self.normed, self._inner, put=ACTIVATE.value, **size)
         down.product(plan.down, self._inner, self._parts, put=PARTIAL.value, **size)
         following = layers[number + 1].attention_norm if number + 1 < len(layers) else self._model.final_norm
-        self._add_and_norm(num_tokens, plan.down.splits, down.bias, following, chain)
+        self._add_and_norm(num_tokens, plan.down.splits, down.bias, following, chain, buffer=1)
 
     def _add_and_norm(
-        self, num_tokens: int, splits: int, bias: Tensor | None, norm: LayerNorm, chain: dict[str, bool]
+        self,
+        num_tokens: int,
+        splits: int,
+        bias: Tensor | None,
+        norm: LayerNorm,
+        chain: dict[str, bool],
+        *,
+        buffer: int,
     ) -> None:
-        if splits:
-            self._sum(self._parts[: splits * num_tokens * self._model.config.hidden_size])
-        norms.add_and_norm[(num_tokens,)](
-            self.x,
-            self._parts,
-            norm.bias if bias is None else bias,
-            norm.weight,
-            norm.bias,
-            self.normed,
-            num_tokens,
-            norm.epsilon,
-            H=self._model.config.hidden_size,
-            WIDTH=self._width,
-            SPLITS=splits,
-            **chain,
-        )
+        """Add the parts of a product, or nothing, to `x`, which is summed over the ranks if there are several."""
+        hidden = self._model.config.hidden_size
+        summed = (norm.bias if bias is None else bias, norm.weight, norm.bias, self.normed, num_tokens, norm.epsilon)
+        shape: dict[str, Any] = {"H": hidden, "WIDTH": self._width, "SPLITS": splits, **chain}
+        if self._peers is not None and num_tokens <= self._peers.most_rows:
+            places, received = self._peers.places[buffer], self._peers.received.own[buffer]
+            num_ranks = self._peers.num_ranks
+            peers.sum_and_norm[(num_tokens,)](
+                self.x,
+                self._parts,
+                places,
+                received,
+                *summed,
+                **shape,
+                RANKS=num_ranks,
+                RANKS_WIDTH=power_of_two(num_ranks),
+                MOST_ROWS=received.shape[1],
+                num_warps=4 if num_ranks <= 2 else 8,
+            )
+            return
+        if self._group is not None:
+            self._group.sum(self._parts[: splits * num_tokens * hidden] if splits else self.x[:num_tokens])
+        norms.add_and_norm[(num_tokens,)](self.x, self._parts, *summed, **shape)
 
     def _attend(self, cache: LayerCache, scale: float, step: StepTensors, plan: Plan) -> None:
         config, width = self._model.config, self._model.attention_width

@@ -84,6 +84,8 @@ class GraphRunner:
         self.depth = 1
         self.model = model
         self._split = isinstance(model, ParallelGPT2)
+        peers = model.peers if isinstance(model, ParallelGPT2) else None
+        self._most_exchanged = 0 if peers is None else peers.most_rows  # tokens; of more, NCCL sums
         self._device = device
         self._block_size = block_size
         self._shared_memory = 2**20
@@ -222,12 +224,13 @@ class GraphRunner:
             dtype=self.model.dtype,
             decodes_only=decodes_only,
             split=self._split,
+            whole=self._split and num_tokens > self._most_exchanged,
             head_size=self.model.config.head_size,
             shared_memory=self._shared_memory,
         )
 
     def _head(self, num_rows: int) -> Product:
-        return head_for(num_rows, dtype=self.model.dtype, split=self._split, shared_memory=self._shared_memory)
+        return head_for(num_rows, dtype=self.model.dtype, shared_memory=self._shared_memory)
 
     def _body(self, shape: Shape) -> None:
         plan = self._plan(shape.num_tokens, decodes_only=not shape.tile)

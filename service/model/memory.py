@@ -14,6 +14,7 @@ import torch
 from service.model.batch import Runner
 from service.model.deterministic import DeterministicRunner
 from service.model.gpt2 import GPT2
+from service.model.parallel import ParallelGPT2
 from service.model.runner import TorchRunner, translate, warm_up
 
 log = logging.getLogger(__name__)
@@ -83,6 +84,8 @@ def make_runner(
         probe.close()
 
     try:
+        if isinstance(model, ParallelGPT2):
+            model.connect()  # before it is measured what memory is left
         if kv_memory is None:
             kv_memory = _memory_left(
                 model.device, run_largest, utilization=utilization, agree=agree, beside=_GRAPH_MEMORY

@@ -17,6 +17,7 @@ from torch import Tensor
 from service.model.config import ModelConfig
 from service.model.formats import Format, Linear, Product
 from service.model.gpt2 import GPT2
+from service.model.peers import Peers, make_peers
 from service.model.split import SPLIT_AT, end_of, vocabulary_rows, what_does_not_split
 
 _gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
@@ -49,7 +50,7 @@ def part_of(name: str, tensor: Tensor, config: ModelConfig, *, rank: int, num_ra
 
 
 class Group:
-    """A model's ranks. All of them call each method at the same time; but for `least`, a CUDA graph may capture it."""
+    """A model's ranks. All of them call each method at the same time; a CUDA graph may capture `sum` and `gather`."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
@@ -65,6 +66,10 @@ class Group:
         whole = part.new_empty(self.num_ranks * len(part), *part.shape[1:])
         _gather(whole, part, group=self._group)
         return whole.view(self.num_ranks, *part.shape)
+
+    def peers(self, *, hidden: int, columns: int, device: torch.device) -> Peers | None:
+        """As `make_peers` says."""
+        return make_peers(self._group, hidden=hidden, columns=columns, device=device)
 
     def least(self, number: int, device: torch.device) -> int:
         """The least of the ranks' numbers."""
@@ -106,6 +111,15 @@ class ParallelGPT2(GPT2):
         self.group = group
         super().__init__(config, state, format)
         self.first_id = group.rank * len(self.token_embedding)
+        self.peers: Peers | None = None  # see `connect`
+
+    def connect(self) -> None:
+        """Have `peers`, with which kernels sum small steps, where the devices reach each other's memory.
+
+        All ranks call it at the same time. Without, or where there are none, Group sums every step.
+        """
+        columns = vocabulary_rows(self.config, self.group.num_ranks)
+        self.peers = self.group.peers(hidden=self.config.hidden_size, columns=columns, device=self.device)
 
     def product(self, name: str, weight: Tensor, bias: Tensor) -> Product:
         """What the layer's matrix of that canonical name does, on all ranks together where it is split by rows."""

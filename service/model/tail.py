@@ -7,12 +7,14 @@ from torch import Tensor
 
 from service.model.batch import SAMPLING_WORDS
 from service.model.gpt2 import GPT2, whole_tiles
-from service.model.kernels import adjusting, norms, products, sampling
+from service.model.kernels import adjusting, norms, peers, products, sampling
 from service.model.kernels.plan import Product, Vector, power_of_two
 from service.model.matrix import Matrix
 from service.model.parallel import ParallelGPT2
+from service.model.peers import MOST_LOGITS, Peers
 
 _CHUNK = 2048  # logits of a row that one program scans
+_SENT = 2048  # that one program puts into the other ranks' memory
 _BLOCK = 8192  # that one program reads at once of a row that has filters
 _FEW_ROWS = 16  # up to which a row's programs get more warps
 
@@ -54,8 +56,12 @@ class Tail:
         )
         self._normed = torch.zeros(max_rows, config.hidden_size, dtype=model.dtype, device=device)
         self._group = model.group if isinstance(model, ParallelGPT2) else None
+        self._peers = model.peers if isinstance(model, ParallelGPT2) else None
         num_ranks = 1 if self._group is None else self._group.num_ranks
-        self._logits = torch.zeros(max_rows, num_ranks * len(head), dtype=torch.float32, device=device)
+        if self._peers is not None and max_rows <= MOST_LOGITS:
+            self._logits = self._peers.logits.own
+        else:
+            self._logits = torch.zeros(max_rows, num_ranks * len(head), dtype=torch.float32, device=device)
         self._own = self._logits if self._group is None else self._logits.new_zeros(max_rows, len(head))  # this rank's
         self._adjusted = torch.zeros_like(self._logits)
         self._finite = torch.ones(max_rows, dtype=torch.int32, device=device)
@@ -70,13 +76,15 @@ class Tail:
         self.sampled = torch.zeros(max_rows, dtype=torch.int32, device=device)
 
     def logits(self, x: Tensor, rows: RowTensors, head: Product, *, normed: Tensor | None = None) -> Tensor:
-        """fp32 [R, V] of the rows' tokens in the residual stream x; a Vector has scanned them, too, for `sample`.
+        """fp32 [R, V] of the rows' tokens in the residual stream x; of a whole model a Vector has scanned them, too.
 
-        `normed` [T, H] is the final norm of x, where it is there and the rows are the step's tokens in their order.
+        `normed` [T, H] is the final norm of x, where it is there and the rows are the step's tokens in their order:
+        then the layers have just made it, and nothing else has been gathered since.
         """
         config, num_rows = self._model.config, len(rows.indices)
         hidden, norm = config.hidden_size, self._model.final_norm
-        if isinstance(head, Vector):
+        if self._scans(head):
+            assert isinstance(head, Vector)
             size = len(self._head.weight)
             products.vector_logits[(size // head.block_n,)](
                 x,
@@ -100,6 +108,7 @@ class Tail:
                 **self._chain,
             )
         else:
+            follows = normed is not None
             if normed is None:
                 normed = self._normed
                 norms.gather_and_norm[(num_rows,)](
@@ -114,10 +123,43 @@ class Tail:
                     **self._chain,
                 )
             self._head.product(head, normed, self._own, num_tokens=num_rows, pdl=self._chain["PDL"])
+            if self._peers is not None and num_rows <= MOST_LOGITS:
+                self._gather(self._peers, num_rows, follows=follows)
+                return self._peers.logits.own[:num_rows, : config.vocab_size]
             if self._group is not None:
                 parts = self._group.gather(self._own[:num_rows])
                 self._logits[:num_rows].view(num_rows, len(parts), -1).copy_(parts.transpose(0, 1))
         return self._logits[:num_rows, : config.vocab_size]
+
+    def _scans(self, head: Product | None) -> bool:
+        """Whether it looks at logits as it makes them, which takes all of a row's."""
+        return isinstance(head, Vector) and self._group is None
+
+    def _gather(self, ranks: Peers, num_rows: int, *, follows: bool) -> None:
+        """Put the rows of `_own` into the logits of all ranks, and wait for theirs.
+
+        No rank may put a row where another still reads the one before. One that is past a sum of the layers knows that
+        the others have come to that, and have read by then; where no layers have run since, a barrier says so.
+        """
+
+        def barrier() -> None:
+            peers.barrier[(1,)](
+                ranks.arrival,
+                ranks.arrived.own,
+                ranks.count,
+                RANKS=ranks.num_ranks,
+                RANKS_WIDTH=power_of_two(ranks.num_ranks),
+                num_warps=1,
+                **self._chain,
+            )
+
+        if not follows:
+            barrier()
+        size = len(self._head.weight)
+        peers.put_logits[(-(-size // _SENT), num_rows)](
+            self._own, ranks.columns, N=size, RANKS=ranks.num_ranks, BLOCK=_SENT, **self._chain
+        )
+        barrier()
 
     def sample(self, logits: Tensor, rows: RowTensors, *, head: Product | None, adjusted: bool = False) -> None:
         """`sampled` from logits [R, V], which `head` made, or where it is None, something else made of them.
@@ -125,7 +167,8 @@ class Tail:
         The rows of `logits` are as far apart as in the buffer; `adjusted`: some are -inf.
         """
         config, num_rows = self._model.config, len(rows.indices)
-        chunk = head.block_n if isinstance(head, Vector) else _CHUNK
+        scanned = self._scans(head)
+        chunk = head.block_n if isinstance(head, Vector) and scanned else _CHUNK
         num_chunks = -(-config.vocab_size // chunk)
         shape = {
             "V": config.vocab_size,
@@ -135,7 +178,7 @@ class Tail:
             "WORDS": SAMPLING_WORDS,
             **self._chain,
         }
-        if not isinstance(head, Vector):
+        if not scanned:
             sampling.scan_logits[(num_chunks, num_rows)](
                 logits,
                 rows.records,

@@ -3,6 +3,7 @@
 import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -42,13 +43,21 @@ def write_steps(
     dtype: torch.dtype,
     block_size: int,
     on_gpu: bool,
+    most_rows: int,
 ) -> None:
-    """The process: steps-RANK.pickle, what the runner of graphs gives; without GPUs, Triton interprets its kernels."""
+    """The process: steps-RANK.pickle, what the runner of graphs gives; without GPUs, Triton interprets its kernels.
+
+    These sum up to `most_rows` tokens over the ranks by themselves; 0: the group sums all.
+    """
     from service.model.graphs import GraphRunner
 
     if on_gpu:
         torch.cuda.set_device(rank)
     with _joined(rank, num_ranks, address, folder, dtype, on_gpu=on_gpu) as model:
+        if most_rows:
+            model.connect()
+            assert model.peers is not None
+            model.peers = replace(model.peers, most_rows=most_rows)
         runner = GraphRunner(model, num_blocks=64, block_size=block_size, max_num_seqs=5, max_num_batched_tokens=80)
         runner.capture()
         outputs = []

@@ -100,11 +100,18 @@ def test_ranks_compute_what_one_does(
 
 
 @pytest.mark.parametrize(
-    ("num_ranks", "dtype"),
-    [(2, torch.float32), (4, torch.float16), pytest.param(2, torch.bfloat16, marks=pytest.mark.gpu)],
+    ("num_ranks", "dtype", "most_rows"),
+    [
+        (2, torch.float32, 0),
+        (2, torch.float32, 16),
+        (4, torch.float16, 64),
+        pytest.param(2, torch.bfloat16, 0, marks=pytest.mark.gpu),
+        pytest.param(2, torch.bfloat16, 16, marks=pytest.mark.gpu),
+        pytest.param(2, torch.bfloat16, 64, marks=pytest.mark.gpu),
+    ],
 )
 def test_the_kernels_of_ranks(
-    make_pair: Callable[..., Pair], tmp_path: Path, num_ranks: int, dtype: torch.dtype
+    make_pair: Callable[..., Pair], tmp_path: Path, num_ranks: int, dtype: torch.dtype, most_rows: int
 ) -> None:
     """Prompts, then single tokens that the step before sampled: what plain operators make of the whole model.
 
@@ -121,7 +128,7 @@ def test_the_kernels_of_ranks(
     longer = [Part([*prompt, -1], len(prompt), place, source=place + 1) for place, prompt in enumerate(prompts)]
     second = make_batch(Part([7, -1], 1, 2, source=0, sampling=drawn), *longer, logprobs=True)
     batches = [first, second, make_batch(Part([9], place=3))]
-    run_ranks(write_steps, num_ranks, tmp_path, batches, dtype, BLOCK_SIZE, ON_GPU)
+    run_ranks(write_steps, num_ranks, tmp_path, batches, dtype, BLOCK_SIZE, ON_GPU, most_rows)
     whole = GPT2(config, read_state(tmp_path, config, dtype=dtype, device="cuda" if ON_GPU else "cpu"))
     plain = TorchRunner(whole, num_blocks=64, block_size=BLOCK_SIZE)
     by_rank = [pickle.loads((tmp_path / f"steps-{rank}.pickle").read_bytes()) for rank in range(num_ranks)]

@@ -48,7 +48,7 @@ def embed(
 
 
 @triton.jit
-def _put_normed(at, value, inside, weight, added, epsilon, H: tl.constexpr):
+def put_normed(at, value, inside, weight, added, epsilon, H: tl.constexpr):
     """The layer norm of a row of the stream."""
     mean = tl.sum(value) / H
     centred = tl.where(inside, value - mean, 0.0)
@@ -87,7 +87,7 @@ def add_and_norm(
         for split in tl.static_range(SPLITS):
             value += tl.load(partials + (split * num_tokens + t) * H + h, mask=inside, other=0.0)
         tl.store(x + t * H + h, value, mask=inside)
-    _put_normed(normed + t * H + h, value, inside, weight, added, epsilon, H)
+    put_normed(normed + t * H + h, value, inside, weight, added, epsilon, H)
 
 
 @triton.jit
@@ -112,7 +112,7 @@ def gather_and_norm(
     index = tl.load(indices + r).to(tl.int64)
     wait(PDL)
     value = tl.load(x + index * H + h, mask=inside, other=0.0)
-    _put_normed(normed + r * H + h, value, inside, weight, added, epsilon, H)
+    put_normed(normed + r * H + h, value, inside, weight, added, epsilon, H)
 
 
 @triton.jit

@@ -78,8 +78,9 @@ class Plan:
     decode: Decode
     prefill: Prefill = Prefill(64, 64, 4, 2)
     pdl: bool = True
+    split: bool = False  # over ranks, which sum between a product and the residual stream
 
     @property
     def fused(self) -> bool:
         """Layer norms, merging and residual sums are in the products."""
-        return isinstance(self.qkv, Vector)
+        return isinstance(self.qkv, Vector) and not self.split

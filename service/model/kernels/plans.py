@@ -70,19 +70,29 @@ _BY_SIZE = (
 
 
 def plan_for(
-    num_tokens: int, *, dtype: torch.dtype, decodes_only: bool, split: bool, head_size: int, shared_memory: int
+    num_tokens: int,
+    *,
+    dtype: torch.dtype,
+    decodes_only: bool,
+    split: bool,
+    whole: bool,
+    head_size: int,
+    shared_memory: int,
 ) -> Plan:
     """The plan of a body of `num_tokens`, whose programs may take `shared_memory` bytes each.
 
     `split` over ranks, which sum between a product and the residual stream: so that is done by kernels of their own.
+    `whole`: by NCCL, which does not sum the splits of a product before.
     """
     if dtype == torch.float32:
         plan = _SINGLE
-    elif num_tokens == 1 and decodes_only and not split:
+    elif num_tokens == 1 and decodes_only:
         plan = _ONE
     else:
         plan = next((plan for most, plan in _BY_SIZE if num_tokens <= most), _MORE)
-    if split:  # what is summed over ranks is whole first
+    if split:
+        plan = replace(plan, split=True, decode=replace(plan.decode, merged=True))
+    if whole:
         plan = replace(plan, out=_whole(plan.out), down=_whole(plan.down))
     return replace(
         plan,
@@ -123,11 +133,11 @@ def _fit_prefill(prefill: Prefill, head_size: int, shared_memory: int, *, itemsi
     return replace(prefill, block_t=rows, block=columns, stages=max(1, min(prefill.stages, stages)))
 
 
-def head_for(num_rows: int, *, dtype: torch.dtype, split: bool, shared_memory: int) -> Product:
+def head_for(num_rows: int, *, dtype: torch.dtype, shared_memory: int) -> Product:
     """The product that gives the logits of `num_rows` rows; the rest as in `plan_for`."""
     if dtype == torch.float32:
         return Library()
-    if num_rows == 1 and not split:
+    if num_rows == 1:
         return Vector(16, 1024, 4)
     if 16 < num_rows <= 64:
         return _fit(Tiled(64, 64, 128, 1, 4, 3), shared_memory)

@@ -126,7 +126,7 @@ def vector_product(
     if PREFETCH:
         prefetch(w + tl.program_id(0).to(tl.int64) * (BLOCK_N * K), BLOCK_N * K, PDL and N % BLOCK_N == 0)
     tile = tl.load(at, mask=rows[:, None] & (k < K)[None, :], other=0.0)
-    offset = tl.load(bias + n, mask=rows, other=0.0).to(tl.float32)
+    offset = tl.load(bias + n, mask=rows, other=0.0).to(tl.float32) if OUT != PARTIAL else 0.0
     slot = tl.load(slots) if OUT == SCATTER else 0
     if IN == NORM:
         slope = tl.load(scaled + n, mask=rows, other=0.0)

@@ -1,0 +1,127 @@
+"""Sums over the ranks of a split model and the gathering of its logits, by stores into the other ranks' memory.
+
+A sum is one kernel: every rank puts its rows into a buffer of every rank, its own too, and each adds up what has come
+to it. No flag says that a number is there: buffers hold -0.0 (EMPTY), which nobody sends, and whoever has read a row
+puts EMPTY back (the protocol that Lamport's name stands for in NCCL's LL and TensorRT-LLM's one-shot all-reduce).
+
+A buffer may be used again by the second sum after. A row of sum c + 2 is sent when its sender's kernel c + 1 is done,
+and that has got rows of sum c + 1 from every rank, each of which sent them when its own kernel c was done, EMPTY put
+back: a kernel sends nothing before the one before it in its stream is done, also where it was launched early. fused.py
+has the sum of embeddings in buffer 2 and those of the layers in 0 and 1 in turn, an even number of them a step, so the
+next two sums are in other buffers, also across steps.
+
+Nobody waits for what cannot come. A program sends its row before it waits, and all programs of a sum fit on a device at
+once: they are at most 256, of four warps. What is launched early behind them takes no room from them, for it is
+launched when all of them have begun. Called by fused.py and tail.py.
+"""
+
+import triton
+import triton.language as tl
+
+from service.model.kernels.chain import begin, wait
+from service.model.kernels.norms import put_normed
+
+EMPTY = tl.constexpr(-(2**31))
+
+
+@triton.jit
+def sum_and_norm(
+    x,  # [T, H] fp32, changed
+    partials,  # [SPLITS, T, H] fp32: this rank's
+    places,  # [RANKS] int64: where in each rank's memory this rank's rows go
+    received,  # int32 [RANKS, MOST_ROWS, H]: EMPTY; there go the ranks' rows
+    bias,  # [H], added to x once
+    gain,  # [H] fp32
+    shift,
+    normed,  # [T, H], out
+    num_tokens,
+    epsilon,
+    H: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SPLITS: tl.constexpr,  # 0: what is summed is x itself, without bias
+    RANKS: tl.constexpr,
+    RANKS_WIDTH: tl.constexpr,
+    MOST_ROWS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """normed = layer norm of x + bias + the sum over ranks of the partial products; program t.
+
+    The sums are in the same order on every rank, and so are the same to the bit. A NaN arrives as that.
+    """
+    begin(PDL)
+    t = tl.program_id(0).to(tl.int64)
+    h = tl.arange(0, WIDTH)
+    inside = h < H
+    ranks = tl.arange(0, RANKS_WIDTH)
+    known = (ranks < RANKS)[:, None] & inside[None, :]
+    there = tl.multiple_of(tl.load(places + ranks, mask=ranks < RANKS, other=0), 16).to(tl.pointer_type(tl.int32))
+    there = there[:, None] + (t * H + h)[None, :]
+    here = received + (ranks * (MOST_ROWS * H))[:, None] + (t * H + h)[None, :]
+    weight = tl.load(gain + h, mask=inside, other=0.0)
+    added = tl.load(shift + h, mask=inside, other=0.0)
+    value = tl.zeros([WIDTH], tl.float32)
+    if SPLITS > 0:
+        value = tl.load(bias + h, mask=inside, other=0.0).to(tl.float32)
+    wait(PDL)
+    if SPLITS > 0:
+        own = tl.zeros([WIDTH], tl.float32)
+        for split in tl.static_range(SPLITS):
+            own += tl.load(partials + (split * num_tokens + t) * H + h, mask=inside, other=0.0)
+        value += tl.load(x + t * H + h, mask=inside, other=0.0)
+    else:
+        own = tl.load(x + t * H + h, mask=inside, other=0.0)
+    bits = (own + 0.0).to(tl.int32, bitcast=True)  # -0.0 + 0.0 is 0.0
+    tl.store(there, tl.broadcast_to(bits[None, :], [RANKS_WIDTH, WIDTH]), mask=known)
+    rows = tl.load(here, mask=known, other=0, volatile=True)
+    while tl.min(rows) == EMPTY:  # which is the least of int32
+        rows = tl.load(here, mask=known, other=0, volatile=True)
+    tl.store(here, EMPTY, mask=known)
+    value += tl.sum(rows.to(tl.float32, bitcast=True), 0)
+    tl.store(x + t * H + h, value, mask=inside)
+    put_normed(normed + t * H + h, value, inside, weight, added, epsilon, H)
+
+
+@triton.jit
+def put_logits(
+    logits,  # [R, N] fp32: this rank's
+    columns,  # [RANKS] int64: where in each rank's memory, [., RANKS * N], this rank's columns begin
+    N: tl.constexpr,
+    RANKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Put them into every rank's memory; program (block of columns, row). A barrier has to follow."""
+    begin(PDL)
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    r = tl.program_id(1).to(tl.int64)
+    wait(PDL)
+    value = tl.load(logits + r * N + n, mask=n < N)
+    for rank in tl.static_range(RANKS):
+        there = tl.multiple_of(tl.load(columns + rank), 16).to(tl.pointer_type(tl.float32))
+        tl.store(there + r * (RANKS * N) + n, value, mask=n < N)
+
+
+@triton.jit
+def barrier(
+    arrival,  # [RANKS] int64: where in each rank's memory this rank says that it is here
+    arrived,  # int32 [RANKS], where the ranks say it
+    count,  # int32 [1]: of barriers, changed
+    RANKS: tl.constexpr,
+    RANKS_WIDTH: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Ends when all ranks have begun it; what they stored before can be read then. One program.
+
+    Counts may overflow: ranks are never more than one barrier apart.
+    """
+    begin(PDL)
+    ranks = tl.arange(0, RANKS_WIDTH)
+    known = ranks < RANKS
+    there = tl.load(arrival + ranks, mask=known, other=0).to(tl.pointer_type(tl.int32))
+    wait(PDL)
+    turn = tl.load(count + ranks * 0) + 1
+    tl.atomic_xchg(there, turn, mask=known, sem="release", scope="sys")
+    behind = turn - tl.atomic_add(arrived + ranks, ranks * 0, mask=known, sem="acquire", scope="sys")
+    while tl.max(tl.where(known, behind, 0)) > 0:
+        behind = turn - tl.atomic_add(arrived + ranks, ranks * 0, mask=known, sem="acquire", scope="sys")
+    tl.store(count + ranks, turn, mask=ranks == 0)

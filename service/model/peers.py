@@ -1,0 +1,137 @@
+"""Memory of each of a model's ranks that the kernels of all of them store into. Made by parallel.py for its models."""
+
+import logging
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+EMPTY = -(2**31)  # the bits of -0.0 in fp32: no number has come yet
+NUM_BUFFERS = 3
+EMBEDDING = 2  # the buffer of the embeddings' sum; those of a layer are 0 and 1
+MOST_LOGITS = 256  # rows of logits that ranks put into each other's memory: 52 MB
+# Rows that ranks sum in their kernels, each sending its own to all others; with more rows NCCL sends less.
+_MOST_OF_TWO, _MOST_OF_MORE = 256, 64
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class PeerMemory:
+    """A tensor of the same shape on every rank's device."""
+
+    own: Tensor  # this rank's
+    addresses: Tensor  # [ranks] int64 on the device: where this rank's kernels find each rank's, in order of rank
+    kept: Any  # what maps the others' into this process
+
+    def places(self, offset: int) -> Tensor:
+        """The addresses of what is `offset` elements behind the start."""
+        return self.addresses + offset * self.own.element_size()
+
+
+@dataclass(frozen=True, slots=True)
+class Peers:
+    """What kernels/peers.py needs to sum rows of `hidden` numbers over ranks, and to gather logits."""
+
+    num_ranks: int
+    most_rows: int  # of one sum
+    received: PeerMemory  # int32 [NUM_BUFFERS, ranks, most_rows, hidden]: bits of fp32, EMPTY but during a sum
+    places: tuple[Tensor, ...]  # of each buffer, where in each rank's memory this rank's rows go
+    logits: PeerMemory  # fp32 [MOST_LOGITS, ranks * columns]
+    columns: Tensor  # where in each rank's memory this rank's columns begin
+    arrived: PeerMemory  # int32 [ranks]: how many barriers each rank has come to, modulo 2**32
+    arrival: Tensor  # where in each rank's memory this rank says so
+    count: Tensor  # int32 [1]: how many barriers are behind this rank
+
+
+def make_peers(group: dist.ProcessGroup, *, hidden: int, columns: int, device: torch.device) -> Peers | None:
+    """Called by all ranks of `group` at the same time, each with its device; `columns` are the logits of one.
+
+    None, on all of them, where the devices do not reach each other's memory. Without GPUs, as in tests, ranks are
+    processes of one host.
+    """
+    rank, num_ranks = group.rank(), group.size()
+    if device.type == "cuda":
+        others = [other for other in _told(group, device.index) if other != device.index]
+        near = all(torch.cuda.can_device_access_peer(device, other) for other in others)
+        if not all(_told(group, near)):
+            log.warning("the GPUs do not reach each other's memory: NCCL sums every step")
+            return None
+    most_rows = _MOST_OF_TWO if num_ranks <= 2 else _MOST_OF_MORE
+    try:
+        received = _share(group, NUM_BUFFERS, num_ranks, most_rows, hidden, dtype=torch.int32, device=device)
+        logits = _share(group, MOST_LOGITS, num_ranks * columns, dtype=torch.float32, device=device)
+        arrived = _share(group, num_ranks, dtype=torch.int32, device=device)
+        lack = None
+    except RuntimeError as error:
+        lack = str(error).splitlines()[0]
+    if any(lacks := _told(group, lack)):
+        log.warning("the GPUs' memory is not shared, and NCCL sums every step: %s", next(filter(None, lacks)))
+        return None
+    received.own.fill_(EMPTY)
+    logits.own.zero_()
+    arrived.own.zero_()
+    peers = Peers(
+        num_ranks,
+        most_rows,
+        received,
+        tuple(received.places((number * num_ranks + rank) * most_rows * hidden) for number in range(NUM_BUFFERS)),
+        logits,
+        logits.places(rank * columns),
+        arrived,
+        arrived.places(rank),
+        torch.zeros(1, dtype=torch.int32, device=device),
+    )
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    _told(group, None)  # nobody sends before all are EMPTY
+    return peers
+
+
+def _told(group: dist.ProcessGroup, value: T) -> list[T]:
+    """What each rank says, in order of rank; all come here before one goes on."""
+    said: list[Any] = [None] * group.size()
+    dist.all_gather_object(said, value, group)
+    return said
+
+
+def _share(group: dist.ProcessGroup, *shape: int, dtype: torch.dtype, device: torch.device) -> PeerMemory:
+    rank, num_ranks = group.rank(), group.size()
+    kept: Any = None
+    if device.type != "cuda":
+        tensors = _mapped(group, *shape, dtype=dtype)
+    elif num_ranks == 1:
+        tensors = [torch.empty(shape, dtype=dtype, device=device)]
+    else:
+        # Nothing here goes through the switch's multicast, and setting that up fails on hosts whose fabric is shared.
+        os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
+        import torch.distributed._symmetric_memory as symmetric  # CUDA's alone
+
+        own = symmetric.empty(*shape, dtype=dtype, device=device)
+        handle = symmetric.rendezvous(own, group)
+        kept = (own, handle)
+        tensors = [own if other == rank else handle.get_buffer(other, shape, dtype) for other in range(num_ranks)]
+    addresses = torch.tensor([tensor.data_ptr() for tensor in tensors], dtype=torch.int64, device=device)
+    return PeerMemory(tensors[rank], addresses, (tensors, kept))
+
+
+def _mapped(group: dist.ProcessGroup, *shape: int, dtype: torch.dtype) -> list[Tensor]:
+    """Each rank's file, in all processes; the files have no names any more when this returns."""
+    size = torch.Size(shape).numel()
+    with tempfile.TemporaryDirectory() as folder:
+        names = _told(group, str(Path(folder, "memory")))
+        own = torch.from_file(names[group.rank()], shared=True, size=size, dtype=dtype)
+        _told(group, None)
+        tensors = [
+            own if rank == group.rank() else torch.from_file(name, shared=True, size=size, dtype=dtype)
+            for rank, name in enumerate(names)
+        ]
+        _told(group, None)
+    return [tensor.view(shape) for tensor in tensors]
