@@ -182,19 +182,16 @@ class FusedGPT2:
         summed = (norm.bias if bias is None else bias, norm.weight, norm.bias, self.normed, num_tokens, norm.epsilon)
         shape: dict[str, Any] = {"H": hidden, "WIDTH": self._width, "SPLITS": splits, **chain}
         if self._peers is not None and num_tokens <= self._peers.most_rows:
-            places, received = self._peers.places[buffer], self._peers.received.own[buffer]
-            num_ranks = self._peers.num_ranks
+            received, num_ranks = self._peers.received.own[buffer], self._peers.num_ranks
             peers.sum_and_norm[(num_tokens,)](
                 self.x,
                 self._parts,
-                places,
+                self._peers.places(buffer),
                 received,
                 *summed,
                 **shape,
                 RANKS=num_ranks,
-                RANKS_WIDTH=power_of_two(num_ranks),
                 MOST_ROWS=received.shape[1],
-                num_warps=4 if num_ranks <= 2 else 8,
             )
             return
         if self._group is not None:

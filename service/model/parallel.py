@@ -67,9 +67,9 @@ class Group:
         _gather(whole, part, group=self._group)
         return whole.view(self.num_ranks, *part.shape)
 
-    def peers(self, *, hidden: int, columns: int, device: torch.device) -> Peers | None:
+    def peers(self, *, hidden: int, columns: int, device: torch.device, most_rows: int | None = None) -> Peers | None:
         """As `make_peers` says."""
-        return make_peers(self._group, hidden=hidden, columns=columns, device=device)
+        return make_peers(self._group, hidden=hidden, columns=columns, device=device, most_rows=most_rows)
 
     def least(self, number: int, device: torch.device) -> int:
         """The least of the ranks' numbers."""

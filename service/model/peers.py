@@ -3,6 +3,7 @@
 import logging
 import os
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,34 +29,42 @@ class PeerMemory:
     """A tensor of the same shape on every rank's device."""
 
     own: Tensor  # this rank's
-    addresses: Tensor  # [ranks] int64 on the device: where this rank's kernels find each rank's, in order of rank
-    kept: Any  # what maps the others' into this process
-
-    def places(self, offset: int) -> Tensor:
-        """The addresses of what is `offset` elements behind the start."""
-        return self.addresses + offset * self.own.element_size()
+    all: Sequence[Tensor]  # in order of rank, as this rank's kernels reach them
+    kept: Any = None  # what maps the others' into this process
 
 
 @dataclass(frozen=True, slots=True)
 class Peers:
     """What kernels/peers.py needs to sum rows of `hidden` numbers over ranks, and to gather logits."""
 
+    rank: int
     num_ranks: int
     most_rows: int  # of one sum
     received: PeerMemory  # int32 [NUM_BUFFERS, ranks, most_rows, hidden]: bits of fp32, EMPTY but during a sum
-    places: tuple[Tensor, ...]  # of each buffer, where in each rank's memory this rank's rows go
     logits: PeerMemory  # fp32 [MOST_LOGITS, ranks * columns]
-    columns: Tensor  # where in each rank's memory this rank's columns begin
-    arrived: PeerMemory  # int32 [ranks]: how many barriers each rank has come to, modulo 2**32
-    arrival: Tensor  # where in each rank's memory this rank says so
+    arrived: PeerMemory  # int32 [ranks, 4]: how many barriers each rank has come to, modulo 2**32, in its first word
     count: Tensor  # int32 [1]: how many barriers are behind this rank
 
+    def places(self, buffer: int) -> tuple[Tensor, ...]:
+        """Of each rank's memory the part [most_rows, hidden] into which this rank puts its rows."""
+        return tuple(received[buffer, self.rank] for received in self.received.all)
 
-def make_peers(group: dist.ProcessGroup, *, hidden: int, columns: int, device: torch.device) -> Peers | None:
+    def columns(self) -> tuple[Tensor, ...]:
+        """Of each rank's memory the part [MOST_LOGITS, columns] into which this rank puts its logits."""
+        return tuple(logits.unflatten(1, (self.num_ranks, -1))[:, self.rank] for logits in self.logits.all)
+
+    def arrivals(self) -> tuple[Tensor, ...]:
+        """Of each rank's memory where this rank says that it has come to a barrier."""
+        return tuple(arrived[self.rank] for arrived in self.arrived.all)
+
+
+def make_peers(
+    group: dist.ProcessGroup, *, hidden: int, columns: int, device: torch.device, most_rows: int | None = None
+) -> Peers | None:
     """Called by all ranks of `group` at the same time, each with its device; `columns` are the logits of one.
 
-    None, on all of them, where the devices do not reach each other's memory. Without GPUs, as in tests, ranks are
-    processes of one host.
+    `most_rows` of one sum are no more than 256; without it, what was found best. None, on all of them, where the
+    devices do not reach each other's memory. Without GPUs, as in tests, ranks are processes of one host.
     """
     rank, num_ranks = group.rank(), group.size()
     if device.type == "cuda":
@@ -64,11 +73,12 @@ def make_peers(group: dist.ProcessGroup, *, hidden: int, columns: int, device: t
         if not all(_told(group, near)):
             log.warning("the GPUs do not reach each other's memory: NCCL sums every step")
             return None
-    most_rows = _MOST_OF_TWO if num_ranks <= 2 else _MOST_OF_MORE
+    if most_rows is None:
+        most_rows = _MOST_OF_TWO if num_ranks <= 2 else _MOST_OF_MORE
     try:
         received = _share(group, NUM_BUFFERS, num_ranks, most_rows, hidden, dtype=torch.int32, device=device)
         logits = _share(group, MOST_LOGITS, num_ranks * columns, dtype=torch.float32, device=device)
-        arrived = _share(group, num_ranks, dtype=torch.int32, device=device)
+        arrived = _share(group, num_ranks, 4, dtype=torch.int32, device=device)
         lack = None
     except RuntimeError as error:
         lack = str(error).splitlines()[0]
@@ -78,21 +88,11 @@ def make_peers(group: dist.ProcessGroup, *, hidden: int, columns: int, device: t
     received.own.fill_(EMPTY)
     logits.own.zero_()
     arrived.own.zero_()
-    peers = Peers(
-        num_ranks,
-        most_rows,
-        received,
-        tuple(received.places((number * num_ranks + rank) * most_rows * hidden) for number in range(NUM_BUFFERS)),
-        logits,
-        logits.places(rank * columns),
-        arrived,
-        arrived.places(rank),
-        torch.zeros(1, dtype=torch.int32, device=device),
-    )
+    count = torch.zeros(1, dtype=torch.int32, device=device)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     _told(group, None)  # nobody sends before all are EMPTY
-    return peers
+    return Peers(rank, num_ranks, most_rows, received, logits, arrived, count)
 
 
 def _told(group: dist.ProcessGroup, value: T) -> list[T]:
@@ -115,11 +115,9 @@ def _share(group: dist.ProcessGroup, *shape: int, dtype: torch.dtype, device: to
         import torch.distributed._symmetric_memory as symmetric  # CUDA's alone
 
         own = symmetric.empty(*shape, dtype=dtype, device=device)
-        handle = symmetric.rendezvous(own, group)
-        kept = (own, handle)
-        tensors = [own if other == rank else handle.get_buffer(other, shape, dtype) for other in range(num_ranks)]
-    addresses = torch.tensor([tensor.data_ptr() for tensor in tensors], dtype=torch.int64, device=device)
-    return PeerMemory(tensors[rank], addresses, (tensors, kept))
+        kept = symmetric.rendezvous(own, group)
+        tensors = [own if other == rank else kept.get_buffer(other, shape, dtype) for other in range(num_ranks)]
+    return PeerMemory(tensors[rank], tensors, kept)
 
 
 def _mapped(group: dist.ProcessGroup, *shape: int, dtype: torch.dtype) -> list[Tensor]:

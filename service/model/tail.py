@@ -144,11 +144,11 @@ class Tail:
 
         def barrier() -> None:
             peers.barrier[(1,)](
-                ranks.arrival,
+                ranks.arrivals(),
                 ranks.arrived.own,
                 ranks.count,
                 RANKS=ranks.num_ranks,
-                RANKS_WIDTH=power_of_two(ranks.num_ranks),
+                STRIDE=ranks.arrived.own.shape[1],
                 num_warps=1,
                 **self._chain,
             )
@@ -157,7 +157,7 @@ class Tail:
             barrier()
         size = len(self._head.weight)
         peers.put_logits[(-(-size // _SENT), num_rows)](
-            self._own, ranks.columns, N=size, RANKS=ranks.num_ranks, BLOCK=_SENT, **self._chain
+            self._own, ranks.columns(), N=size, RANKS=ranks.num_ranks, BLOCK=_SENT, **self._chain
         )
         barrier()
 

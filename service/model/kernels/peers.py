@@ -25,11 +25,23 @@ EMPTY = tl.constexpr(-(2**31))
 
 
 @triton.jit
+def _look(row, inside, RANKS: tl.constexpr, STRIDE: tl.constexpr, WIDTH: tl.constexpr):
+    """The sum of the ranks' rows, in their order, and the least of their bits, which is EMPTY while one is missing."""
+    total = tl.zeros([WIDTH], tl.float32)
+    least = tl.zeros([WIDTH], tl.int32)
+    for rank in tl.static_range(RANKS):
+        bits = tl.load(row + rank * STRIDE, mask=inside, other=0, volatile=True)
+        least = tl.minimum(least, bits)
+        total += bits.to(tl.float32, bitcast=True)
+    return total, tl.min(least)
+
+
+@triton.jit
 def sum_and_norm(
     x,  # [T, H] fp32, changed
     partials,  # [SPLITS, T, H] fp32: this rank's
-    places,  # [RANKS] int64: where in each rank's memory this rank's rows go
-    received,  # int32 [RANKS, MOST_ROWS, H]: EMPTY; there go the ranks' rows
+    places,  # of each rank, int32 [MOST_ROWS, H] in its memory: EMPTY; there go this rank's rows
+    received,  # int32 [RANKS, MOST_ROWS, H]: EMPTY; there come the ranks' rows
     bias,  # [H], added to x once
     gain,  # [H] fp32
     shift,
@@ -40,7 +52,6 @@ def sum_and_norm(
     WIDTH: tl.constexpr,
     SPLITS: tl.constexpr,  # 0: what is summed is x itself, without bias
     RANKS: tl.constexpr,
-    RANKS_WIDTH: tl.constexpr,
     MOST_ROWS: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -52,39 +63,36 @@ def sum_and_norm(
     t = tl.program_id(0).to(tl.int64)
     h = tl.arange(0, WIDTH)
     inside = h < H
-    ranks = tl.arange(0, RANKS_WIDTH)
-    known = (ranks < RANKS)[:, None] & inside[None, :]
-    there = tl.multiple_of(tl.load(places + ranks, mask=ranks < RANKS, other=0), 16).to(tl.pointer_type(tl.int32))
-    there = there[:, None] + (t * H + h)[None, :]
-    here = received + (ranks * (MOST_ROWS * H))[:, None] + (t * H + h)[None, :]
+    at = t * H + h
     weight = tl.load(gain + h, mask=inside, other=0.0)
     added = tl.load(shift + h, mask=inside, other=0.0)
     value = tl.zeros([WIDTH], tl.float32)
     if SPLITS > 0:
         value = tl.load(bias + h, mask=inside, other=0.0).to(tl.float32)
     wait(PDL)
+    own = tl.load(x + at, mask=inside, other=0.0)
     if SPLITS > 0:
+        value += own
         own = tl.zeros([WIDTH], tl.float32)
         for split in tl.static_range(SPLITS):
             own += tl.load(partials + (split * num_tokens + t) * H + h, mask=inside, other=0.0)
-        value += tl.load(x + t * H + h, mask=inside, other=0.0)
-    else:
-        own = tl.load(x + t * H + h, mask=inside, other=0.0)
     bits = (own + 0.0).to(tl.int32, bitcast=True)  # -0.0 + 0.0 is 0.0
-    tl.store(there, tl.broadcast_to(bits[None, :], [RANKS_WIDTH, WIDTH]), mask=known)
-    rows = tl.load(here, mask=known, other=0, volatile=True)
-    while tl.min(rows) == EMPTY:  # which is the least of int32
-        rows = tl.load(here, mask=known, other=0, volatile=True)
-    tl.store(here, EMPTY, mask=known)
-    value += tl.sum(rows.to(tl.float32, bitcast=True), 0)
-    tl.store(x + t * H + h, value, mask=inside)
-    put_normed(normed + t * H + h, value, inside, weight, added, epsilon, H)
+    for rank in tl.static_range(RANKS):
+        tl.store(places[rank] + at, bits, mask=inside)
+    total, least = _look(received + at, inside, RANKS, MOST_ROWS * H, WIDTH)
+    while least == EMPTY:  # the least of int32
+        total, least = _look(received + at, inside, RANKS, MOST_ROWS * H, WIDTH)
+    value += total
+    tl.store(x + at, value, mask=inside)
+    put_normed(normed + at, value, inside, weight, added, epsilon, H)
+    for rank in tl.static_range(RANKS):
+        tl.store(received + rank * MOST_ROWS * H + at, EMPTY, mask=inside)
 
 
 @triton.jit
 def put_logits(
     logits,  # [R, N] fp32: this rank's
-    columns,  # [RANKS] int64: where in each rank's memory, [., RANKS * N], this rank's columns begin
+    columns,  # of each rank, fp32 [., RANKS * N] in its memory, from this rank's columns on
     N: tl.constexpr,
     RANKS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -97,17 +105,16 @@ def put_logits(
     wait(PDL)
     value = tl.load(logits + r * N + n, mask=n < N)
     for rank in tl.static_range(RANKS):
-        there = tl.multiple_of(tl.load(columns + rank), 16).to(tl.pointer_type(tl.float32))
-        tl.store(there + r * (RANKS * N) + n, value, mask=n < N)
+        tl.store(columns[rank] + r * (RANKS * N) + n, value, mask=n < N)
 
 
 @triton.jit
 def barrier(
-    arrival,  # [RANKS] int64: where in each rank's memory this rank says that it is here
-    arrived,  # int32 [RANKS], where the ranks say it
+    arrivals,  # of each rank, int32 [1] in its memory, where this rank says that it is here
+    arrived,  # int32 [RANKS, STRIDE], where the ranks say it
     count,  # int32 [1]: of barriers, changed
     RANKS: tl.constexpr,
-    RANKS_WIDTH: tl.constexpr,
+    STRIDE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Ends when all ranks have begun it; what they stored before can be read then. One program.
@@ -115,13 +122,12 @@ def barrier(
     Counts may overflow: ranks are never more than one barrier apart.
     """
     begin(PDL)
-    ranks = tl.arange(0, RANKS_WIDTH)
-    known = ranks < RANKS
-    there = tl.load(arrival + ranks, mask=known, other=0).to(tl.pointer_type(tl.int32))
     wait(PDL)
-    turn = tl.load(count + ranks * 0) + 1
-    tl.atomic_xchg(there, turn, mask=known, sem="release", scope="sys")
-    behind = turn - tl.atomic_add(arrived + ranks, ranks * 0, mask=known, sem="acquire", scope="sys")
-    while tl.max(tl.where(known, behind, 0)) > 0:
-        behind = turn - tl.atomic_add(arrived + ranks, ranks * 0, mask=known, sem="acquire", scope="sys")
-    tl.store(count + ranks, turn, mask=ranks == 0)
+    turn = tl.load(count) + 1
+    for rank in tl.static_range(RANKS):
+        tl.atomic_xchg(arrivals[rank], turn, sem="release", scope="sys")
+    for rank in tl.static_range(RANKS):
+        behind = turn - tl.atomic_add(arrived + rank * STRIDE, 0, sem="acquire", scope="sys")
+        while behind > 0:
+            behind = turn - tl.atomic_add(arrived + rank * STRIDE, 0, sem="acquire", scope="sys")
+    tl.store(count, turn)

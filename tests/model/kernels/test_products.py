@@ -170,6 +170,17 @@ def test_tiles_put_partial_sums(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_one_token_puts_a_rank_s_part_of_a_sum(dtype: torch.dtype, device: torch.device, pdl: bool) -> None:
+    """Unrounded and without bias, which is added once, not by every rank."""
+    case = Case(12, 48, 1, dtype=dtype, device=device)
+    y = case.out(2, 12, dtype=torch.float32)
+    case.matrix().product(Vector(8, 32, 4), case.x, y.inside, num_tokens=1, pdl=pdl, put=PARTIAL.value)
+    check_close(twins.product(case.x, case.weight), y.inside[:1], torch.float32)
+    assert y.is_untouched(1)
+    y.check()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("put", [STORE.value, ACTIVATE.value, RESIDUAL.value, SCATTER.value])
 @pytest.mark.parametrize("read", [PLAIN.value, NORM.value, MERGE.value], ids=["plain", "norm", "merge"])
 def test_one_token(put: int, read: int, dtype: torch.dtype, device: torch.device, pdl: bool) -> None:

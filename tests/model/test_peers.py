@@ -1,0 +1,38 @@
+"""What ranks store into each other's memory: sums and logits, in processes of their own, by interpreter or GPUs."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.model.conftest import Pair
+from tests.model.kernels.conftest import ON_GPU
+from tests.model.rank import check_logits, check_sums
+from tests.model.test_parallel import run_ranks
+
+
+def available(num_ranks: int) -> int:
+    """As many, or on GPUs no more than there are."""
+    return min(num_ranks, torch.cuda.device_count()) if ON_GPU else num_ranks
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "num_sums"), [(2, 60), (4, 25), pytest.param(2, 1000, marks=pytest.mark.gpu, id="many")]
+)
+def test_sums_are_right_and_the_same_on_all_ranks(
+    make_pair: Callable[..., Pair], tmp_path: Path, num_ranks: int, num_sums: int
+) -> None:
+    """Of 1 to 16 rows in turn, of whole products and split ones; with rows of NaN and of -0.0, and ranks that are late.
+
+    The buffers are empty in the end.
+    """
+    make_pair()
+    run_ranks(check_sums, available(num_ranks), tmp_path, ON_GPU, num_sums)
+
+
+@pytest.mark.parametrize("num_gathers", [12, pytest.param(300, marks=pytest.mark.gpu)])
+def test_logits_stay_until_they_are_read(make_pair: Callable[..., Pair], tmp_path: Path, num_gathers: int) -> None:
+    """Gathers one after the other, as of a prompt's scores, by ranks that read late; barriers' counts overflow."""
+    make_pair()
+    run_ranks(check_logits, available(2), tmp_path, ON_GPU, num_gathers)
