@@ -45,7 +45,7 @@ def main() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
-    mp.spawn(run, (address, arguments), nprocs=arguments.ranks)  # type: ignore[no-untyped-call]
+    mp.spawn(run, (address, arguments), nprocs=arguments.ranks)  # type: ignore[attr-defined, no-untyped-call]
 
 
 def _numbers(text: str) -> list[int]:
@@ -79,12 +79,15 @@ class Sums:
             self._shared = symmetric.empty(rows, hidden, device=device)
             symmetric.rendezvous(self._shared, group)
 
-    def ways(self) -> dict[str, Callable[[int], None]]:
+    def ways(self) -> dict[str, Callable[[int], object]]:
         """By name; each is told how many sums went before."""
-        ways: dict[str, Callable[[int], None]] = {"nccl sum" if ON_GPU else "gloo sum": lambda _: self._collective()}
-        ways["nccl with norm" if ON_GPU else "gloo with norm"] = lambda _: self._norm(self._collective())
+        name = "nccl" if ON_GPU else "gloo"
+        ways: dict[str, Callable[[int], object]] = {
+            f"{name} sum": lambda _: self._collective(),
+            f"{name} with norm": lambda _: self._norm(self._collective()),
+        }
         if self._shared is not None:
-            ways["torch one-shot sum"] = lambda _: (self._one_shot(), None)[1]
+            ways["torch one-shot sum"] = lambda _: self._one_shot()
             ways["torch one-shot with norm"] = lambda _: self._norm(self._one_shot())
         if self._ranks is not None:
             ways["peers with norm"] = self._by_peers
@@ -209,7 +212,7 @@ def measure(sums: Sums) -> dict[str, float]:
         sums.check(name)
         way(1)  # an even number, for the buffers
 
-        def work(way: Callable[[int], None] = way) -> None:
+        def work(way: Callable[[int], object] = way) -> None:
             for number in range(_SUMS):
                 way(number)
 

@@ -51,7 +51,7 @@ class Peers:
 
     def columns(self) -> tuple[Tensor, ...]:
         """Of each rank's memory the part [MOST_LOGITS, columns] into which this rank puts its logits."""
-        return tuple(logits.unflatten(1, (self.num_ranks, -1))[:, self.rank] for logits in self.logits.all)
+        return tuple(logits.view(len(logits), self.num_ranks, -1)[:, self.rank] for logits in self.logits.all)
 
     def arrivals(self) -> tuple[Tensor, ...]:
         """Of each rank's memory where this rank says that it has come to a barrier."""

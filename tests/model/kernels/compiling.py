@@ -6,6 +6,8 @@ Prints a line for each compiled kernel: its name and the bytes of shared memory 
 """
 
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,8 +15,12 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from bench.random_model import gpt2_345m
+from bench.random_model import CONFIG_345M, gpt2_345m
+from service.model.gpt2 import GPT2
 from service.model.graphs import GraphRunner
+from service.model.parallel import ParallelGPT2, part_of
+from service.model.peers import MOST_LOGITS, NUM_BUFFERS, PeerMemory, Peers
+from service.model.split import vocabulary_rows
 
 OTHER_HEADS = (128, 8, 4, 1)  # of 8, 128, 256 and 1024 each
 
@@ -35,6 +41,46 @@ class FakeDriver:
         return 0
 
 
+class FakeGroup:
+    """What a rank's model knows of the others."""
+
+    rank = 1
+
+    def __init__(self, num_ranks: int) -> None:
+        self.num_ranks = num_ranks
+
+    def sum(self, tensor: torch.Tensor) -> None:
+        """Nothing to compile."""
+
+
+def part_345m(make: Callable[[str, tuple[int, ...]], torch.Tensor], num_ranks: int) -> ParallelGPT2:
+    """A rank's part of one layer."""
+    config = replace(CONFIG_345M, num_layers=1)
+    state = {}
+
+    def note(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        state[name] = part_of(name, make(name, shape), config, rank=1, num_ranks=num_ranks).contiguous()
+        return make(name, shape)
+
+    gpt2_345m(note, num_layers=1)
+    model = ParallelGPT2(config, state, FakeGroup(num_ranks))
+
+    def memory(*shape: int, dtype: torch.dtype) -> PeerMemory:
+        own = torch.empty(shape, dtype=dtype, device="meta")
+        return PeerMemory(own, [own] * num_ranks)
+
+    model.peers = Peers(
+        1,
+        num_ranks,
+        256,
+        memory(NUM_BUFFERS, num_ranks, 256, config.hidden_size, dtype=torch.int32),
+        memory(MOST_LOGITS, num_ranks * vocabulary_rows(config, num_ranks), dtype=torch.float32),
+        memory(num_ranks, 4, dtype=torch.int32),
+        torch.empty(1, dtype=torch.int32, device="meta"),
+    )
+    return model
+
+
 def main() -> None:
     capability, dtype = int(sys.argv[1]), getattr(torch, sys.argv[2])
     driver.set_active(FakeDriver(capability))
@@ -53,11 +99,11 @@ def main() -> None:
 
     JITFunction.run = compile_only
 
-    def make_runner(num_heads: int) -> GraphRunner:
-        """Shapes without numbers, in one layer."""
-        model = gpt2_345m(
-            lambda _, shape: torch.empty(shape, dtype=dtype, device="meta"), num_layers=1, num_heads=num_heads
-        )
+    def make(_: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """No numbers."""
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def make_runner(model: GPT2) -> GraphRunner:
         runner = GraphRunner(model, num_blocks=64, block_size=16, max_num_seqs=256, max_num_batched_tokens=2048)
         runner._shared_memory = int(sys.argv[3])
         if capability >= 90:
@@ -65,16 +111,21 @@ def main() -> None:
             runner._tail._chain = {"PDL": True, "launch_pdl": True}
         return runner
 
-    runner = make_runner(16)
-    for shape in (*runner._decodes, *runner._mixed):
-        runner._body(shape)
-    for kind, sizes in runner._rows.items():
-        for size in sizes:
-            runner._sample(kind, size)
-    runner._score_slice()
+    def run_all(runner: GraphRunner) -> None:
+        for shape in (*runner._decodes, *runner._mixed):
+            runner._body(shape)
+        for kind, sizes in runner._rows.items():
+            for size in sizes:
+                runner._sample(kind, size)
+        runner._score_slice()
+
+    run_all(make_runner(gpt2_345m(make, num_layers=1)))
+    wanted = {"vector_product", "sum_and_norm", "put_logits", "barrier"}  # which alone know of ranks
+    for num_ranks in (2, 8):
+        run_all(make_runner(part_345m(make, num_ranks)))
     wanted = {"decode_attention", "prefill_attention"}  # which alone know of heads
     for num_heads in OTHER_HEADS:
-        runner = make_runner(num_heads)
+        runner = make_runner(gpt2_345m(make, num_layers=1, num_heads=num_heads))
         for shape in (runner._decodes[0], runner._decodes[-1], runner._mixed[0], runner._mixed[-1]):
             runner._body(shape)
 

@@ -12,6 +12,7 @@ MOST_SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 KERNELS = {
     "add_and_norm",
     "adjust_logits",
+    "barrier",
     "decode_attention",
     "drop_wrong",
     "embed",
@@ -19,7 +20,9 @@ KERNELS = {
     "gather_and_norm",
     "pick_tokens",
     "prefill_attention",
+    "put_logits",
     "scan_logits",
+    "sum_and_norm",
     "write_kv",
 }
 PRODUCTS = {"tiled_product", "vector_logits", "vector_product"}
