@@ -112,8 +112,8 @@ class LeadingRunner:
             raise DeviceLost(f"the ranks are out of step: {error}") from error
 
     def close(self) -> None:
+        self._runner.close()  # which may wait for what is launched, and that for the other ranks
         self._ranks.close()
-        self._runner.close()
 
 
 def follow(runner: Runner, connection: Connection) -> None:
