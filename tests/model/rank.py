@@ -1,5 +1,6 @@
 """A rank's process, apart from the tests that start it, so that it imports no more than it needs."""
 
+import os
 import pickle
 import time
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,18 @@ from service.model.gpt2 import GPT2, logits_of
 from service.model.kernels.plan import Library, Vector
 from service.model.parallel import Group, ParallelGPT2, part_of, plain
 from service.model.peers import EMBEDDING, EMPTY
+
+
+class SharedGroup(Group):
+    """Of ranks that share one GPU, which NCCL refuses: sums and gathers on the host."""
+
+    def sum(self, tensor: Tensor) -> None:
+        summed = tensor.cpu()
+        super().sum(summed)
+        tensor.copy_(summed)
+
+    def gather(self, part: Tensor) -> Tensor:
+        return super().gather(part.cpu()).to(part.device)
 
 
 def write_logits(
@@ -176,19 +189,26 @@ def _joined(
     weights: Format | None = None,
 ) -> Iterator[ParallelGPT2]:
     torch.set_num_threads(1)
+    shared = on_gpu and torch.cuda.device_count() < num_ranks
+    if shared:
+        os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
+    device = torch.device("cuda", 0 if shared else rank) if on_gpu else torch.device("cpu")
     if on_gpu:
-        torch.cuda.set_device(rank)
-    device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
-    backend = "nccl" if on_gpu else "gloo"
+        torch.cuda.set_device(device)
+    by_nccl = on_gpu and not shared
     dist.init_process_group(
-        backend, init_method=address, rank=rank, world_size=num_ranks, device_id=device if on_gpu else None
+        "nccl" if by_nccl else "gloo",
+        init_method=address,
+        rank=rank,
+        world_size=num_ranks,
+        device_id=device if by_nccl else None,
     )
     group = dist.group.WORLD
     assert group is not None
     config = read_config(folder)
     part = partial(part_of, config=config, rank=rank, num_ranks=num_ranks)
     state = read_state(folder, config, dtype=dtype, device=device, part=part)
-    yield ParallelGPT2(config, state, Group(group), weights)
+    yield ParallelGPT2(config, state, (SharedGroup if shared else Group)(group), weights)
     dist.barrier(group)
     dist.destroy_process_group()
 

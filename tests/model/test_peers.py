@@ -1,20 +1,17 @@
-"""What ranks store into each other's memory: sums and logits, in processes of their own, by interpreter or GPUs."""
+"""What ranks store into each other's memory: sums and logits, in processes of their own, by interpreter or GPUs.
+
+With fewer GPUs than ranks, all of them share one, which runs them in turns.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.model.conftest import Pair
 from tests.model.kernels.conftest import ON_GPU
 from tests.model.rank import check_logits, check_sums
 from tests.model.test_parallel import run_ranks
-
-
-def available(num_ranks: int) -> int:
-    """As many, or on GPUs no more than there are."""
-    return min(num_ranks, torch.cuda.device_count()) if ON_GPU else num_ranks
 
 
 @pytest.mark.parametrize(
@@ -28,11 +25,11 @@ def test_sums_are_right_and_the_same_on_all_ranks(
     The buffers are empty in the end.
     """
     make_pair()
-    run_ranks(check_sums, available(num_ranks), tmp_path, ON_GPU, num_sums)
+    run_ranks(check_sums, num_ranks, tmp_path, ON_GPU, num_sums)
 
 
 @pytest.mark.parametrize("num_gathers", [12, pytest.param(300, marks=pytest.mark.gpu)])
 def test_logits_stay_until_they_are_read(make_pair: Callable[..., Pair], tmp_path: Path, num_gathers: int) -> None:
     """Gathers one after the other, as of a prompt's scores, by ranks that read late; barriers' counts overflow."""
     make_pair()
-    run_ranks(check_logits, available(2), tmp_path, ON_GPU, num_gathers)
+    run_ranks(check_logits, 2, tmp_path, ON_GPU, num_gathers)
