@@ -4,6 +4,7 @@ The engine process is rank 0. It starts the others, tells them each batch, and e
 it. None of them schedules: a Batch is complete, and every rank samples the same tokens. Called by loading.py.
 """
 
+import contextlib
 import logging
 import multiprocessing
 import multiprocessing.connection
@@ -26,6 +27,7 @@ from service.model.parallel import Group
 
 log = logging.getLogger(__name__)
 
+_PATIENCE = 10.0  # seconds, for the device to finish after a failure
 _HERE = "127.0.0.1"  # an engine's ranks are on one host
 
 
@@ -51,7 +53,7 @@ class Ranks:
             self._processes.append(process)
         threading.Thread(target=self._watch, daemon=True).start()
         # However this process ends: at its exit it would wait for its children, which heed no signal to terminate.
-        multiprocessing.util.Finalize(None, self.close, exitpriority=0)
+        multiprocessing.util.Finalize(None, self.abandon, exitpriority=0)
 
     def tell(self, batch: Batch) -> None:
         """Have all of them launch it. Raises OSError."""
@@ -70,6 +72,17 @@ class Ranks:
         if dist.is_initialized():
             dist.destroy_process_group()  # whose threads would otherwise end this process by SIGABRT
 
+    def abandon(self) -> None:
+        """Close after a failure of this rank: end the process if what it has launched waits for others in vain."""
+        backstop = threading.Timer(_PATIENCE, _end_at_once)
+        backstop.daemon = True
+        backstop.start()
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            with contextlib.suppress(RuntimeError):  # the device is lost
+                torch.cuda.synchronize()
+        self.close()
+        backstop.cancel()
+
     def _kill(self) -> None:
         for process in self._processes:
             process.kill()
@@ -85,6 +98,11 @@ class Ranks:
         log.critical("%s ended (exit code %s), and the engine with it", process.name, process.exitcode)
         self._kill()
         os._exit(EXIT_UNUSABLE if process.exitcode == EXIT_UNUSABLE else 1)
+
+
+def _end_at_once() -> None:
+    log.critical("what was launched waits for the other ranks, which do not come; the engine ends")
+    os._exit(1)
 
 
 class LeadingRunner:
