@@ -95,6 +95,7 @@ def engine_config(folder: Path, tensor: int, data: int, number: int, arguments: 
         cache_dir=tempfile.gettempdir(),
         device=arguments.device,
         dtype=arguments.dtype or "auto",
+        kv_cache_dtype="auto",
         deterministic=False,
         tensor_parallel_size=tensor,
         engine_number=number,

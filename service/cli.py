@@ -17,6 +17,7 @@ _GENERATE_SETTINGS = (
     "cache_dir",
     "device",
     "dtype",
+    "kv_cache_dtype",
     "deterministic",
     "tensor_parallel_size",
     "kv_memory",

@@ -218,6 +218,7 @@ def engine_config(
         cache_dir=str(cache_folder(settings)),
         device=kind,
         dtype=settings.dtype,
+        kv_cache_dtype=settings.kv_cache_dtype,
         deterministic=settings.deterministic,
         tensor_parallel_size=settings.tensor_parallel_size,
         engine_number=number,

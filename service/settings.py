@@ -106,9 +106,12 @@ class Settings(BaseSettings):
         pattern=r"^(auto|cpu|cuda(:\d+)?)$",
         description="auto, cpu, cuda or cuda:N; auto takes a GPU if any.",
     )
-    dtype: Literal["auto", "float16", "bfloat16", "float32", "int8"] = Field(
+    dtype: Literal["auto", "float16", "bfloat16", "float32", "int8", "fp8"] = Field(
         "auto",
-        description="Of the weights; auto is the checkpoint's own on a GPU and float32 on a CPU, int8 is for a CPU.",
+        description="Of the weights; auto is the checkpoint's own on a GPU and float32 on a CPU, fp8 is for a GPU.",
+    )
+    kv_cache_dtype: Literal["auto", "fp8"] = Field(
+        "auto", description="Of keys and values; auto is as the weights' own, fp8 (e4m3) is for a GPU."
     )
     deterministic: bool = Field(
         False,

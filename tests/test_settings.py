@@ -128,6 +128,7 @@ def test_devices(device: str) -> None:
         ("device", "gpu"),
         ("device", "cuda:x"),
         ("dtype", "int4"),
+        ("kv_cache_dtype", "int8"),
         ("max_num_seqs", "0"),
         ("max_num_batched_tokens", "15"),
         ("block_size", "257"),

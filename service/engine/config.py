@@ -13,6 +13,7 @@ class EngineConfig:
     cache_dir: str
     device: str
     dtype: str
+    kv_cache_dtype: str
     deterministic: bool
     tensor_parallel_size: int
     engine_number: int  # of the engines behind the port: 0 to data_parallel_size - 1

@@ -35,7 +35,7 @@ from service.engine.scheduler import Scheduler
 from service.engine.speculation import Speculation
 from service.model.batch import OutOfMemory, Runner
 from service.model.config import ModelConfig
-from service.model.formats import format_for
+from service.model.formats import format_for, made_of_any
 from service.model.gpt2 import GPT2
 from service.model.memory import KernelError, KVMemoryError, make_runner
 from service.model.parallel import ParallelError, ParallelGPT2, check_split, part_of
@@ -47,6 +47,10 @@ Report = Callable[[str, float], None]  # phase, progress from 0 to 1
 # On a CPU a step of as much takes a second or two of the 345M's time, and every stream waits for it.
 _MAX_NUM_SEQS = {"cpu": 64, "cuda": 256}
 _MAX_NUM_BATCHED_TOKENS = {"cpu": 256, "cuda": 2048}
+
+
+# The compute capability from which on the kernels have products and keys in 8 bits.
+_LEAST = {"int8": (8, 0), "fp8": (8, 9)}
 
 
 class Reporter:
@@ -231,10 +235,10 @@ def _compute(
     name = config.dtype
     if name == "auto":
         name = model_config.dtype if device.type == "cuda" else "float32"
-    weights = format_for(name, device)
+    weights = format_for(name, device, stored=model_config.dtype, kv_cache=config.kv_cache_dtype)
     report("load", 0.0)
     reading: dict[str, Any] = {
-        "dtype": None if name == "int8" else weights.dtype,  # int8 is made of what the files have
+        "dtype": None if made_of_any(name) else weights.dtype,
         "device": device,
         "on_tensor": lambda done, total: report("load", done / total),
     }
@@ -293,9 +297,12 @@ def _device(config: EngineConfig, *, rank: int) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
     if device.type != "cuda":
+        for setting in ("dtype", "kv_cache_dtype"):
+            if getattr(config, setting) == "fp8":
+                raise DeviceError(
+                    f"{setting}: fp8 is for a GPU, and the device is a CPU; choose another, or device cuda"
+                )
         return device
-    if config.dtype == "int8":
-        raise DeviceError("dtype: int8 is for a CPU, and the device is a GPU; choose another dtype, or device cpu")
     if config.speculation != "off":
         raise DeviceError(
             f"speculation: {config.speculation} is for a CPU, and the device is a GPU; choose off, or device cpu"
@@ -315,7 +322,17 @@ def _device(config: EngineConfig, *, rank: int) -> torch.device:
     kinds = [torch.cuda.get_device_name(number) for number in own]
     if len(set(kinds)) > 1:  # each would shape its steps for itself, and wait for the others in another place
         raise DeviceError(f"tensor_parallel_size: its GPUs must be of one kind, and are {', '.join(kinds)}")
-    return torch.device("cuda", own[rank])
+    device = torch.device("cuda", own[rank])
+    capability = torch.cuda.get_device_capability(device)
+    for setting in ("dtype", "kv_cache_dtype"):
+        value = getattr(config, setting)
+        if value in _LEAST and capability < _LEAST[value]:
+            least, found = (".".join(map(str, version)) for version in (_LEAST[value], capability))
+            raise DeviceError(
+                f"{setting}: {value} needs a GPU of compute capability {least} or later, and "
+                f"{torch.cuda.get_device_name(device)} has {found}; choose another"
+            )
+    return device
 
 
 Unusable = (CheckpointError, DeviceError, KernelError, KVMemoryError, ParallelError)  # what another try would not mend

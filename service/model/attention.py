@@ -12,6 +12,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def narrowed(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x` as a cache in `dtype` keeps it: in fp8 what is past its largest number becomes that, as with the kernels."""
+    if dtype != torch.float8_e4m3fn:
+        return x
+    largest = torch.finfo(dtype).max
+    return x.clamp(-largest, largest).to(dtype)
+
+
+def _bits(x: Tensor) -> Tensor:
+    """What operators copy where they do not know fp8."""
+    return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
+
+
+def _gathered(side: Tensor, blocks: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy of these blocks of a layer's keys or values, in `dtype`."""
+    return _bits(side)[blocks].view(side.dtype).to(dtype)
+
+
 class Attention(Protocol):
     """One step's, the same in every layer."""
 
@@ -30,7 +48,7 @@ class Cache(Protocol):
 
 
 class LayerCache(NamedTuple):
-    """One layer's keys and values, each [num_blocks, block_size, heads, head]."""
+    """One layer's keys and values, each [num_blocks, block_size, heads, head]; on a GPU also in fp8 (e4m3)."""
 
     keys: Tensor
     values: Tensor
@@ -99,13 +117,15 @@ class PagedAttention:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, cache: LayerCache, *, scale: float, upcast: bool) -> Tensor:
         """[T, heads, head] for q, k, v of that shape; writes k and v to their slots first."""
-        cache.keys.flatten(0, 1).index_copy_(0, self._slots, k)
-        cache.values.flatten(0, 1).index_copy_(0, self._slots, v)
+        k, v = narrowed(k, cache.keys.dtype), narrowed(v, cache.values.dtype)
+        _bits(cache.keys).flatten(0, 1).index_copy_(0, self._slots, _bits(k))
+        _bits(cache.values).flatten(0, 1).index_copy_(0, self._slots, _bits(v))
+        k, v = k.to(q.dtype), v.to(q.dtype)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         for group, visible in self._decodes:
             rows = slice(group.start, group.end)
-            keys = cache.keys[group.tables].flatten(1, 2)  # [rows, width, heads, head]
-            values = cache.values[group.tables].flatten(1, 2)
+            keys = _gathered(cache.keys, group.tables, q.dtype).flatten(1, 2)  # [rows, width, heads, head]
+            values = _gathered(cache.values, group.tables, q.dtype).flatten(1, 2)
             # A slot past a context may hold another's non-finite numbers, which no mask added to a score undoes.
             past = ~visible[:, group.shortest :, None, None]
             keys[:, group.shortest :].masked_fill_(past, 0)
@@ -119,8 +139,8 @@ class PagedAttention:
             if prefill.visible is None:
                 keys, values = k[rows], v[rows]
             else:
-                keys = cache.keys[prefill.blocks].flatten(0, 1)[: prefill.length]
-                values = cache.values[prefill.blocks].flatten(0, 1)[: prefill.length]
+                keys = _gathered(cache.keys, prefill.blocks, q.dtype).flatten(0, 1)[: prefill.length]
+                values = _gathered(cache.values, prefill.blocks, q.dtype).flatten(0, 1)[: prefill.length]
             mixed = attend(
                 q[rows].transpose(0, 1)[None],
                 keys.transpose(0, 1)[None],

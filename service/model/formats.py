@@ -21,7 +21,7 @@ Product = Callable[[Tensor], Tensor]  # [rows, in] to [rows, out]
 class Format(Protocol):
     """`linear` and `head` may keep the tensors that they are given, or copies of them."""
 
-    name: str  # as the setting dtype calls it
+    name: str  # as the setting dtype calls it; with keys and values in fp8 it says so, as these change answers, too
     dtype: torch.dtype  # of what goes from product to product
     cache_dtype: torch.dtype  # of keys and values
 
@@ -36,11 +36,24 @@ class Format(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Narrow:
+    """A weight in 8 bits: each row times its scale."""
+
+    rows: Tensor  # int8 or float8_e4m3fn [out, in]
+    scales: Tensor  # fp32 [out]
+
+    def wide(self) -> Tensor:
+        """fp32 [out, in]."""
+        return self.rows.float() * self.scales[:, None]
+
+
+@dataclass(frozen=True, slots=True)
 class Linear:
-    """y = x W^T + b with W (out, in)."""
+    """y = x W^T + b with W (out, in); `narrow` is W, but for rounding to its dtype, for who can multiply by that."""
 
     weight: Tensor
     bias: Tensor | None
+    narrow: Narrow | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
@@ -49,9 +62,13 @@ class Linear:
 class Plain:
     """Weights as they are, multiplied by torch's own operators: on a GPU, and where oneDNN is not."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.name = str(dtype).removeprefix("torch.")
-        self.dtype = self.cache_dtype = dtype
+    def __init__(self, dtype: torch.dtype, *, cache_dtype: torch.dtype | None = None) -> None:
+        self.dtype = dtype
+        self.cache_dtype = cache_dtype or dtype
+        self.name = self._named(str(dtype).removeprefix("torch."))
+
+    def _named(self, name: str) -> str:
+        return name if self.cache_dtype == self.dtype else f"{name} (fp8 KV)"
 
     def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
         return Linear(weight, bias)
@@ -134,12 +151,36 @@ class Packed:
         return weight
 
 
-def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 [out, in] and fp32 scales [out]: each row by its own largest number, to -127 .. 127."""
+def quantized(weight: Tensor, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
+    """`dtype` [out, in] and fp32 scales [out]: each row by its own largest number, to -127 .. 127, or to e4m3's 448."""
     weight = weight.float()
-    scales = weight.abs().amax(1).div_(127).clamp_(min=torch.finfo(torch.float32).tiny)
+    largest = 127 if dtype == torch.int8 else torch.finfo(dtype).max
+    scales = weight.abs().amax(1).div_(largest).clamp_(min=torch.finfo(torch.float32).tiny)
+    rows = weight / scales[:, None]
     # Products read rows, and a weight may be a turned view of its file.
-    return (weight / scales[:, None]).round_().to(torch.int8).contiguous(), scales
+    return (rows.round_() if dtype == torch.int8 else rows).to(dtype).contiguous(), scales
+
+
+class Narrowed(Plain):
+    """8-bit weights, a scale a row, for a GPU's kernels, which multiply rows in 16 bits by them, also the head's.
+
+    Beside them the same numbers in 16 bits, for the library's products of many rows and for plain operators: twice the
+    memory more, of which a model of this size takes little, and embeddings as they come.
+    """
+
+    def __init__(
+        self, name: str, weights: torch.dtype, dtype: torch.dtype, *, cache_dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__(dtype, cache_dtype=cache_dtype)
+        self.name = self._named(name)
+        self._weights = weights
+
+    def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
+        narrow = Narrow(*quantized(weight, self._weights))
+        return Linear(narrow.wide().to(self.dtype), None if bias is None else bias.to(self.dtype), narrow)
+
+    def embedding(self, weight: Tensor) -> Tensor:
+        return weight.to(self.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,17 +299,34 @@ class WeightOnlyInt8:
         return _halved(weight)
 
 
-def format_for(name: str, device: torch.device) -> Format:
-    """What `name` (float32, bfloat16, float16, int8) means on a device; on a GPU there is no int8."""
-    on_cpu = device.type == "cpu"
+_NARROW = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+
+
+def made_of_any(name: str) -> bool:
+    """Whether that format is made of the weights as files have them."""
+    return name in _NARROW
+
+
+def format_for(name: str, device: torch.device, *, stored: str = "bfloat16", kv_cache: str = "auto") -> Format:
+    """What `name` (float32, bfloat16, float16, int8, fp8) means on a device; on a CPU there is no fp8.
+
+    Where a GPU has 8-bit weights, activations are in `stored`, the files' dtype, if that has 16 bits, else in bfloat16.
+    `kv_cache` (auto, fp8) is what keys and values are in, on a GPU.
+    """
+    if device.type == "cuda":
+        cache_dtype = _NARROW.get(kv_cache)
+        if name in _NARROW:
+            dtype = torch.float16 if stored == "float16" else torch.bfloat16
+            return Narrowed(name, _NARROW[name], dtype, cache_dtype=cache_dtype)
+        return Plain(getattr(torch, name), cache_dtype=cache_dtype)
+    assert "fp8" not in (name, kv_cache)
     # On other processors oneDNN's products are of other libraries, with which nothing here has been run.
     is_x86 = platform.machine().lower() in ("x86_64", "amd64")
     has_onednn = is_x86 and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     if name == "int8":
-        assert on_cpu
         return Int8() if has_onednn else WeightOnlyInt8()
-    dtype: torch.dtype = getattr(torch, name)
-    if on_cpu and has_onednn and (dtype == torch.float32 or (dtype == torch.bfloat16 and _has_bf16())):
+    dtype = getattr(torch, name)
+    if has_onednn and (dtype == torch.float32 or (dtype == torch.bfloat16 and _has_bf16())):
         return Packed(dtype)
     return Plain(dtype)
 

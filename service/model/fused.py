@@ -58,8 +58,8 @@ class FusedGPT2:
         self._peers = model.peers if isinstance(model, ParallelGPT2) else None
 
         def matrix(product: Product, norm: LayerNorm | None = None) -> Matrix:
-            weight, bias = plain(product)
-            return Matrix(weight, bias, activation=config.activation, norm=norm)
+            linear, bias = plain(product)
+            return Matrix(linear.weight, bias, narrow=linear.narrow, activation=config.activation, norm=norm)
 
         self._layers = [
             (
@@ -79,7 +79,7 @@ class FusedGPT2:
         self._q = torch.zeros(max_tokens, attention, **served)
         self._qkv = torch.zeros(max_tokens, 3 * attention, **served)
         self._mixed = torch.zeros(max_tokens, attention, **served)
-        self._inner = torch.zeros(max_tokens, len(plain(model.layers[0].up)[0]), **served)
+        self._inner = torch.zeros(max_tokens, len(plain(model.layers[0].up)[1]), **served)
         # Of split contexts and split products; a step that splits is a small one.
         self._most_parts = max(max_tokens, _MOST_PARTS)
         self._parts = torch.zeros(self._most_parts * hidden, **single)

@@ -10,7 +10,7 @@ from torch import Tensor
 from service.model.attention import Attention, Cache, KVCache, Prefill
 from service.model.bags import BagCache
 from service.model.config import ModelConfig
-from service.model.formats import Format, Plain, Product
+from service.model.formats import Format, Linear, Narrowed, Plain, Product
 
 # The checkpoint names each in its own words; hub.py maps them here.
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -72,14 +72,15 @@ class GPT2:
         self.activation = ACTIVATIONS[config.activation]
         self.attention_width = len(state["layers.0.qkv.bias"]) // 3  # heads here times their size
         self.first_id = 0  # of the rows of `token_embedding`
-        self.padded_head = None
+        self.padded_head: Linear | None = None
         if isinstance(self.format, Plain):
             # On a GPU with rows of zeros at its end: products are slow where a row of logits is not whole lines of
             # memory.
-            self.padded_head = whole_tiles(head) if head.is_cuda else head
+            padded = whole_tiles(head) if head.is_cuda or isinstance(self.format, Narrowed) else head
             if head is token_embedding:
-                token_embedding = self.padded_head[: len(head)]
-            head = self.padded_head[: len(head)]
+                token_embedding = padded[: len(head)]
+            self.padded_head = self.format.linear(padded, None)
+            head = self.padded_head.weight[: len(head)]
         self._head = self.format.head(head)
         self.token_embedding = self.format.embedding(token_embedding)
         self.position_embedding = state.pop("position_embedding.weight")  # [context, H]

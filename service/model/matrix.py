@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from service.model.attention import LayerCache
+from service.model.formats import Narrow
 from service.model.gpt2 import ACTIVATIONS, LayerNorm
 from service.model.kernels import products
 from service.model.kernels.plan import Library, Product, Tiled, Vector, whole_tile
@@ -11,16 +12,28 @@ from service.model.kernels.products import ACTIVATE, NORM, PARTIAL, PLAIN, SCATT
 
 
 class Matrix:
-    """A matrix [N, K], its bias [N], and the layer norm that stands before it, if one does."""
+    """A matrix [N, K], its bias [N], and the layer norm that stands before it, if one does.
 
-    def __init__(self, weight: Tensor, bias: Tensor, *, activation: str, norm: LayerNorm | None = None) -> None:
-        assert weight.is_contiguous(), "kernels read rows, whatever the strides say"
+    `narrow` is the matrix in 8 bits, which the kernels then read; the library reads `weight`.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor,
+        *,
+        activation: str,
+        norm: LayerNorm | None = None,
+        narrow: Narrow | None = None,
+    ) -> None:
         self.weight = weight
         self.bias = bias
+        self.rows = (weight, bias) if narrow is None else (narrow.rows, narrow.scales)  # without scales anything
+        assert all(rows.is_contiguous() for rows in self.rows), "kernels read rows, whatever the strides say"
         self._activation = activation
         self.norm = norm
         if norm is not None:  # folded: W LN(x) + bias = (W (gain x) - mean W gain) / deviation + W shift + bias
-            single = weight.float()
+            single = weight.float() if narrow is None else narrow.wide()
             self.scaled = single @ norm.weight  # fp32 [N]
             self.folded_bias = single @ norm.bias + bias.float()
 
@@ -56,7 +69,7 @@ class Matrix:
             grid = (-(-size // settings.block_n), -(-num_tokens // settings.block_t), settings.splits)
             products.tiled_product[grid](
                 x,
-                self.weight,
+                *self.rows,
                 self.bias,
                 *places,
                 num_tokens,
@@ -74,7 +87,7 @@ class Matrix:
         products.vector_product[(-(-size // settings.block_n),)](
             x,
             nothing if stats is None else stats,
-            self.weight,
+            *self.rows,
             bias,
             scaled,
             gain,

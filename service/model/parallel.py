@@ -92,13 +92,13 @@ class Summed:
         return y + self.bias.float()
 
 
-def plain(product: Product) -> tuple[Tensor, Tensor]:
-    """The weight, of this rank, and the bias of what is in the format Plain."""
+def plain(product: Product) -> tuple[Linear, Tensor]:
+    """The weight, of this rank, and the bias of what is in the format Plain, or Narrowed."""
     inner = product.product if isinstance(product, Summed) else product
     assert isinstance(inner, Linear)
     bias = product.bias if isinstance(product, Summed) else inner.bias
     assert bias is not None
-    return inner.weight, bias
+    return inner, bias
 
 
 class ParallelGPT2(GPT2):

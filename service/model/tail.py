@@ -50,10 +50,10 @@ class Tail:
         self._chain = {"PDL": pdl, "launch_pdl": pdl}
         config, device = model.config, model.device
         assert model.padded_head is not None
-        head = whole_tiles(model.padded_head)  # [V', H]; only on a CPU, where only tests come here, not so already
-        self._head = Matrix(
-            head, torch.zeros(len(head), dtype=model.dtype, device=device), activation="relu", norm=model.final_norm
-        )
+        # [V', H]; only on a CPU, where only tests come here, not so already
+        head, narrow = whole_tiles(model.padded_head.weight), model.padded_head.narrow
+        bias = torch.zeros(len(head), dtype=model.dtype, device=device)
+        self._head = Matrix(head, bias, narrow=narrow, activation="relu", norm=model.final_norm)
         self._normed = torch.zeros(max_rows, config.hidden_size, dtype=model.dtype, device=device)
         self._group = model.group if isinstance(model, ParallelGPT2) else None
         self._peers = model.peers if isinstance(model, ParallelGPT2) else None
@@ -89,7 +89,7 @@ class Tail:
             products.vector_logits[(size // head.block_n,)](
                 x,
                 rows.indices,
-                self._head.weight,
+                *self._head.rows,
                 self._head.folded_bias,
                 self._head.scaled,
                 norm.weight,

@@ -28,6 +28,7 @@ CONFIG = EngineConfig(
     cache_dir="unused",
     device="cpu",
     dtype="auto",
+    kv_cache_dtype="auto",
     deterministic=False,
     max_num_seqs=2,
     max_num_batched_tokens=16,
@@ -198,6 +199,7 @@ def four_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: "H100" if number < 3 else "A100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
 
 
 @pytest.mark.usefixtures("four_gpus")
@@ -222,13 +224,32 @@ def test_engines_and_their_ranks_take_gpus_one_after_the_other(monkeypatch: pyte
 
 
 @pytest.mark.usefixtures("four_gpus")
-@pytest.mark.parametrize("device", ["auto", "cuda", "cuda:1"])
-def test_int8_is_refused_on_a_gpu(device: str) -> None:
-    """By the name of the setting; on a CPU beside the GPUs it is served."""
-    config = dataclasses.replace(CONFIG, dtype="int8", device=device)
-    with pytest.raises(DeviceError, match=r"^dtype: int8 is for a CPU"):
+@pytest.mark.parametrize(
+    ("setting", "value", "least"),
+    [("dtype", "int8", (8, 0)), ("dtype", "fp8", (8, 9)), ("kv_cache_dtype", "fp8", (8, 9))],
+)
+def test_8_bits_are_for_gpus_that_have_them(
+    setting: str, value: str, least: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the generation that converts them on; before, refused by the names of the setting and of the GPU."""
+    config = dataclasses.replace(CONFIG, device="cuda:1", **{setting: value})
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Old")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: least)
+    assert torch.device("cuda:1") == _device(config, rank=0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.raises(
+        DeviceError, match=rf"^{setting}: {value} needs .* {least[0]}\.{least[1]} .* NVIDIA Old has 7.5"
+    ):
         _device(config, rank=0)
-    assert torch.device("cpu") == _device(dataclasses.replace(config, device="cpu"), rank=0)
+
+
+@pytest.mark.parametrize("setting", ["dtype", "kv_cache_dtype"])
+def test_fp8_is_refused_on_a_cpu(setting: str) -> None:
+    """By the name of the setting, before anything is read; int8 weights are served there."""
+    config = dataclasses.replace(CONFIG, **{setting: "fp8"})
+    with pytest.raises(DeviceError, match=rf"^{setting}: fp8 is for a GPU, and the device is a CPU"):
+        load(config, Reporter(lambda *_: None))
+    assert torch.device("cpu") == _device(dataclasses.replace(CONFIG, dtype="int8"), rank=0)
 
 
 @pytest.mark.usefixtures("four_gpus")

@@ -216,7 +216,7 @@ def _joined(
 def matrix_bytes(model: GPT2) -> int:
     """Of the matrices of its layers."""
     return sum(
-        plain(product)[0].nbytes
+        plain(product)[0].weight.nbytes
         for layer in model.layers
         for product in (layer.qkv, layer.attention_output, layer.up, layer.down)
     )

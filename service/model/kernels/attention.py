@@ -1,6 +1,7 @@
 """Attention over the paged KV cache: one new token a sequence, or tiles of several. Called by model/fused.py.
 
-A layer's keys and values are [slots, heads * head], at most 2^31 numbers; slot = block * BLOCK_SIZE + offset.
+A layer's keys and values are [slots, heads * head], at most 2^31 numbers; slot = block * BLOCK_SIZE + offset. They are
+in q's dtype, or in fp8.
 """
 
 import triton
@@ -85,8 +86,8 @@ def decode_attention(
             own_k = tl.load(new_k, mask=columns, other=0.0, cache_modifier=".cg")
             own_v = tl.load(new_v, mask=columns, other=0.0, cache_modifier=".cg")
         else:
-            own_k = tl.load(q + row * STRIDE + H + offset, mask=columns, other=0.0)
-            own_v = tl.load(q + row * STRIDE + 2 * H + offset, mask=columns, other=0.0)
+            own_k = tl.load(q + row * STRIDE + H + offset, mask=columns, other=0.0).to(keys.dtype.element_ty)
+            own_v = tl.load(q + row * STRIDE + 2 * H + offset, mask=columns, other=0.0).to(keys.dtype.element_ty)
             tl.store(new_k, own_k, mask=columns & (split == 0))
             tl.store(new_v, own_v, mask=columns & (split == 0))
         own_k = own_k.to(tl.float32)
@@ -203,6 +204,7 @@ def prefill_attention(
             v = tl.load(
                 values + slot[:, None] * H + head * HEAD + d[None, :], mask=known[:, None] & columns[None, :], other=0.0
             )
+            k, v = k.to(query.dtype), v.to(query.dtype)
             scores = tl.dot(query, k, input_precision="ieee") * scale
             scores = tl.where(positions[None, :] <= own[:, None], scores, float("-inf"))
             better = tl.maximum(best, tl.max(scores, 1))  # finite: the first block has position 0, which all see

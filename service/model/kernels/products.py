@@ -1,7 +1,8 @@
 """Products with a weight matrix (out, in): one row of activations, a few, or many. Called by model/fused.py.
 
 Around the product each kernel does what stands before and after it in the layer: layer norm or the merging of
-attention's splits before; bias and then activation, residual or the scattering of keys and values after.
+attention's splits before; bias and then activation, residual or the scattering of keys and values after. A matrix in 8
+bits has a scale for each of its rows, by which sums are multiplied.
 """
 
 import triton
@@ -66,8 +67,9 @@ def _put(
         value = acc.to(y.dtype.element_ty)
         at = slot.to(tl.int64) * H
         tl.store(y + t * H + n, value, mask=inside & (n < H))
-        tl.store(keys + at + (n - H), value, mask=inside & (n >= H) & (n < 2 * H))
-        tl.store(values + at + (n - 2 * H), value, mask=inside & (n >= 2 * H))
+        kept = value.to(keys.dtype.element_ty)
+        tl.store(keys + at + (n - H), kept, mask=inside & (n >= H) & (n < 2 * H))
+        tl.store(values + at + (n - 2 * H), kept, mask=inside & (n >= 2 * H))
     else:
         if OUT == ACTIVATE:
             acc = activate(acc, KIND)
@@ -80,8 +82,11 @@ def _add_three(a, b, c, d, e, f):
 
 
 @triton.jit
-def _after_norm(x, tile, factor, slope, epsilon, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """tile LN(x) but for what the norm's shift adds: (W (g x) - mean W g) / deviation, all sums in one reduction."""
+def _after_norm(x, tile, scale, factor, slope, epsilon, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """W LN(x) but for what the norm's shift adds: (W (g x) - mean W g) / deviation, all sums in one reduction.
+
+    W is `tile`, its rows times `scale`.
+    """
     k = tl.arange(0, BLOCK_K)
     value = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
     spread = tl.broadcast_to(value[None, :], [BLOCK_N, BLOCK_K])
@@ -90,7 +95,13 @@ def _after_norm(x, tile, factor, slope, epsilon, K: tl.constexpr, BLOCK_N: tl.co
     acc, total, squares = tl.reduce(parts, 1, _add_three)
     mean = total / K
     variance = tl.maximum(squares / K - mean * mean, 0.0)  # rounding may leave less
-    return (acc - mean * slope) * tl.rsqrt(variance + epsilon)
+    return (acc * scale - mean * slope) * tl.rsqrt(variance + epsilon)
+
+
+@triton.jit
+def _scale(w, scales, n, rows):
+    """Of the rows n of a matrix in 8 bits."""
+    return tl.load(scales + n, mask=rows, other=0.0) if w.dtype.element_ty.primitive_bitwidth == 8 else 1.0
 
 
 @triton.jit
@@ -98,6 +109,7 @@ def vector_product(
     x,
     stats,
     w,
+    scales,  # [N] fp32, read where w is in 8 bits
     bias,  # [N] fp32; with NORM it has W b in it
     scaled,  # [N] fp32: W g, read with NORM
     gain,  # [K] fp32, read with NORM
@@ -126,6 +138,7 @@ def vector_product(
     if PREFETCH:
         prefetch(w + tl.program_id(0).to(tl.int64) * (BLOCK_N * K), BLOCK_N * K, PDL and N % BLOCK_N == 0)
     tile = tl.load(at, mask=rows[:, None] & (k < K)[None, :], other=0.0)
+    scale = _scale(w, scales, n, rows)
     offset = tl.load(bias + n, mask=rows, other=0.0).to(tl.float32) if OUT != PARTIAL else 0.0
     slot = tl.load(slots) if OUT == SCATTER else 0
     if IN == NORM:
@@ -135,7 +148,7 @@ def vector_product(
     wait(PDL)
     before = tl.load(y + n, mask=rows, other=0.0) if OUT == RESIDUAL else 0.0
     if IN == NORM:
-        acc = _after_norm(x, tile, factor, slope, epsilon, K, BLOCK_N, BLOCK_K)
+        acc = _after_norm(x, tile, scale, factor, slope, epsilon, K, BLOCK_N, BLOCK_K)
     else:
         acc = tl.zeros([BLOCK_N], tl.float32)
         for start in tl.static_range(0, K, BLOCK_K):
@@ -157,14 +170,16 @@ def vector_product(
             else:
                 value = tl.load(x + k + start, mask=inside, other=0.0).to(tl.float32)
             acc += tl.sum(tile.to(tl.float32) * value[None, :], 1)
+        acc *= scale
     zero = tl.zeros([BLOCK_N], tl.int32)
     _put(acc + offset, before, slot + zero, zero, n, zero == 0, rows, y, keys, values, N, KIND, OUT)
 
 
 @triton.jit
 def tiled_product(
-    x,  # [T, K] in w's dtype
+    x,  # [T, K] in w's dtype, if that has not 8 bits
     w,
+    scales,
     bias,
     y,
     keys,
@@ -197,6 +212,7 @@ def tiled_product(
         prefetch(w + tl.program_id(0).to(tl.int64) * (BLOCK_N * K), BLOCK_N * K, PDL and N % BLOCK_N == 0)
     at_x = x + t[:, None].to(tl.int64) * K + (first + k)[None, :]
     at_w = w + n[None, :].to(tl.int64) * K + (first + k)[:, None]
+    scale = _scale(w, scales, n, columns)
     if OUT != PARTIAL:
         offset = tl.load(bias + n, mask=columns, other=0.0).to(tl.float32)
     slot = tl.load(slots + t, mask=rows, other=0) if OUT == SCATTER else t
@@ -211,7 +227,9 @@ def tiled_product(
             inside = first + start + k < K
             value = tl.load(at_x + start, mask=rows[:, None] & inside[None, :], other=0.0)
             tile = tl.load(at_w + start, mask=columns[None, :] & inside[:, None], other=0.0)
-        acc = tl.dot(value, tile, acc, input_precision="ieee")
+        acc = tl.dot(value, tile.to(value.dtype), acc, input_precision="ieee")
+    if w.dtype.element_ty.primitive_bitwidth == 8:
+        acc *= scale[None, :]
     if OUT == PARTIAL:
         at = y + split.to(tl.int64) * num_tokens * N + t[:, None] * N + n[None, :]
         tl.store(at, acc, mask=rows[:, None] & columns[None, :])
@@ -238,6 +256,7 @@ def vector_logits(
     x,  # [T, K] fp32
     index,  # [1]: which of the tokens
     w,
+    scales,
     bias,  # [N] fp32: W b
     scaled,  # [N] fp32: W g
     gain,  # [K] fp32
@@ -261,6 +280,7 @@ def vector_logits(
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, WIDTH)
     tile = tl.load(w + n[:, None].to(tl.int64) * K + k[None, :], mask=(k < K)[None, :], other=0.0)
+    scale = _scale(w, scales, n, n < N)
     offset = tl.load(bias + n)
     slope = tl.load(scaled + n)
     factor = tl.load(gain + k, mask=k < K, other=0.0)
@@ -268,7 +288,7 @@ def vector_logits(
     banned = banned_id(records, tl.load(positions), end_of_text_id)
     row = tl.load(index).to(tl.int64)
     wait(PDL)
-    found = _after_norm(x + row * K, tile, factor, slope, epsilon, K, BLOCK_N, WIDTH) + offset
+    found = _after_norm(x + row * K, tile, scale, factor, slope, epsilon, K, BLOCK_N, WIDTH) + offset
     tl.store(logits + n, found)
     peak, winner, mass = scan(found, n, banned, heat, V, False)
     tl.store(peaks + tl.program_id(0), peak)

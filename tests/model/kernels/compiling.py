@@ -1,7 +1,8 @@
 """Compiles every kernel of the GPU path as the real code launches it, for a GPU that need not be there.
 
 Run by test_compiling.py in a process of its own, where Triton's interpreter is off: `compiling.py 90 bfloat16 232448`
-(bytes of shared memory that a program may have).
+(bytes of shared memory that a program may have); `int8` and `fp8` are weights in that, the latter with keys and values
+in fp8 too.
 Prints a line for each compiled kernel: its name and the bytes of shared memory that a program takes.
 """
 
@@ -16,6 +17,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from bench.random_model import CONFIG_345M, gpt2_345m
+from service.model.formats import Format, format_for
 from service.model.gpt2 import GPT2
 from service.model.graphs import GraphRunner
 from service.model.parallel import ParallelGPT2, part_of
@@ -53,7 +55,7 @@ class FakeGroup:
         """Nothing to compile."""
 
 
-def part_345m(make: Callable[[str, tuple[int, ...]], torch.Tensor], num_ranks: int) -> ParallelGPT2:
+def part_345m(make: Callable[[str, tuple[int, ...]], torch.Tensor], num_ranks: int, weights: Format) -> ParallelGPT2:
     """A rank's part of one layer."""
     config = replace(CONFIG_345M, num_layers=1)
     state = {}
@@ -63,7 +65,7 @@ def part_345m(make: Callable[[str, tuple[int, ...]], torch.Tensor], num_ranks: i
         return make(name, shape)
 
     gpt2_345m(note, num_layers=1)
-    model = ParallelGPT2(config, state, FakeGroup(num_ranks))
+    model = ParallelGPT2(config, state, FakeGroup(num_ranks), weights)
 
     def memory(*shape: int, dtype: torch.dtype) -> PeerMemory:
         own = torch.empty(shape, dtype=dtype, device="meta")
@@ -82,7 +84,8 @@ def part_345m(make: Callable[[str, tuple[int, ...]], torch.Tensor], num_ranks: i
 
 
 def main() -> None:
-    capability, dtype = int(sys.argv[1]), getattr(torch, sys.argv[2])
+    capability, name = int(sys.argv[1]), sys.argv[2]
+    weights = format_for(name, torch.device("cuda"), kv_cache="fp8" if name == "fp8" else "auto")
     driver.set_active(FakeDriver(capability))
     launch = JITFunction.run
     compiled = set()
@@ -101,7 +104,7 @@ def main() -> None:
 
     def make(_: str, shape: tuple[int, ...]) -> torch.Tensor:
         """No numbers."""
-        return torch.empty(shape, dtype=dtype, device="meta")
+        return torch.empty(shape, dtype=weights.dtype, device="meta")
 
     def make_runner(model: GPT2) -> GraphRunner:
         runner = GraphRunner(model, num_blocks=64, block_size=16, max_num_seqs=256, max_num_batched_tokens=2048)
@@ -119,13 +122,13 @@ def main() -> None:
                 runner._sample(kind, size)
         runner._score_slice()
 
-    run_all(make_runner(gpt2_345m(make, num_layers=1)))
+    run_all(make_runner(gpt2_345m(make, num_layers=1, weights=weights)))
     wanted = {"vector_product", "sum_and_norm", "put_logits", "barrier"}  # which alone know of ranks
     for num_ranks in (2, 8):
-        run_all(make_runner(part_345m(make, num_ranks)))
+        run_all(make_runner(part_345m(make, num_ranks, weights)))
     wanted = {"decode_attention", "prefill_attention"}  # which alone know of heads
     for num_heads in OTHER_HEADS:
-        runner = make_runner(gpt2_345m(make, num_layers=1, num_heads=num_heads))
+        runner = make_runner(gpt2_345m(make, num_layers=1, num_heads=num_heads, weights=weights))
         for shape in (runner._decodes[0], runner._decodes[-1], runner._mixed[0], runner._mixed[-1]):
             runner._body(shape)
 

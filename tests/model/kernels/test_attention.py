@@ -16,6 +16,7 @@ TABLE = 16  # blocks that a table has room for
 BLOCK = 16  # tokens that a kernel reads at once
 # With the new token: none before it, one, exactly a block of the kernel's, one more, several of each, and the most.
 LENGTHS = [1, 2, 16, 17, 18, 33, 50, 128]
+CACHES = [pytest.param(None, id="cache as served"), pytest.param(torch.float8_e4m3fn, id="cache in fp8")]
 SHAPES = [(48, 16), (48, 24), (80, 80), (24, 8)]  # hidden and head size
 
 Chain = dict[str, bool]
@@ -33,9 +34,10 @@ class Step:
         *,
         dtype: torch.dtype,
         device: torch.device,
+        cache_dtype: torch.dtype | None = None,
         spare: int = 3,
     ) -> None:
-        """`spare`: sequences and tokens that the buffers have room for besides."""
+        """`spare`: sequences and tokens that the buffers have room for besides. The cache is in `dtype` by default."""
         self.hidden, self.head, self.lengths, self.counts, self.device = hidden, head, lengths, counts, device
         self.heads = hidden // head
         self.num_tokens = sum(counts)
@@ -52,7 +54,7 @@ class Step:
             for position in range(length):
                 block, offset = int(tables[row, position // BLOCK_SIZE]), position % BLOCK_SIZE
                 cache[:, block, offset] = numbers[:, block, offset]
-        self.cache = cache.to(dtype).to(device)
+        self.cache = cache.to(cache_dtype or dtype).to(device)
         self.before = self.cache.clone()
         self.tables = tables.to(device)
         self.padded_lengths = torch.tensor([*lengths, *[10**6] * spare], dtype=torch.int32, device=device)
@@ -82,14 +84,14 @@ class Step:
         new = torch.full((2, *self.q.shape), torch.nan, dtype=self.q.dtype, device=self.device)
         for row, length in enumerate(self.lengths):
             place = int(self.tables[row, (length - 1) // BLOCK_SIZE]), (length - 1) % BLOCK_SIZE
-            new[:, row] = self.cache[:, *place]
-            self.cache[:, *place] = torch.nan
+            new[:, row] = self.cache[:, *place].to(new.dtype)
+            self.cache[:, *place] = torch.full((self.hidden,), torch.nan).to(self.cache)
         self.q = torch.cat((self.q, *new), dim=1)
         self.stride = 3 * self.hidden
 
     def check_read_only(self) -> None:
         """The cache is as it was."""
-        as_bits = torch.int32 if self.cache.dtype == torch.float32 else torch.int16
+        as_bits = {1: torch.int8, 2: torch.int16, 4: torch.int32}[self.cache.itemsize]
         assert torch.equal(self.before.view(as_bits), self.cache.view(as_bits))
 
 
@@ -128,13 +130,19 @@ def decode(step: Step, *, splits: int, merged: bool, beside: bool, chain: Chain)
     return parts, stats
 
 
+@pytest.mark.parametrize("cache_dtype", CACHES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("hidden", "head"), SHAPES)
 def test_single_tokens_attend_to_their_contexts(
-    hidden: int, head: int, dtype: torch.dtype, device: torch.device, chain: Chain
+    hidden: int,
+    head: int,
+    dtype: torch.dtype,
+    cache_dtype: torch.dtype | None,
+    device: torch.device,
+    chain: Chain,
 ) -> None:
     """Whatever stands in the cache beside them; rows that do not decode are left alone."""
-    step = Step(hidden, head, LENGTHS, [1] * len(LENGTHS), dtype=dtype, device=device)
+    step = Step(hidden, head, LENGTHS, [1] * len(LENGTHS), dtype=dtype, device=device, cache_dtype=cache_dtype)
     parts, stats = decode(step, splits=1, merged=True, beside=True, chain=chain)
     check_close(step.expected(), step.out.inside[: step.num_tokens], dtype)
     assert step.out.is_untouched(slice(step.num_tokens, None))
@@ -171,13 +179,14 @@ def test_splits_give_the_parts_of_a_merge(splits: int, dtype: torch.dtype, devic
     assert step.out.is_untouched()
 
 
+@pytest.mark.parametrize("cache_dtype", CACHES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("splits", [1, 4])
 def test_new_keys_and_values_beside_the_queries_are_put_into_the_cache(
-    splits: int, dtype: torch.dtype, device: torch.device, chain: Chain
+    splits: int, dtype: torch.dtype, cache_dtype: torch.dtype | None, device: torch.device, chain: Chain
 ) -> None:
     """Once, into their slots, and attended to; nothing else of the cache changes."""
-    step = Step(48, 24, LENGTHS, [1] * len(LENGTHS), dtype=dtype, device=device)
+    step = Step(48, 24, LENGTHS, [1] * len(LENGTHS), dtype=dtype, device=device, cache_dtype=cache_dtype)
     step.take_new_out()
     decode(step, splits=splits, merged=True, beside=False, chain=chain)
     check_close(step.expected(), step.out.inside[: step.num_tokens], dtype)
@@ -196,15 +205,23 @@ def test_large_scores_do_not_overflow(device: torch.device, chain: Chain) -> Non
 MIXED = [(1, 1), (37, 1), (2, 2), (16, 16), (17, 17), (40, 3), (50, 33), (128, 16)]
 
 
+@pytest.mark.parametrize("cache_dtype", CACHES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("hidden", "head"), SHAPES)
 @pytest.mark.parametrize(("block", "programs"), [(16, 200), (32, 3)])
 def test_prompts_attend_in_tiles(
-    hidden: int, head: int, block: int, programs: int, dtype: torch.dtype, device: torch.device, chain: Chain
+    hidden: int,
+    head: int,
+    block: int,
+    programs: int,
+    dtype: torch.dtype,
+    cache_dtype: torch.dtype | None,
+    device: torch.device,
+    chain: Chain,
 ) -> None:
     """Causally, whole and in chunks, with fewer programs than tiles and with more. Then single tokens get the rest."""
     lengths, counts = [length for length, _ in MIXED], [count for _, count in MIXED]
-    step = Step(hidden, head, lengths, counts, dtype=dtype, device=device)
+    step = Step(hidden, head, lengths, counts, dtype=dtype, device=device, cache_dtype=cache_dtype)
     tiles = [(row, start) for row, count in enumerate(counts) if count > 1 for start in range(0, count, 16)]
     spare = [(0, 0)] * 5
     starts = torch.tensor([0, *counts]).cumsum(0)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from service.model.attention import LayerCache
+from service.model.formats import Narrow, quantized
 from service.model.gpt2 import ACTIVATIONS, LayerNorm
 from service.model.kernels import products
 from service.model.kernels.plan import Library, Product, Tiled, Vector
@@ -20,11 +21,28 @@ SLOTS = 30
 
 
 class Case:
-    """Random numbers for a matrix [size, depth] and `num_tokens` rows of activations, and where the result goes."""
+    """Random numbers for a matrix [size, depth] and `num_tokens` rows of activations, and where the result goes.
 
-    def __init__(self, size: int, depth: int, num_tokens: int, *, dtype: torch.dtype, device: torch.device) -> None:
+    With `narrow` the matrix is in that, and `weight` has just these numbers.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        depth: int,
+        num_tokens: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        narrow: torch.dtype | None = None,
+    ) -> None:
         self.size, self.depth, self.num_tokens, self.dtype, self.device = size, depth, num_tokens, dtype, device
         self.weight = self.random(size, depth, seed=1) * depth**-0.5
+        self.narrow = None
+        if narrow is not None:
+            self.weight *= torch.logspace(-2, 0, size, device=device)[:, None]  # so that each scale matters
+            self.narrow = Narrow(*quantized(self.weight, narrow))
+            self.weight = self.narrow.wide()
         self.bias = self.random(size, seed=2)
         gain, shift = (self.random(depth, seed=seed, dtype=torch.float32) for seed in (3, 4))
         self.norm = LayerNorm(gain, shift, EPSILON, dtype)
@@ -34,7 +52,8 @@ class Case:
         return random(*shape, dtype=dtype or self.dtype, device=self.device, seed=seed)
 
     def matrix(self, *, activation: str = "gelu_tanh", normed: bool = False) -> Matrix:
-        return Matrix(self.weight, self.bias, activation=activation, norm=self.norm if normed else None)
+        norm = self.norm if normed else None
+        return Matrix(self.weight.to(self.dtype), self.bias, activation=activation, norm=norm, narrow=self.narrow)
 
     def out(self, *shape: int, dtype: torch.dtype | None = None) -> Poisoned:
         return Poisoned(*shape, dtype=dtype or self.dtype, device=self.device)
@@ -157,8 +176,13 @@ def test_tiles_put_partial_sums(
     num_tokens: int, size: int, depth: int, splits: int, dtype: torch.dtype, device: torch.device, pdl: bool
 ) -> None:
     """Without bias; each split's is of its own share of the depth, and a split may have none."""
+    check_partial(Case(size, depth, num_tokens, dtype=dtype, device=device), splits, pdl=pdl)
+
+
+def check_partial(case: Case, splits: int, *, pdl: bool) -> None:
+    """Split as `splits` says, by tiles of 16."""
     settings = Tiled(16, 16, 16, splits, 4, 2)
-    case = Case(size, depth, num_tokens, dtype=dtype, device=device)
+    size, depth, num_tokens = case.size, case.depth, case.num_tokens
     y = case.out(splits, num_tokens, size, dtype=torch.float32)
     x = case.tokens(num_tokens + 3)
     case.matrix().product(settings, x.inside, y.inside, num_tokens=num_tokens, pdl=pdl, put=PARTIAL.value)
@@ -185,7 +209,12 @@ def test_one_token_puts_a_rank_s_part_of_a_sum(dtype: torch.dtype, device: torch
 @pytest.mark.parametrize("read", [PLAIN.value, NORM.value, MERGE.value], ids=["plain", "norm", "merge"])
 def test_one_token(put: int, read: int, dtype: torch.dtype, device: torch.device, pdl: bool) -> None:
     """Every way to read the activations with every way to put the result; neither size is a multiple of a block."""
-    case = Case(12, 48, 1, dtype=dtype, device=device)
+    check_one_token(Case(12, 48, 1, dtype=dtype, device=device), put, read, pdl=pdl)
+
+
+def check_one_token(case: Case, put: int, read: int, *, pdl: bool) -> None:
+    """Of a matrix [12, 48]."""
+    dtype = case.dtype
     settings = Vector(8, 32, 4, prefetch=True)
     asked: dict[str, Any] = {}
     x, value = case.x, case.x.double()
