@@ -25,15 +25,15 @@ import numpy as np
 import torch
 import transformers
 
+from bench.accuracy import HEADING, HELD_OUT, accuracy
 from bench.random_model import given_or_random
 from service.checkpoint.hub import read_config, read_state
-from service.checkpoint.tokenizer import read_tokenizer
 from service.engine.core import Core
 from service.engine.cores import available_cores
 from service.engine.request import Request, SamplingParams
 from service.engine.scheduler import Scheduler
 from service.model.formats import format_for
-from service.model.gpt2 import GPT2, logits_of
+from service.model.gpt2 import GPT2
 from service.model.memory import make_runner
 from service.serve import DEMO_MODEL
 
@@ -42,7 +42,6 @@ BLOCK_SIZE = 16
 DTYPES = ("float32", "bfloat16", "int8")
 # Of ours, transformers' and llama.cpp's, what is measured side by side: together they fit in a laptop's memory.
 GROUPS = (("int8", "bfloat16", "Q8_0"), ("bfloat16", "bfloat16", "F16"), ("float32", "float32", ""))
-HELD_OUT = Path(__file__).parent.parent / "tests" / "data" / "held_out.txt"
 Generate = Callable[[Sequence[Sequence[int]]], list[list[int]]]  # prompts to their new tokens
 
 
@@ -57,20 +56,9 @@ class Row:
     group: str  # what it was measured beside
 
 
-@dataclass(frozen=True, slots=True)
-class Accuracy:
-    """Of a dtype, against float32."""
-
-    dtype: str
-    perplexity: float  # of the demo model
-    worst_logit: float  # largest difference, random 345M
-    relative_error: float  # of all its logits
-    greedy_agreement: float
-
-
 def model_in(folder: Path, dtype: str) -> GPT2:
     config, weights = read_config(folder), format_for(dtype, torch.device("cpu"))
-    return GPT2(config, read_state(folder, config, dtype=None if dtype == "int8" else weights.dtype), weights)
+    return GPT2(config, read_state(folder, config, dtype=weights.made_of), weights)
 
 
 def ours(folder: Path, dtype: str, most: int) -> Generate:
@@ -156,39 +144,6 @@ def measure(systems: dict[str, Generate], batches: Sequence[int], rounds: int) -
     ]
 
 
-def accuracy(folder: Path, text: str) -> list[Accuracy]:
-    """Every dtype's, over a text and a random prompt."""
-    token_ids = read_tokenizer(DEMO_MODEL).backend.encode(text).ids
-    prompt = np.random.default_rng(1).integers(0, 50256, 256).tolist()
-    reference: torch.Tensor | None = None
-    found = []
-    for dtype in DTYPES:
-        perplexity = perplexity_of(model_in(DEMO_MODEL, dtype), token_ids)
-        logits = logits_of(model_in(folder, dtype), prompt)
-        reference = logits if reference is None else reference
-        found.append(
-            Accuracy(
-                dtype,
-                perplexity,
-                float((logits - reference).abs().max()),
-                float((logits - reference).norm() / reference.norm()),
-                float((logits.argmax(1) == reference.argmax(1)).float().mean()),
-            )
-        )
-    return found
-
-
-def perplexity_of(model: GPT2, token_ids: Sequence[int]) -> float:
-    """Over stretches of one context each, of which every token but the first is predicted."""
-    loss, count = 0.0, 0
-    for start in range(0, len(token_ids) - 1, model.config.context_length):
-        ids = token_ids[start : start + model.config.context_length]
-        logprobs = logits_of(model, ids)[:-1].log_softmax(1)
-        loss -= float(logprobs[torch.arange(len(ids) - 1), torch.tensor(ids[1:])].sum())
-        count += len(ids) - 1
-    return float(np.exp(loss / count))
-
-
 def processor() -> str:
     names = [line.partition(":")[2] for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     return names[0].strip() if names else platform.processor() or platform.machine()
@@ -262,14 +217,11 @@ def main() -> None:
             rows += measure(systems, arguments.batches, arguments.rounds)
             print("\n".join(report(rows, arguments.batches)), flush=True)  # what there is, should it be stopped
             systems.clear()
-        costs = accuracy(folder, arguments.text.read_text())
+        formats = [format_for(dtype, torch.device("cpu")) for dtype in DTYPES]
+        demo, large = (lambda weights, path=path: model_in(path, weights.name) for path in (DEMO_MODEL, folder))
+        costs = accuracy(formats, demo, large, arguments.text.read_text())
     lines = [", ".join(f"{name} {value}" for name, value in about.items()), "", *report(rows, arguments.batches), ""]
-    lines += ["dtype       perplexity, demo   random 345M: worst logit, relative error, greedy agreement"]
-    lines += [
-        f"{cost.dtype:11} {cost.perplexity:16.3f} {cost.worst_logit:25.4f} {cost.relative_error:15.2e} "
-        f"{cost.greedy_agreement:17.1%}"
-        for cost in costs
-    ]
+    lines += [HEADING, *map(str, costs)]
     print("\n".join(lines))
     if arguments.out is not None:
         arguments.out.mkdir(parents=True, exist_ok=True)

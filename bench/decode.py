@@ -1,6 +1,7 @@
 """The bare runner: milliseconds a decode step beside the limit of this card, plain torch and transformers' generate.
 
-python -m bench.decode [--model FOLDER] [--device cpu|cuda] [--dtype float32] [--steps 1@256,8@512] [--out FOLDER/NAME]
+python -m bench.decode [--model FOLDER] [--device cpu|cuda] [--dtype float32] [--kv-cache-dtype fp8]
+    [--steps 1@256,8@512] [--out FOLDER/NAME]
 
 A step is batch@context. The limit is the time to read all weights and all keys and values once, at the bandwidth of a
 large copy in the same run; plain torch is the model in torch's operators, on a GPU in one CUDA graph.
@@ -24,7 +25,7 @@ from bench.random_model import SHAPE_345M, random_gpt2
 from service.checkpoint.hub import read_config, read_state
 from service.load.report import Panel, chart
 from service.model.batch import SAMPLING, Batch, Runner
-from service.model.formats import format_for
+from service.model.formats import Format, Narrowed, format_for
 from service.model.gpt2 import GPT2
 from service.model.memory import block_bytes, make_runner
 
@@ -155,7 +156,8 @@ def limit_seconds(model: GPT2, num_sequences: int, context: int, *, bandwidth: f
     hidden, inner = config.hidden_size, config.intermediate_size
     weights = config.num_layers * (4 * hidden + 2 * inner) * hidden + config.vocab_size * hidden
     cached = num_sequences * context * 2 * config.num_layers * hidden
-    return (weights + cached) * model.dtype.itemsize / bandwidth
+    weight_bytes = 1 if isinstance(model.format, Narrowed) else model.dtype.itemsize
+    return (weights * weight_bytes + cached * model.cache_dtype.itemsize) / bandwidth
 
 
 def parse_steps(text: str) -> Steps:
@@ -169,40 +171,40 @@ def parser_of(description: str | None, *, steps: str) -> argparse.ArgumentParser
     parser.add_argument("--model", type=Path, help="a GPT-2 folder; by default random weights of the 345M's shape")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", help="by default bfloat16 on a GPU and float32 on a CPU")
+    parser.add_argument("--kv-cache-dtype", choices=("auto", "fp8"), default="auto")
     parser.add_argument("--steps", type=parse_steps, default=steps, metavar="BATCH@CONTEXT,...")
     parser.add_argument("--repeats", type=int, default=100 if torch.cuda.is_available() else 16)
     parser.add_argument("--out", type=Path, help="write .json and, where there is one, .svg beside this name")
     return parser
 
 
-def parse(description: str | None, *, steps: str) -> tuple[argparse.Namespace, torch.dtype]:
-    """The command line of a benchmark of the bare runner, and the dtype that it asks for."""
+def parse(description: str | None, *, steps: str) -> tuple[argparse.Namespace, Format]:
+    """The command line of a benchmark of the bare runner, and the format of weights that it asks for."""
     arguments = parser_of(description, steps=steps).parse_args()
-    return arguments, dtype_of(arguments)
+    return arguments, format_of(arguments)
 
 
-def dtype_of(arguments: argparse.Namespace) -> torch.dtype:
+def format_of(arguments: argparse.Namespace) -> Format:
     name = arguments.dtype or ("bfloat16" if arguments.device.startswith("cuda") else "float32")
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
+    return format_for(name, torch.device(arguments.device), kv_cache=arguments.kv_cache_dtype)
 
 
-def load(arguments: argparse.Namespace, dtype: torch.dtype) -> GPT2:
+def load(arguments: argparse.Namespace, weights: Format) -> GPT2:
     """The model that the command line names."""
     if arguments.model is None:
-        return random_gpt2(dtype=dtype, device=arguments.device)
+        return random_gpt2(weights=weights, device=arguments.device)
     config = read_config(arguments.model)
-    weights = format_for(str(dtype).removeprefix("torch."), torch.device(arguments.device))
-    return GPT2(config, read_state(arguments.model, config, dtype=dtype, device=arguments.device), weights)
+    state = read_state(arguments.model, config, dtype=weights.made_of, device=arguments.device)
+    return GPT2(config, state, weights)
 
 
-def machine(arguments: argparse.Namespace, dtype: torch.dtype) -> dict[str, Any]:
+def machine(arguments: argparse.Namespace, weights: Format) -> dict[str, Any]:
     """On what the numbers were made."""
     device = torch.cuda.get_device_name() if arguments.device.startswith("cuda") else platform.processor() or "CPU"
     return {
         "device": device,
         "threads": torch.get_num_threads(),
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": weights.name,
         "torch": torch.__version__,
         "date": time.strftime("%Y-%m-%d"),
     }
@@ -231,10 +233,10 @@ def plain_ms(model: GPT2, num_sequences: int, context: int) -> float:
 
 
 @torch.inference_mode()
-def measure(arguments: argparse.Namespace, dtype: torch.dtype) -> tuple[dict[str, Any], list[Row]]:
-    model = load(arguments, dtype)
+def measure(arguments: argparse.Namespace, weights: Format) -> tuple[dict[str, Any], list[Row]]:
+    model = load(arguments, weights)
     on_gpu = arguments.device.startswith("cuda")
-    about = machine(arguments, dtype) | {"transformers": transformers.__version__}
+    about = machine(arguments, weights) | {"transformers": transformers.__version__}
     if on_gpu:
         about["copy_bandwidth_tb_per_second"] = round(copy_bandwidth() / 1e12, 3)
     runner = runner_for(model, arguments.steps)
@@ -248,7 +250,7 @@ def measure(arguments: argparse.Namespace, dtype: torch.dtype) -> tuple[dict[str
     ]
     runner.close()
     plain = {step: plain_ms(model, *step) if on_gpu else None for step in arguments.steps}
-    theirs = peer(arguments, dtype)
+    theirs = peer(arguments, weights.dtype)
     rows = []
     for num, context in arguments.steps:
         times = [found[num, context] for found in rounds]
@@ -274,8 +276,8 @@ def measure(arguments: argparse.Namespace, dtype: torch.dtype) -> tuple[dict[str
 
 def main() -> None:
     on_gpu = torch.cuda.is_available()
-    arguments, dtype = parse(__doc__, steps="1@256,8@512,32@512,64@192,128@192,256@192" if on_gpu else "1@256,8@256")
-    about, rows = measure(arguments, dtype)
+    arguments, weights = parse(__doc__, steps="1@256,8@512,32@512,64@192,128@192,256@192" if on_gpu else "1@256,8@256")
+    about, rows = measure(arguments, weights)
     print(about)
     print(
         "batch context  step ms (range)            tokens/s  of the limit  plain torch ms  transformers tokens/s  ratio"

@@ -60,8 +60,8 @@ ASKED: Mapping[str, Ask] = {
 
 
 def main() -> None:
-    arguments, dtype = parse(__doc__, steps="1@256,8@256")
-    runner = runner_for(load(arguments, dtype), arguments.steps)
+    arguments, weights = parse(__doc__, steps="1@256,8@256")
+    runner = runner_for(load(arguments, weights), arguments.steps)
     rows = []
     for size, context in arguments.steps:
         # Before and after: these machines are noisy.
@@ -71,7 +71,7 @@ def main() -> None:
         least = min(plain)
         rows += [Row(size, context, "plain", 1000 * seconds, seconds / least) for seconds in plain]
         rows += [Row(size, context, name, 1000 * seconds, seconds / least) for name, seconds in asked.items()]
-    about = machine(arguments, dtype)
+    about = machine(arguments, weights)
     print(about)
     for row in rows:
         print(f"{row.batch:4}@{row.context}  {row.field:24} {row.step_ms:8.3f} ms  {row.ratio:5.2f}")

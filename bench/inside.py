@@ -27,8 +27,10 @@ import uvloop
 from bench.decode import load, machine, runner_for, step_seconds
 from bench.random_model import given_or_random
 from bench.served import Service
+from service.checkpoint.hub import read_config
 from service.load.connection import Connection
 from service.load.plan import Server
+from service.model.formats import format_for
 from service.model.gpt2 import GPT2
 from service.version import VERSION
 
@@ -155,10 +157,12 @@ def measure(arguments: argparse.Namespace, folder: Path) -> tuple[dict[str, Any]
         windows, model = uvloop.run(inside(service, arguments.streams, arguments.context, arguments.repeats))
     finally:
         service.end()
-    dtype = getattr(torch, model["dtype"])
+    name, _, cache = model["dtype"].partition(" ")
+    stored, kv_cache = read_config(folder).dtype, "fp8" if cache else "auto"
+    weights = format_for(name, torch.device(model["device"]), stored=stored, kv_cache=kv_cache)
     steps = [(count, arguments.context) for count in arguments.streams]
     loaded = argparse.Namespace(model=folder, device=model["device"])
-    alone = bare(load(loaded, dtype), steps, arguments.bare_steps)
+    alone = bare(load(loaded, weights), steps, arguments.bare_steps)
     rows = []
     for (count, context), seconds in zip(steps, alone, strict=True):
         times = [1000 * each for each, _ in windows[count]]
@@ -175,7 +179,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> tuple[dict[str, Any]
                 ratio=middle / (1000 * seconds),
             )
         )
-    return machine(loaded, dtype), rows
+    return machine(loaded, weights), rows
 
 
 def main() -> None:

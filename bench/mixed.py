@@ -57,8 +57,8 @@ def mixed_batch(num_decodes: int, context: int, num_prompts: int, *, length: int
 @torch.inference_mode()
 def main() -> None:
     on_gpu = torch.cuda.is_available()
-    arguments, dtype = parse(__doc__, steps="1@192,64@192,248@192" if on_gpu else "1@192,4@192")
-    model = load(arguments, dtype)
+    arguments, weights = parse(__doc__, steps="1@192,64@192,248@192" if on_gpu else "1@192,4@192")
+    model = load(arguments, weights)
     most = max(num for num, _ in arguments.steps)
     longest = max(LENGTH, model.config.context_length, *(context for _, context in arguments.steps))
     runner = make_runner(
@@ -69,7 +69,7 @@ def main() -> None:
         kv_memory=((most + max(PROMPTS)) * -(-longest // BLOCK_SIZE) + 1) * block_bytes(model, BLOCK_SIZE),
         utilization=1.0,
     )
-    about = machine(arguments, dtype)
+    about = machine(arguments, weights)
     print(about)
     print("single tokens  prompts  step ms  ms a prompt adds")
     rows = []

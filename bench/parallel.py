@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from bench.decode import BLOCK_SIZE, Steps, dtype_of, machine, parser_of, step_seconds
+from bench.decode import BLOCK_SIZE, Steps, format_of, machine, parser_of, step_seconds
 from bench.random_model import given_or_random
 from service.engine.config import EngineConfig
 
@@ -52,7 +52,7 @@ def main() -> None:
                     flush=True,
                 )
     if arguments.out is not None:
-        about = machine(arguments, dtype_of(arguments)) | {"rows": [asdict(row) for row in rows]}
+        about = machine(arguments, format_of(arguments)) | {"rows": [asdict(row) for row in rows]}
         arguments.out.with_suffix(".json").write_text(json.dumps(about, indent=1) + "\n")
 
 
@@ -95,7 +95,7 @@ def engine_config(folder: Path, tensor: int, data: int, number: int, arguments: 
         cache_dir=tempfile.gettempdir(),
         device=arguments.device,
         dtype=arguments.dtype or "auto",
-        kv_cache_dtype="auto",
+        kv_cache_dtype=arguments.kv_cache_dtype,
         deterministic=False,
         tensor_parallel_size=tensor,
         engine_number=number,

@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor
 
 from service.model.config import ModelConfig
-from service.model.formats import Format, format_for
+from service.model.formats import Format
 from service.model.gpt2 import GPT2
 from service.serve import DEMO_MODEL
 
@@ -89,13 +89,16 @@ def gpt2_345m(
     return GPT2(config, {name: make(name, shape) for name, shape in shapes.items()}, weights)
 
 
-def random_gpt2(*, dtype: torch.dtype, device: str, num_layers: int = 24) -> GPT2:
-    """The 345M's shape with random weights, straight on a device, in the format that is served there."""
+def random_gpt2(*, weights: Format, device: str, num_layers: int = 24) -> GPT2:
+    """The 345M's shape with random weights, straight on a device, in a format that is served there."""
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(name: str, shape: tuple[int, ...]) -> Tensor:
         mean = 1.0 if name.endswith("norm.weight") else 0.0
-        return torch.empty(shape, device=device).normal_(mean, 0.02, generator=generator).to(dtype)
+        return (
+            torch.empty(shape, device=device)
+            .normal_(mean, 0.02, generator=generator)
+            .to(weights.made_of or torch.float32)
+        )
 
-    weights = format_for(str(dtype).removeprefix("torch."), torch.device(device))
     return gpt2_345m(normal, num_layers=num_layers, weights=weights)

@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 
-from bench.cpu import HELD_OUT, model_in, processor
+from bench.accuracy import HELD_OUT
+from bench.cpu import model_in, processor
 from service.checkpoint.tokenizer import read_tokenizer
 from service.engine.core import Core
 from service.engine.cores import available_cores

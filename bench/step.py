@@ -32,7 +32,8 @@ class Step:
         generator = torch.Generator(device).manual_seed(1)
         num_blocks = num * -(-context // BLOCK_SIZE)
         self.cache = model.new_cache(num_blocks=num_blocks + 1, block_size=BLOCK_SIZE)
-        self.cache._cache.normal_(0, 0.5, generator=generator)
+        for side in self.cache._cache:
+            side.copy_(torch.empty(side.shape, device=device).normal_(0, 0.5, generator=generator))
 
         def ints(values: Any) -> torch.Tensor:
             return torch.as_tensor(values, dtype=torch.int32, device=device)

@@ -1,6 +1,7 @@
 """Searches the shapes of the kernels of a step, by batch, on this GPU: the plans of service/model/kernels/plans.py.
 
-python -m bench.tune [--dtype bfloat16] [--steps 1@256,8@512] [--prompts 128,512] [--seconds 240] [--out FILE]
+python -m bench.tune [--dtype bfloat16] [--kv-cache-dtype fp8] [--steps 1@256,8@512] [--prompts 1@512]
+    [--seconds 240] [--out FILE]
 """
 
 import argparse
@@ -17,12 +18,16 @@ import torch
 
 from bench.random_model import random_gpt2
 from bench.step import Step
+from service.model.formats import Narrowed, format_for
 from service.model.kernels.plan import Decode, Library, Plan, Prefill, Product, Tiled, Vector
 
 Candidates = dict[str, list[Any]]
 
 
-def vectors(down: bool = False) -> list[Product]:
+def vectors(narrow: bool, down: bool = False) -> list[Product]:
+    if down and narrow:
+        wide = [(8, 4096, 16), (16, 4096, 16), (8, 4096, 8), (4, 4096, 4), (4, 4096, 8), (8, 2048, 8), (16, 2048, 8)]
+        return [Vector(n, k, w) for n, k, w in wide]
     if down:
         return [
             Vector(n, k, w)
@@ -37,10 +42,20 @@ def vectors(down: bool = False) -> list[Product]:
             )
         ]
     shapes = [(16, 1024, 8), (8, 1024, 8), (32, 1024, 8), (8, 1024, 4), (16, 1024, 16), (16, 1024, 4), (32, 1024, 16)]
+    if narrow:
+        shapes = [
+            (16, 1024, 8),
+            (32, 1024, 8),
+            (16, 1024, 4),
+            (8, 1024, 4),
+            (32, 1024, 16),
+            (32, 1024, 4),
+            (8, 1024, 2),
+        ]
     return [Vector(n, k, w, p) for n, k, w in shapes for p in (False, True)]
 
 
-def tiles(rows: int, split: bool) -> list[Product]:
+def tiles(rows: int, split: bool, narrow: bool) -> list[Product]:
     times = [max(rows, 16)] if rows <= 64 else [64, 128]
     if split:
         shapes = [
@@ -62,19 +77,20 @@ def tiles(rows: int, split: bool) -> list[Product]:
             (128, 64, 1, 8, 4),
         ]
     return [
-        Tiled(t, n, k, s, w, st, p)
+        Tiled(t, n, k, s, w, st, p, turned)
         for t in times
         for n, k, s, w, st in shapes
         for p in (False, True)
-        if p is False or not split
+        for turned in (False, True)
+        if (p is False or not split) and (narrow or not turned) and not (p and turned)
     ]
 
 
-def searches(rows: int, *, prompt: bool) -> Iterator[Candidates]:
+def searches(rows: int, *, prompt: bool, narrow: bool) -> Iterator[Candidates]:
     """Families of plans: in each, what every part may be."""
     decodes = [
         Decode(b, s, w)
-        for b, w in ((32, 1), (32, 2), (16, 1), (64, 4), (64, 2))
+        for b, w in ((32, 1), (32, 2), (16, 1), (64, 4), (64, 2), (64, 1))
         for s in ((1,) if rows >= 64 else (4, 2, 1))
     ]
     split = [
@@ -106,10 +122,10 @@ def searches(rows: int, *, prompt: bool) -> Iterator[Candidates]:
         decodes = decodes[:1]
     if rows == 1:
         yield {
-            "qkv": vectors(),
-            "out": vectors(),
-            "up": vectors(),
-            "down": vectors(down=True),
+            "qkv": vectors(narrow),
+            "out": vectors(narrow),
+            "up": vectors(narrow),
+            "down": vectors(narrow, down=True),
             "decode": split,
             "prefill": prefills,
             "head": [Vector(16, 1024, 4), Vector(32, 1024, 8), Vector(16, 1024, 8), Vector(64, 1024, 16)],
@@ -117,10 +133,10 @@ def searches(rows: int, *, prompt: bool) -> Iterator[Candidates]:
     if rows > 1:
         library = [Library()] if rows >= 128 else []
         yield {
-            "qkv": [*tiles(rows, False), *library],
-            "out": [*tiles(rows, True), *library],
-            "up": [*tiles(rows, False), *library],
-            "down": [*tiles(rows, True), *library],
+            "qkv": [*tiles(rows, False, narrow), *library],
+            "out": [*tiles(rows, True, narrow), *library],
+            "up": [*tiles(rows, False, narrow), *library],
+            "down": [*tiles(rows, True, narrow), *library],
             "decode": decodes,
             "prefill": prefills,
             "head": heads,
@@ -158,11 +174,10 @@ def descend(
     return best, choice
 
 
-def _compile(job: tuple[str, int, int, bool, list[tuple[Plan, Product]]]) -> int:
-    dtype, num, context, prompt, plans = job
-    step = Step(
-        random_gpt2(dtype=getattr(torch, dtype), device="cuda", num_layers=1), num=num, context=context, prompt=prompt
-    )
+def _compile(job: tuple[str, str, int, int, bool, list[tuple[Plan, Product]]]) -> int:
+    dtype, kv_cache, num, context, prompt, plans = job
+    weights = format_for(dtype, torch.device("cuda"), kv_cache=kv_cache)
+    step = Step(random_gpt2(weights=weights, device="cuda", num_layers=1), num=num, context=context, prompt=prompt)
     done = 0
     for plan, head in plans:
         try:
@@ -186,12 +201,15 @@ def _variants(candidates: Candidates) -> Iterator[tuple[Plan, Product]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--kv-cache-dtype", choices=("auto", "fp8"), default="auto")
     parser.add_argument("--steps", default="1@256,2@256,4@256,8@512,16@256,32@192,64@192,128@192,256@192")
     parser.add_argument("--prompts", default="")
     parser.add_argument("--seconds", type=float, default=240)
     parser.add_argument("--processes", type=int, default=12)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
+    weights = format_for(arguments.dtype, torch.device("cuda"), kv_cache=arguments.kv_cache_dtype)
+    narrow = isinstance(weights, Narrowed)
     began = time.monotonic()
     jobs = [
         (int(num), int(context), prompt)
@@ -202,20 +220,21 @@ def main() -> None:
     for num, context, prompt in jobs:
         plans = [
             pair
-            for candidates in searches(num * (context if prompt else 1), prompt=prompt)
+            for candidates in searches(num * (context if prompt else 1), prompt=prompt, narrow=narrow)
             for pair in _variants(candidates)
         ]
         size = max(1, len(plans) // 3)
-        work += [(arguments.dtype, num, context, prompt, plans[i : i + size]) for i in range(0, len(plans), size)]
+        kind = (arguments.dtype, arguments.kv_cache_dtype, num, context, prompt)
+        work += [(*kind, plans[i : i + size]) for i in range(0, len(plans), size)]
     with ProcessPoolExecutor(arguments.processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         compiled = sum(pool.map(_compile, work))
     print(f"compiled for {compiled} plans in {time.monotonic() - began:.0f} s", flush=True)
-    model = random_gpt2(dtype=getattr(torch, arguments.dtype), device="cuda")
+    model = random_gpt2(weights=weights, device="cuda")
     rows, profiled = [], []
     for num, context, prompt in jobs:
         step = Step(model, num=num, context=context, prompt=prompt)
         best, choice = float("inf"), {}
-        for candidates in searches(num * (context if prompt else 1), prompt=prompt):
+        for candidates in searches(num * (context if prompt else 1), prompt=prompt, narrow=narrow):
             print(f"{num}@{context}{' prompt' if prompt else ''}", flush=True)
             found, chosen = descend(candidates, step.milliseconds, time.monotonic() + arguments.seconds / len(jobs))
             print(f"  {found:.4f} ms: {chosen}", flush=True)

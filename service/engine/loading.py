@@ -35,7 +35,7 @@ from service.engine.scheduler import Scheduler
 from service.engine.speculation import Speculation
 from service.model.batch import OutOfMemory, Runner
 from service.model.config import ModelConfig
-from service.model.formats import format_for, made_of_any
+from service.model.formats import format_for
 from service.model.gpt2 import GPT2
 from service.model.memory import KernelError, KVMemoryError, make_runner
 from service.model.parallel import ParallelError, ParallelGPT2, check_split, part_of
@@ -238,7 +238,7 @@ def _compute(
     weights = format_for(name, device, stored=model_config.dtype, kv_cache=config.kv_cache_dtype)
     report("load", 0.0)
     reading: dict[str, Any] = {
-        "dtype": None if made_of_any(name) else weights.dtype,
+        "dtype": weights.made_of,
         "device": device,
         "on_tensor": lambda done, total: report("load", done / total),
     }

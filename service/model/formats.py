@@ -22,6 +22,7 @@ class Format(Protocol):
     """`linear` and `head` may keep the tensors that they are given, or copies of them."""
 
     name: str  # as the setting dtype calls it; with keys and values in fp8 it says so, as these change answers, too
+    made_of: torch.dtype | None  # of the tensors that it takes; None: of any
     dtype: torch.dtype  # of what goes from product to product
     cache_dtype: torch.dtype  # of keys and values
 
@@ -64,6 +65,7 @@ class Plain:
 
     def __init__(self, dtype: torch.dtype, *, cache_dtype: torch.dtype | None = None) -> None:
         self.dtype = dtype
+        self.made_of: torch.dtype | None = dtype
         self.cache_dtype = cache_dtype or dtype
         self.name = self._named(str(dtype).removeprefix("torch."))
 
@@ -135,6 +137,7 @@ class Packed:
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.name = str(dtype).removeprefix("torch.")
+        self.made_of: torch.dtype | None = dtype
         self.dtype = self.cache_dtype = dtype
 
     def linear(self, weight: Tensor, bias: Tensor | None) -> _Packed:
@@ -172,6 +175,7 @@ class Narrowed(Plain):
         self, name: str, weights: torch.dtype, dtype: torch.dtype, *, cache_dtype: torch.dtype | None = None
     ) -> None:
         super().__init__(dtype, cache_dtype=cache_dtype)
+        self.made_of = None
         self.name = self._named(name)
         self._weights = weights
 
@@ -221,6 +225,7 @@ class Int8:
     """int8 weights, a scale a row; activations in fp32, quantised row by row for each product, also the head's."""
 
     name = "int8"
+    made_of: torch.dtype | None = None
     dtype = torch.float32
     cache_dtype = torch.float16
 
@@ -284,6 +289,7 @@ class WeightOnlyInt8:
     """int8 weights where oneDNN has no fast product for them: rows in bf16, and the head in fp32."""
 
     name = "int8"
+    made_of: torch.dtype | None = None
     dtype = torch.float32
     cache_dtype = torch.float16
 
@@ -300,11 +306,6 @@ class WeightOnlyInt8:
 
 
 _NARROW = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
-
-
-def made_of_any(name: str) -> bool:
-    """Whether that format is made of the weights as files have them."""
-    return name in _NARROW
 
 
 def format_for(name: str, device: torch.device, *, stored: str = "bfloat16", kv_cache: str = "auto") -> Format:

@@ -18,6 +18,7 @@ from torch import Tensor
 from triton.runtime import driver
 
 from service.model.batch import NUM_TOP, Batch, StepOutput
+from service.model.formats import Narrowed
 from service.model.fused import FusedGPT2
 from service.model.gpt2 import GPT2
 from service.model.inputs import NUM_TURNS, AskedInputs, Shape, StepInputs
@@ -222,6 +223,7 @@ class GraphRunner:
         return plan_for(
             num_tokens,
             dtype=self.model.dtype,
+            narrow=isinstance(self.model.format, Narrowed),
             decodes_only=decodes_only,
             split=self._split,
             whole=self._split and num_tokens > self._most_exchanged,
@@ -230,7 +232,12 @@ class GraphRunner:
         )
 
     def _head(self, num_rows: int) -> Product:
-        return head_for(num_rows, dtype=self.model.dtype, shared_memory=self._shared_memory)
+        return head_for(
+            num_rows,
+            dtype=self.model.dtype,
+            narrow=isinstance(self.model.format, Narrowed),
+            shared_memory=self._shared_memory,
+        )
 
     def _body(self, shape: Shape) -> None:
         plan = self._plan(shape.num_tokens, decodes_only=not shape.tile)

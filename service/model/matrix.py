@@ -77,6 +77,7 @@ class Matrix:
                 BLOCK_T=settings.block_t,
                 SPLITS=settings.splits,
                 STAGES=settings.stages,
+                TURNED=settings.turned,
             )
             return
         assert isinstance(settings, Vector)

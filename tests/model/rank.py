@@ -61,14 +61,19 @@ def write_steps(
     block_size: int,
     on_gpu: bool,
     most_rows: int,
+    name: str | None = None,
 ) -> None:
     """The process: steps-RANK.pickle, what the runner of graphs gives; without GPUs, Triton interprets its kernels.
 
-    These sum up to `most_rows` tokens over the ranks by themselves; 0: the group sums all.
+    These sum up to `most_rows` tokens over the ranks by themselves; 0: the group sums all. `name` is of a GPU's format
+    in 8 bits; without one, weights are in `dtype`.
     """
     from service.model.graphs import GraphRunner
 
-    with _joined(rank, num_ranks, address, folder, dtype, on_gpu=on_gpu) as model:
+    weights = None
+    if name is not None:
+        weights = format_for(name, torch.device("cuda"), stored=str(dtype).removeprefix("torch."))
+    with _joined(rank, num_ranks, address, folder, dtype, on_gpu=on_gpu, weights=weights) as model:
         if most_rows:
             model.connect()
             assert model.peers is not None

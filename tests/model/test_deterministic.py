@@ -239,7 +239,9 @@ def test_prompts_on_a_gpu_get_the_same_bits_in_any_company(dtype: torch.dtype) -
     """Of the 345M's shape in two layers: alone, among 39 others in both orders, and whole or in two parts."""
     from bench.random_model import random_gpt2
 
-    model = random_gpt2(dtype=dtype, device="cuda", num_layers=2)
+    model = random_gpt2(
+        weights=format_for(str(dtype).removeprefix("torch."), torch.device("cuda")), device="cuda", num_layers=2
+    )
     prompts = [random(4 + 2 * number, seed=number).abs().mul(1000).long().tolist() for number in range(40)]
 
     def ask(*numbers: int, parts: int = 1) -> dict[int, tuple[Any, ...]]:

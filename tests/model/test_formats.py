@@ -11,7 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from service.model import formats
-from service.model.formats import Format, Int8, Packed, Plain, WeightOnlyInt8, format_for, quantized, size_for
+from service.model.formats import (
+    Format,
+    Int8,
+    Narrowed,
+    Packed,
+    Plain,
+    WeightOnlyInt8,
+    format_for,
+    quantized,
+    size_for,
+)
 
 CPU = torch.device("cpu")
 # What the relative error of a product of Gaussian numbers may be; 1.2 to 2 times what was measured.
@@ -129,6 +139,43 @@ def test_quantised_rows_have_scales_of_their_own() -> None:
     assert torch.equal(torch.full((40,), 127), rows.int().abs().amax(1))
 
 
+def test_fp8_rows_have_scales_of_their_own() -> None:
+    """The largest number of each is e4m3's; others are within a sixteenth of themselves, or half of its least step."""
+    weight = random(40, 64, seed=1) * torch.logspace(-4, 4, 40)[:, None]
+    weight[7] = 0
+    rows, scales = quantized(weight, torch.float8_e4m3fn)
+    found = rows.float() * scales[:, None]
+    assert ((found - weight).abs() <= (weight.abs() / 16).maximum(scales[:, None] * 2**-10) * 1.0001).all()
+    assert 39 == (rows.float().abs().amax(1) == 448).sum()
+
+
+GPU = torch.device("cuda")
+
+
+@pytest.mark.parametrize(("name", "tolerance"), [("int8", 1e-2), ("fp8", 3e-2)])
+@pytest.mark.parametrize("stored", ["float16", "bfloat16", "float32"])
+def test_8_bits_for_kernels_are_the_same_in_16(name: str, tolerance: float, stored: str) -> None:
+    """A GPU's: what kernels multiply by is what operators do, but for rounding, and near the weight; a bias is kept."""
+    weights = format_for(name, GPU, stored=stored)
+    assert (torch.float16 if stored == "float16" else torch.bfloat16) == weights.dtype == weights.cache_dtype
+    weight, bias = random(96, 64, seed=1).t().contiguous().t(), random(96, seed=2)
+    linear = weights.linear(weight, bias)
+    assert linear.narrow is not None
+    assert linear.narrow.rows.is_contiguous()
+    assert (name, 1) == (weights.name, linear.narrow.rows.itemsize)
+    wide = linear.narrow.wide()
+    assert torch.equal(wide.to(weights.dtype), linear.weight)
+    assert torch.equal(bias.to(weights.dtype), linear.bias)
+    assert relative_error(weight, wide) < tolerance
+
+
+def test_keys_and_values_in_fp8_are_told_by_the_name() -> None:
+    """Whatever the weights are in: answers are others, and so is the fingerprint that is made of it."""
+    for name in ("float32", "bfloat16", "float16", "int8", "fp8"):
+        found = format_for(name, GPU, kv_cache="fp8")
+        assert (f"{name} (fp8 KV)", torch.float8_e4m3fn) == (found.name, found.cache_dtype)
+
+
 @pytest.mark.skipif(type(format_for("int8", CPU)) is not Int8, reason="int8 is not oneDNN's here")
 def test_products_that_lose_sums_get_smaller_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where pairs of products are added in 16 bits, activations take 7 bits, of which no pair is too large."""
@@ -140,10 +187,13 @@ def test_products_that_lose_sums_get_smaller_numbers(monkeypatch: pytest.MonkeyP
 
 
 def test_what_a_setting_means_on_each_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU gets weights as they are; so does a CPU without oneDNN, where int8 goes through torch's own kernel."""
+    """A GPU gets weights as they are, or in 8 bits for its kernels; so does a CPU without oneDNN, but for int8, which
+    goes through torch's own kernel there.
+    """
     for name in ("float32", "bfloat16", "float16"):
-        found = format_for(name, torch.device("cuda"))
+        found = format_for(name, GPU)
         assert (Plain, name) == (type(found), found.name)
+    assert [Narrowed] * 2 == [type(format_for(name, GPU)) for name in ("int8", "fp8")]
     assert isinstance(format_for("float16", CPU), Plain)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     for name in ("float32", "bfloat16"):

@@ -15,6 +15,7 @@ from service.checkpoint.hub import read_state
 from service.model import graphs
 from service.model.batch import Batch, Biases, Runner, Scored, StepOutput, TopLogprobs
 from service.model.config import ModelConfig
+from service.model.formats import Format, format_for
 from service.model.gpt2 import GPT2
 from service.model.graphs import GraphRunner
 from service.model.inputs import Shape
@@ -51,12 +52,12 @@ VECTOR = Plan(Vector(16, 32, 4), Vector(8, 32, 4), Vector(32, 32, 4), Vector(8, 
 Load = Callable[[torch.dtype], GPT2]
 
 
-def read(folder: Path, config: ModelConfig, dtype: torch.dtype) -> GPT2:
+def read(folder: Path, config: ModelConfig, dtype: torch.dtype, weights: Format | None = None) -> GPT2:
     """The model there, with queries and keys large enough that attention looks somewhere."""
     state = read_state(folder, config, dtype=dtype, device="cuda" if ON_GPU else "cpu")
     # On a CPU they may be views of the file, turned and not to be written to; kernels read rows.
     copies = {name: tensor * (20 if "qkv.weight" in name else 1) for name, tensor in state.items()}
-    return GPT2(config, {name: tensor.contiguous() for name, tensor in copies.items()})
+    return GPT2(config, {name: tensor.contiguous() for name, tensor in copies.items()}, weights)
 
 
 @pytest.fixture
@@ -238,7 +239,24 @@ def test_every_kind_of_model_gives_the_tokens(
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_16_bits_are_close_to_the_plain_runner(load: Load, dtype: torch.dtype) -> None:
     """In the plans that serve them: log-probabilities over a prompt, and of decodes of one row and of three."""
-    model = load(dtype)
+    check_close_to_plain(load(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("name", ["int8", "fp8"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_8_bits_are_close_to_the_plain_runner(
+    make_pair: Callable[..., Pair], tmp_path: Path, name: str, tied: bool, dtype: torch.dtype
+) -> None:
+    """The same weights in 8 bits and in 16: what quantisation costs is in both."""
+    config = make_pair(n_layer=1, n_embd=32, n_head=2, tie_word_embeddings=tied)[1].config
+    weights = format_for(name, torch.device("cuda"), stored=str(dtype).removeprefix("torch."))
+    model = read(tmp_path, config, torch.float32, weights)
+    assert dtype == model.dtype
+    check_close_to_plain(model)
+
+
+def check_close_to_plain(model: GPT2) -> None:
     plain, runner = make_plain(model), make_graphs(model)
     prompt = list(range(100, 140))
     scored = Scored(np.arange(39, dtype=np.int32), np.asarray(prompt[1:], np.int32))

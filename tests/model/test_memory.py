@@ -12,9 +12,11 @@ import pytest
 import torch
 from triton.runtime.errors import OutOfResources
 
+from bench.random_model import gpt2_345m
 from service.model import graphs, memory
 from service.model.batch import OutOfMemory
 from service.model.deterministic import DeterministicRunner
+from service.model.formats import format_for
 from service.model.memory import (
     KernelError,
     KVMemoryError,
@@ -42,6 +44,16 @@ def test_a_cache_is_no_larger_than_the_kernels_can_reach(make_pair: Callable[...
     _, ours = make_pair()
     num_blocks = count_blocks(ours, BLOCK_SIZE, 2**40, spare=1)
     assert 2**31 // (BLOCK_SIZE * 64) == num_blocks + 1
+
+
+@pytest.mark.parametrize(
+    ("name", "kv_cache", "expected"), [("bfloat16", "auto", 2), ("bfloat16", "fp8", 1), ("int8", "fp8", 1)]
+)
+def test_keys_and_values_in_fp8_take_half_the_bytes(name: str, kv_cache: str, expected: int) -> None:
+    """So that twice as many tokens fit."""
+    weights = format_for(name, torch.device("cuda"), kv_cache=kv_cache)
+    model = gpt2_345m(lambda _, shape: torch.empty(shape, device="meta"), num_layers=24, weights=weights)
+    assert 2 * 24 * 16 * 1024 * expected == block_bytes(model, 16)
 
 
 def test_what_no_sequence_gets_is_within_the_bytes(make_pair: Callable[..., Pair]) -> None:

@@ -118,6 +118,28 @@ def test_the_kernels_of_ranks(
 
     On GPUs by no more ranks than there are, one at least, where graphs are to capture NCCL's sums.
     """
+    check_ranks(make_pair, tmp_path, num_ranks, dtype, most_rows)
+
+
+@pytest.mark.parametrize("most_rows", [0, 16])
+@pytest.mark.parametrize(("name", "tolerance"), [("int8", 0.02), ("fp8", 0.06)])
+def test_the_kernels_of_ranks_with_weights_in_8_bits(
+    make_pair: Callable[..., Pair], tmp_path: Path, name: str, tolerance: float, most_rows: int
+) -> None:
+    """Each rank scales its own part, so that they differ from the whole by what 8 bits cost."""
+    check_ranks(make_pair, tmp_path, 2, torch.float16, most_rows, name, tolerance=tolerance)
+
+
+def check_ranks(
+    make_pair: Callable[..., Pair],
+    tmp_path: Path,
+    num_ranks: int,
+    dtype: torch.dtype,
+    most_rows: int,
+    name: str | None = None,
+    *,
+    tolerance: float = 5e-3,
+) -> None:
     if ON_GPU and most_rows < MOST_TOKENS:
         num_ranks = min(num_ranks, torch.cuda.device_count())
     config = make_pair(n_layer=2)[1].config
@@ -130,7 +152,7 @@ def test_the_kernels_of_ranks(
     longer = [Part([*prompt, -1], len(prompt), place, source=place + 1) for place, prompt in enumerate(prompts)]
     second = make_batch(Part([7, -1], 1, 2, source=0, sampling=drawn), *longer, logprobs=True)
     batches = [first, second, make_batch(Part([9], place=3))]
-    run_ranks(write_steps, num_ranks, tmp_path, batches, dtype, BLOCK_SIZE, ON_GPU, most_rows)
+    run_ranks(write_steps, num_ranks, tmp_path, batches, dtype, BLOCK_SIZE, ON_GPU, most_rows, name)
     whole = GPT2(config, read_state(tmp_path, config, dtype=dtype, device="cuda" if ON_GPU else "cpu"))
     plain = TorchRunner(whole, num_blocks=64, block_size=BLOCK_SIZE)
     by_rank = [pickle.loads((tmp_path / f"steps-{rank}.pickle").read_bytes()) for rank in range(num_ranks)]
@@ -140,5 +162,5 @@ def test_the_kernels_of_ranks(
             if dtype == torch.float32:
                 check_output(expected, outputs[number])
             elif expected.logprobs is not None:
-                np.testing.assert_allclose(outputs[number].logprobs.top, expected.logprobs.top, atol=5e-3, rtol=0)
+                np.testing.assert_allclose(outputs[number].logprobs.top, expected.logprobs.top, atol=tolerance, rtol=0)
         assert 1 == len({tuple(outputs[number].token_ids) for outputs in by_rank})

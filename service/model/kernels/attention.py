@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from service.model.kernels.chain import begin, wait
+from service.model.kernels.products import widened
 
 
 @triton.jit
@@ -204,7 +205,7 @@ def prefill_attention(
             v = tl.load(
                 values + slot[:, None] * H + head * HEAD + d[None, :], mask=known[:, None] & columns[None, :], other=0.0
             )
-            k, v = k.to(query.dtype), v.to(query.dtype)
+            k, v = widened(k, query.dtype), widened(v, query.dtype)
             scores = tl.dot(query, k, input_precision="ieee") * scale
             scores = tl.where(positions[None, :] <= own[:, None], scores, float("-inf"))
             better = tl.maximum(best, tl.max(scores, 1))  # finite: the first block has position 0, which all see

@@ -35,6 +35,7 @@ class Tiled:
     warps: int
     stages: int
     prefetch: bool = False  # does nothing where K is split, nor in a plan without dependent launch
+    turned: bool = False  # the matrix is the first side of the tensor cores' products, which they take from registers
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,6 +59,8 @@ _MORE = Plan(
     prefill=Prefill(64, 128, 4, 2),
 )
 _SINGLE = Plan(Library(), Library(), Library(), Library(), Decode(32, 1, 2), Prefill(16, 32, 4, 1))  # fp32
+# Of weights in 8 bits; the library has the same ones in 16.
+_NARROW_ONE = replace(_ONE, qkv=Vector(16, 1024, 8, prefetch=True))
 _BY_SIZE = (
     (16, _UP_TO_16),
     (32, _UP_TO_32),
@@ -73,6 +75,7 @@ def plan_for(
     num_tokens: int,
     *,
     dtype: torch.dtype,
+    narrow: bool,
     decodes_only: bool,
     split: bool,
     whole: bool,
@@ -81,13 +84,14 @@ def plan_for(
 ) -> Plan:
     """The plan of a body of `num_tokens`, whose programs may take `shared_memory` bytes each.
 
-    `split` over ranks, which sum between a product and the residual stream: so that is done by kernels of their own.
-    `whole`: by NCCL, which does not sum the splits of a product before.
+    `dtype` is of activations, `narrow` says that weights have 8 bits. `split` over ranks, which sum between a product
+    and the residual stream: so that is done by kernels of their own. `whole`: by NCCL, which does not sum the splits of
+    a product before.
     """
     if dtype == torch.float32:
         plan = _SINGLE
     elif num_tokens == 1 and decodes_only:
-        plan = _ONE
+        plan = _NARROW_ONE if narrow else _ONE
     else:
         plan = next((plan for most, plan in _BY_SIZE if num_tokens <= most), _MORE)
     if split:
@@ -133,12 +137,14 @@ def _fit_prefill(prefill: Prefill, head_size: int, shared_memory: int, *, itemsi
     return replace(prefill, block_t=rows, block=columns, stages=max(1, min(prefill.stages, stages)))
 
 
-def head_for(num_rows: int, *, dtype: torch.dtype, shared_memory: int) -> Product:
+def head_for(num_rows: int, *, dtype: torch.dtype, narrow: bool, shared_memory: int) -> Product:
     """The product that gives the logits of `num_rows` rows; the rest as in `plan_for`."""
     if dtype == torch.float32:
         return Library()
     if num_rows == 1:
         return Vector(16, 1024, 4)
+    if num_rows <= 16 and narrow:
+        return _fit(Tiled(16, 64, 128, 1, 4, 4), shared_memory)
     if 16 < num_rows <= 64:
         return _fit(Tiled(64, 64, 128, 1, 4, 3), shared_memory)
     return Library()

@@ -91,11 +91,19 @@ def _after_norm(x, tile, scale, factor, slope, epsilon, K: tl.constexpr, BLOCK_N
     value = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
     spread = tl.broadcast_to(value[None, :], [BLOCK_N, BLOCK_K])
     # What costs is a reduction's barriers.
-    parts = (tile.to(tl.float32) * (value * factor)[None, :], spread, spread * spread)
+    parts = (widened(tile, tl.float32) * (value * factor)[None, :], spread, spread * spread)
     acc, total, squares = tl.reduce(parts, 1, _add_three)
     mean = total / K
     variance = tl.maximum(squares / K - mean * mean, 0.0)  # rounding may leave less
     return (acc * scale - mean * slope) * tl.rsqrt(variance + epsilon)
+
+
+@triton.jit
+def widened(tile, DTYPE: tl.constexpr):
+    """In 16 or 32 bits; of 8 exactly."""
+    if tile.dtype == tl.float8e4nv and tl.bfloat16 == DTYPE:
+        return tile.to(tl.float32).to(DTYPE)  # no instruction converts one into the other
+    return tile.to(DTYPE)
 
 
 @triton.jit
@@ -169,7 +177,7 @@ def vector_product(
                 value = value / mass
             else:
                 value = tl.load(x + k + start, mask=inside, other=0.0).to(tl.float32)
-            acc += tl.sum(tile.to(tl.float32) * value[None, :], 1)
+            acc += tl.sum(widened(tile, tl.float32) * value[None, :], 1)
         acc *= scale
     zero = tl.zeros([BLOCK_N], tl.int32)
     _put(acc + offset, before, slot + zero, zero, n, zero == 0, rows, y, keys, values, N, KIND, OUT)
@@ -193,6 +201,7 @@ def tiled_product(
     BLOCK_K: tl.constexpr,
     SPLITS: tl.constexpr,  # of K, one a program
     STAGES: tl.constexpr,
+    TURNED: tl.constexpr,  # W x^T instead of x W^T: tensor cores take their first side from registers
     OUT: tl.constexpr,
     KIND: tl.constexpr,
     PREFETCH: tl.constexpr,
@@ -200,55 +209,48 @@ def tiled_product(
 ):
     """Many tokens in tiles; program (column tile, token tile, split of K)."""
     begin(PDL)
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    # Tokens go along the first axis of a tile and columns along the second, or the other way round.
+    T: tl.constexpr = 1 if TURNED else 0
+    C: tl.constexpr = 1 - T
+    n = tl.expand_dims(tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), T)
+    t = tl.expand_dims(tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T), C)
     split = tl.program_id(2)
-    k = tl.arange(0, BLOCK_K)
     SHARE: tl.constexpr = (K + SPLITS * BLOCK_K - 1) // (SPLITS * BLOCK_K) * BLOCK_K
     first = split * SHARE
+    k = first + tl.arange(0, BLOCK_K)
+    k_x = tl.expand_dims(k, T)
+    k_w = tl.expand_dims(k, C)
     rows = t < num_tokens
     columns = n < N
     if PREFETCH and SPLITS == 1:
         prefetch(w + tl.program_id(0).to(tl.int64) * (BLOCK_N * K), BLOCK_N * K, PDL and N % BLOCK_N == 0)
-    at_x = x + t[:, None].to(tl.int64) * K + (first + k)[None, :]
-    at_w = w + n[None, :].to(tl.int64) * K + (first + k)[:, None]
+    at_x = x + t.to(tl.int64) * K + k_x
+    at_w = w + n.to(tl.int64) * K + k_w
     scale = _scale(w, scales, n, columns)
     if OUT != PARTIAL:
         offset = tl.load(bias + n, mask=columns, other=0.0).to(tl.float32)
     slot = tl.load(slots + t, mask=rows, other=0) if OUT == SCATTER else t
     tl.static_assert(OUT != RESIDUAL, "partial sums are added by add_and_norm")
     wait(PDL)
-    acc = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
+    acc = tl.zeros([BLOCK_N, BLOCK_T] if TURNED else [BLOCK_T, BLOCK_N], tl.float32)
     for start in tl.range(0, SHARE, BLOCK_K, num_stages=STAGES):
         if K % (SPLITS * BLOCK_K) == 0:
-            value = tl.load(at_x + start, mask=rows[:, None], other=0.0)
-            tile = tl.load(at_w + start, mask=columns[None, :], other=0.0)
+            value = tl.load(at_x + start, mask=rows, other=0.0)
+            tile = tl.load(at_w + start, mask=columns, other=0.0)
         else:
-            inside = first + start + k < K
-            value = tl.load(at_x + start, mask=rows[:, None] & inside[None, :], other=0.0)
-            tile = tl.load(at_w + start, mask=columns[None, :] & inside[:, None], other=0.0)
-        acc = tl.dot(value, tile.to(value.dtype), acc, input_precision="ieee")
-    if w.dtype.element_ty.primitive_bitwidth == 8:
-        acc *= scale[None, :]
+            value = tl.load(at_x + start, mask=rows & (k_x + start < K), other=0.0)
+            tile = tl.load(at_w + start, mask=columns & (k_w + start < K), other=0.0)
+        tile = widened(tile, value.dtype)
+        if TURNED:
+            acc = tl.dot(tile, value, acc, input_precision="ieee")
+        else:
+            acc = tl.dot(value, tile, acc, input_precision="ieee")
+    acc *= scale
     if OUT == PARTIAL:
-        at = y + split.to(tl.int64) * num_tokens * N + t[:, None] * N + n[None, :]
-        tl.store(at, acc, mask=rows[:, None] & columns[None, :])
+        at = y + split.to(tl.int64) * num_tokens * N + t * N + n
+        tl.store(at, acc, mask=rows & columns)
     else:
-        _put(
-            acc + offset[None, :],
-            0.0,
-            slot[:, None],
-            t[:, None],
-            n[None, :],
-            rows[:, None],
-            columns[None, :],
-            y,
-            keys,
-            values,
-            N,
-            KIND,
-            OUT,
-        )
+        _put(acc + offset, 0.0, slot, t, n, rows, columns, y, keys, values, N, KIND, OUT)
 
 
 @triton.jit
