@@ -27,7 +27,7 @@ KERNELS = {
 }
 PRODUCTS = {"tiled_product", "vector_logits", "vector_product"}
 TARGETS = [(90, "bfloat16"), (80, "float16"), (80, "float32"), (89, "float16")]
-TARGETS += [(80, "int8"), (90, "int8"), (89, "fp8"), (90, "fp8")]
+TARGETS += [(80, "int8"), (89, "fp8"), (90, "fp8")]
 
 Compilers = dict[tuple[int, str], subprocess.Popen[str]]
 
