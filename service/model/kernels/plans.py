@@ -59,7 +59,9 @@ _MORE = Plan(
     prefill=Prefill(64, 128, 4, 2),
 )
 _SINGLE = Plan(Library(), Library(), Library(), Library(), Decode(32, 1, 2), Prefill(16, 32, 4, 1))  # fp32
-# Of weights in 8 bits; the library has the same ones in 16.
+# Of weights in 8 bits; the same ones are there in 16 for the library, and for more tokens than these (on an H200):
+# to convert them takes longer then than half the bytes save.
+_MOST_NARROW = 16
 _NARROW_ONE = replace(_ONE, qkv=Vector(16, 1024, 8, prefetch=True))
 _BY_SIZE = (
     (16, _UP_TO_16),
@@ -98,6 +100,8 @@ def plan_for(
         plan = replace(plan, split=True, decode=replace(plan.decode, merged=True))
     if whole:
         plan = replace(plan, out=_whole(plan.out), down=_whole(plan.down))
+    if num_tokens > _MOST_NARROW:
+        plan = replace(plan, qkv=_wide(plan.qkv), out=_wide(plan.out), up=_wide(plan.up), down=_wide(plan.down))
     return replace(
         plan,
         qkv=_fit(plan.qkv, shared_memory),
@@ -112,6 +116,10 @@ def plan_for(
 def _whole(product: Product) -> Product:
     """Not split over K."""
     return replace(product, splits=1) if isinstance(product, Tiled) else product
+
+
+def _wide(product: Product) -> Product:
+    return replace(product, wide=True) if isinstance(product, Tiled) else product
 
 
 def _fit(product: Product, shared_memory: int) -> Product:
@@ -143,8 +151,8 @@ def head_for(num_rows: int, *, dtype: torch.dtype, narrow: bool, shared_memory: 
         return Library()
     if num_rows == 1:
         return Vector(16, 1024, 4)
-    if num_rows <= 16 and narrow:
+    if num_rows <= _MOST_NARROW and narrow:
         return _fit(Tiled(16, 64, 128, 1, 4, 4), shared_memory)
     if 16 < num_rows <= 64:
-        return _fit(Tiled(64, 64, 128, 1, 4, 3), shared_memory)
+        return _fit(Tiled(64, 64, 128, 1, 4, 3, wide=True), shared_memory)
     return Library()
