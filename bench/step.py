@@ -15,6 +15,7 @@ from service.model.attention import Prefill as PlainPrefill
 from service.model.batch import SAMPLING
 from service.model.fused import FusedGPT2, StepTensors
 from service.model.gpt2 import GPT2
+from service.model.kernels.cuda.chain import ChainKernels
 from service.model.kernels.plan import Plan, Product
 from service.model.tail import RowTensors, Tail
 
@@ -24,7 +25,9 @@ BLOCK_SIZE, TABLE = 16, 64
 class Step:
     """One step's graph by plan: `num` single tokens of `context`, or with `prompt` one prompt a sequence."""
 
-    def __init__(self, model: GPT2, *, num: int, context: int, prompt: bool, pdl: bool = True) -> None:
+    def __init__(
+        self, model: GPT2, *, num: int, context: int, prompt: bool, pdl: bool = True, cuda: ChainKernels | None = None
+    ) -> None:
         self.model = model
         counts = [context if prompt else 1] * num
         tokens = sum(counts)
@@ -72,7 +75,7 @@ class Step:
         records = torch.zeros(num, SAMPLING.itemsize // 4, dtype=torch.int32, device=device)
         records[:, 2] = torch.tensor(1.0).view(torch.int32)
         self.rows = RowTensors(ints(starts[1:] - 1), ints([context] * num), records)
-        self.fused = FusedGPT2(model, self.cache, max_tokens=max(tokens, 16), block_size=BLOCK_SIZE, pdl=pdl)
+        self.fused = FusedGPT2(model, self.cache, max_tokens=max(tokens, 16), block_size=BLOCK_SIZE, pdl=pdl, cuda=cuda)
         self.tail = Tail(model, max_rows=num, turn=self.step.turn, num_turns=3, pdl=pdl)
         self.counts, self.context = counts, context
 

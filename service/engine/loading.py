@@ -207,7 +207,7 @@ def _prepare(config: EngineConfig, *, rank: int) -> torch.device:
     device = _device(config, rank=rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # streams and events are those of the current device
-        _keep_kernels(Path(config.cache_dir) / "kernels")
+        _keep_kernels(_kernels_folder(config))
     torch.set_float32_matmul_precision("highest")  # fp32 means no TF32, whatever the environment says
     # torch knows nothing of a container's share of its cores.
     torch.set_num_threads(config.cpu_threads or min(torch.get_num_threads(), available_cores()))
@@ -263,8 +263,13 @@ def _compute(
         deterministic=config.deterministic,
         on_progress=lambda share: report("warmup", share),
         agree=agree,
+        kernels=_kernels_folder(config),
     )
     return model, runner
+
+
+def _kernels_folder(config: EngineConfig) -> Path:
+    return Path(config.cache_dir) / "kernels"
 
 
 def _keep_kernels(folder: Path) -> None:

@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from service.model.attention import KVCache, LayerCache
+from service.model.chained import ChainedLayers
 from service.model.formats import Product
 from service.model.gpt2 import GPT2, LayerNorm
 from service.model.kernels import attention, norms, peers
+from service.model.kernels.cuda.chain import ChainKernels
 from service.model.kernels.plan import Library, Plan, power_of_two, whole_tile
 from service.model.kernels.products import ACTIVATE, MERGE, NORM, PARTIAL, RESIDUAL, SCATTER
 from service.model.matrix import Matrix
@@ -45,8 +47,20 @@ class FusedGPT2:
     The residual stream stays in `x`; unless the plan is fused, its final norm in `normed`.
     """
 
-    def __init__(self, model: GPT2, cache: KVCache, *, max_tokens: int, block_size: int, pdl: bool) -> None:
-        """`pdl`: launch by programmatic dependent launch, which the device must know (sm_90)."""
+    def __init__(
+        self,
+        model: GPT2,
+        cache: KVCache,
+        *,
+        max_tokens: int,
+        block_size: int,
+        pdl: bool,
+        cuda: ChainKernels | None = None,
+    ) -> None:
+        """`pdl`: launch by programmatic dependent launch, which the device must know (sm_90).
+
+        `cuda`, made for this model and `block_size`, is for plans that have a chain.
+        """
         config = model.config
         self._model = model
         self._cache = cache
@@ -84,6 +98,7 @@ class FusedGPT2:
         self._most_parts = max(max_tokens, _MOST_PARTS)
         self._parts = torch.zeros(self._most_parts * hidden, **single)
         self._stats = torch.zeros(_MOST_PARTS * 2 * hidden, **single)
+        self._chained = None if cuda is None else ChainedLayers(model, cache, self._layers, cuda, self.x[0])
         self._arrived = torch.zeros(max_tokens, attention // config.head_size, dtype=torch.int32, device=model.device)
 
     def body(self, step: StepTensors, sampled: Tensor, plan: Plan) -> None:
@@ -110,6 +125,9 @@ class FusedGPT2:
             TURNS=step.num_turns,
             PDL=chain["PDL"],  # but launched when what wrote `step` is done: kernels to come read it early
         )
+        if plan.chain is not None and self._chained is not None:
+            self._chained.run(slot=step.slots, table=step.tables, length=step.lengths, pdl=chain["PDL"])
+            return
         if not plan.fused:
             self._add_and_norm(num_tokens, 0, None, model.layers[0].attention_norm, chain, buffer=EMBEDDING)
         for number in range(config.num_layers):

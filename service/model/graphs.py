@@ -22,6 +22,7 @@ from service.model.formats import Narrowed
 from service.model.fused import FusedGPT2
 from service.model.gpt2 import GPT2
 from service.model.inputs import NUM_TURNS, AskedInputs, Shape, StepInputs
+from service.model.kernels.cuda.chain import ChainKernels
 from service.model.kernels.plan import Plan, Product
 from service.model.kernels.plans import head_for, plan_for
 from service.model.logprobs import logprob_words, unpack_logprobs
@@ -78,8 +79,9 @@ class GraphRunner:
         block_size: int,
         max_num_seqs: int,
         max_num_batched_tokens: int,
+        cuda: ChainKernels | None = None,
     ) -> None:
-        """Steps can be launched once `capture` has been called."""
+        """Steps can be launched once `capture` has been called. `cuda` is for plans that have a chain."""
         config, device = model.config, model.device
         self.num_blocks = num_blocks
         self.depth = 1
@@ -95,7 +97,7 @@ class GraphRunner:
         pdl = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
         cache = model.new_cache(num_blocks=num_blocks + 1, block_size=block_size)  # the last for what fills buckets up
         max_tokens, max_rows = max_num_batched_tokens, max(max_num_seqs, _MOST_SCORED)
-        self._fused = FusedGPT2(model, cache, max_tokens=max_tokens, block_size=block_size, pdl=pdl)
+        self._fused = FusedGPT2(model, cache, max_tokens=max_tokens, block_size=block_size, pdl=pdl, cuda=cuda)
         decodes = [Shape(size, size) for size in _sizes(_DECODE_TOKENS, max_num_seqs)]
         mixed = [
             Shape(size, min(size, max_num_seqs), self._plan(size).prefill.block_t)

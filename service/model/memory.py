@@ -44,12 +44,14 @@ def make_runner(
     deterministic: bool = False,
     on_progress: Callable[[float], None] = lambda _: None,
     agree: Callable[[int], int] | None = None,
+    kernels: Path | None = None,
 ) -> Runner:
     """The runner for the model's device, or the deterministic one, ready to step.
 
     `kv_memory` are the bytes of its cache; None takes what the GPU has left when `utilization` of it may be used in
     all. `on_progress` hears numbers from 0 to 1. `agree` is told what this GPU has left for the cache, and says how
-    much of it is taken. Raises KVMemoryError, KernelError, OutOfMemory.
+    much of it is taken. `kernels` is a folder that keeps what is compiled for the GPU. Raises KVMemoryError,
+    KernelError, OutOfMemory.
     """
     limits = {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens}
     plain = DeterministicRunner if deterministic else TorchRunner
@@ -77,9 +79,12 @@ def make_runner(
     from triton.errors import TritonError  # Triton is only where CUDA is
 
     from service.model.graphs import GraphRunner
+    from service.model.kernels.cuda.chain import chain_for
+
+    cuda = chain_for(model, block_size=block_size, folder=kernels)
 
     def run_largest() -> None:
-        probe = GraphRunner(model, num_blocks=1, block_size=block_size, **limits)
+        probe = GraphRunner(model, num_blocks=1, block_size=block_size, **limits, cuda=cuda)
         probe.run_largest()
         probe.close()
 
@@ -91,7 +96,7 @@ def make_runner(
                 model.device, run_largest, utilization=utilization, agree=agree, beside=_GRAPH_MEMORY
             )
         num_blocks = count_blocks(model, block_size, kv_memory, spare=1)  # it takes what fills steps up
-        graphs = GraphRunner(model, num_blocks=num_blocks, block_size=block_size, **limits)
+        graphs = GraphRunner(model, num_blocks=num_blocks, block_size=block_size, **limits, cuda=cuda)
         graphs.capture(on_progress)
     except TritonError as error:
         name = torch.cuda.get_device_name(model.device)

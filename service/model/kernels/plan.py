@@ -70,6 +70,13 @@ class Prefill:
 
 
 @dataclass(frozen=True, slots=True)
+class Chain:
+    """One token's layers by the CUDA kernels (kernels/cuda/chain.py)."""
+
+    splits: int  # of the context
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """A step's layers. `qkv`, `out`, `up` and `down` are all Vector, or none is."""
 
@@ -81,6 +88,7 @@ class Plan:
     prefill: Prefill = Prefill(64, 64, 4, 2)
     pdl: bool = True
     split: bool = False  # over ranks, which sum between a product and the residual stream
+    chain: Chain | None = None  # in place of the others, where its kernels can be had
 
     @property
     def fused(self) -> bool:

@@ -4,14 +4,16 @@ from dataclasses import replace
 
 import torch
 
-from service.model.kernels.plan import Decode, Library, Plan, Prefill, Product, Tiled, Vector, whole_tile
+from service.model.kernels.plan import Chain, Decode, Library, Plan, Prefill, Product, Tiled, Vector, whole_tile
 
+CHAIN = Chain(splits=4)
 _ONE = Plan(
     qkv=Vector(8, 1024, 4, prefetch=True),
     out=Vector(32, 1024, 8, prefetch=True),
     up=Vector(16, 1024, 8),
     down=Vector(8, 4096, 16),
     decode=Decode(64, 4, 4, merged=False),
+    chain=CHAIN,
 )
 _UP_TO_16 = Plan(
     qkv=Tiled(16, 32, 128, 1, 4, 4),

@@ -1,0 +1,152 @@
+// One token's attention over a paged cache [slots, HEADS, 64], its own key and value among them: a block for each of
+// HEADS heads and SPLITS splits of the context. Eight lanes share a token's key, and each such group keeps a softmax of
+// its own until the end; the first four passes of keys and values (BLOCK tokens each) are asked for before the wait.
+// Scores are in powers of two.
+
+constexpr int HEAD = 64;
+constexpr int GROUPS = THREADS / 8;  // tokens at once
+constexpr int BLOCK = 2 * GROUPS;  // tokens of one pair of passes
+constexpr float LARGEST_NEGATIVE = -1e30f;  // the maximum of no scores: finite, so that differences are
+
+struct Pair {
+    uint4 keys[2], values[2];
+};
+
+struct Softmax {
+    float best, mass, sums[8];
+};
+
+// Tokens `start` + group and GROUPS further on; past `end` any that there are.
+__device__ __forceinline__ Pair load(
+    const Number* keys, const Number* values, const int* table, int start, int end, int group, int column) {
+    Pair pair;
+    int slot[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const int token = start + i * GROUPS + group;
+        const int valid = token < end ? token : 0;
+        slot[i] = table[valid / BLOCK_SIZE] * BLOCK_SIZE + valid % BLOCK_SIZE;
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const size_t at = (size_t)slot[i] * (HEADS * HEAD) + column;
+        pair.keys[i] = load_words(keys + at);
+        pair.values[i] = load_words(values + at);
+    }
+    return pair;
+}
+
+__device__ __forceinline__ float score(const uint4& key, const float* query) {
+    float sum = dot(key, query, 0.0f);
+#pragma unroll
+    for (int bit = 4; bit > 0; bit /= 2) sum += from_lane(sum, bit);
+    return sum;
+}
+
+__device__ __forceinline__ void add(Softmax& softmax, float weight, const uint4& value) {
+    float v[8];
+    unpack(value, v);
+    softmax.mass += weight;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) softmax.sums[i] = fmaf(weight, v[i], softmax.sums[i]);
+}
+
+__device__ __forceinline__ void rescale(Softmax& softmax, float best) {
+    const float kept = power_of_two(softmax.best - best);
+    softmax.best = best;
+    softmax.mass *= kept;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) softmax.sums[i] *= kept;
+}
+
+__device__ __forceinline__ void attend(
+    Softmax& softmax, Pair& pair, const float* query, int start, int end, int group) {
+    float scores[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) scores[i] = score(pair.keys[i], query);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        if (start + i * GROUPS + group >= end) {
+            scores[i] = minus_infinity();
+            pair.values[i] = make_uint4(0, 0, 0, 0);  // another sequence's may be no numbers
+        }
+    }
+    rescale(softmax, fmaxf(softmax.best, fmaxf(scores[0], scores[1])));
+#pragma unroll
+    for (int i = 0; i < 2; ++i) add(softmax, power_of_two(scores[i] - softmax.best), pair.values[i]);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) attention(
+    const Number* q, const Number* keys, const Number* values, const int* table, const int* length, Number* parts,
+    float2* stats, float scale) {
+    __shared__ float sums[WARPS][HEAD];
+    __shared__ float best[WARPS], mass[WARPS];
+    const int head = blockIdx.x, split = blockIdx.y;
+    const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, group = thread / 8, eighth = thread % 8;
+    const int column = head * HEAD + eighth * 8;
+    launch_dependents();
+    // Lengths and tables are of before this step, and so are the keys and values of all tokens but the last.
+    const int cached = max(*length - 1, 0);
+    const int share = (cached + SPLITS * GROUPS - 1) / (SPLITS * GROUPS) * GROUPS;
+    int start = split * share;
+    const int end = min(start + share, cached);
+    Pair even = load(keys, values, table, start, end, group, column);
+    Pair odd = {};
+    if (start + BLOCK < end) odd = load(keys, values, table, start + BLOCK, end, group, column);
+    const bool newest = split == 0 && warp == 0;
+    const size_t own = ((size_t)table[cached / BLOCK_SIZE] * BLOCK_SIZE + cached % BLOCK_SIZE) * (HEADS * HEAD) + column;
+    wait_predecessor();
+
+    const uint4 asked = load_words(q + column);
+    uint4 own_key = make_uint4(0, 0, 0, 0), own_value = own_key;
+    if (newest) own_key = load_words(keys + own), own_value = load_words(values + own);
+    float query[8];
+    unpack(asked, query);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) query[i] *= scale * 1.4426950408889634f;
+    Softmax softmax = {LARGEST_NEGATIVE, 0.0f, {}};
+    for (;;) {
+        attend(softmax, even, query, start, end, group);
+        if (start + 2 * BLOCK < end) even = load(keys, values, table, start + 2 * BLOCK, end, group, column);
+        start += BLOCK;
+        if (start >= end) break;
+        attend(softmax, odd, query, start, end, group);
+        if (start + 2 * BLOCK < end) odd = load(keys, values, table, start + 2 * BLOCK, end, group, column);
+        start += BLOCK;
+        if (start >= end) break;
+    }
+    if (newest) {
+        const float own_score = score(own_key, query);
+        if (group == 0) {
+            rescale(softmax, fmaxf(softmax.best, own_score));
+            add(softmax, power_of_two(own_score - softmax.best), own_value);
+        }
+    }
+
+    // The four groups of a warp, then the warps.
+    float common = fmaxf(softmax.best, from_lane(softmax.best, 16));
+    common = fmaxf(common, from_lane(common, 8));
+    rescale(softmax, common);
+    softmax.mass += from_lane(softmax.mass, 16);
+    softmax.mass += from_lane(softmax.mass, 8);
+    int first = 0;
+    fold<8, 16, 8>(softmax.sums, lane, first);
+    sums[warp][eighth * 8 + first] = softmax.sums[0];
+    sums[warp][eighth * 8 + first + 1] = softmax.sums[1];
+    if (lane == 0) best[warp] = common, mass[warp] = softmax.mass;
+    __syncthreads();
+    if (thread < HEAD) {
+        float peak = best[0], total = 0.0f, sum = 0.0f;
+#pragma unroll
+        for (int i = 1; i < WARPS; ++i) peak = fmaxf(peak, best[i]);
+#pragma unroll
+        for (int i = 0; i < WARPS; ++i) {
+            const float kept = power_of_two(best[i] - peak);
+            total = fmaf(mass[i], kept, total);
+            sum = fmaf(sums[i][thread], kept, sum);
+        }
+        // A split without tokens has no mass, and so no say.
+        parts[split * (HEADS * HEAD) + head * HEAD + thread] = number(total == 0.0f ? 0.0f : divide(sum, total));
+        if (thread == 0) stats[split * HEADS + head] = make_float2(peak, total);
+    }
+}

@@ -1,0 +1,101 @@
+"""The kernels of a lone token's layers: what each is compiled for, and whether they can be had. Called by memory.py."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from service.model.config import ModelConfig
+from service.model.formats import Plain
+from service.model.gpt2 import GPT2
+from service.model.kernels.cuda.compiler import CompilerError, Source, Target, compile_all
+from service.model.kernels.plan import Chain
+from service.model.kernels.plans import CHAIN
+from service.model.kernels.products import ACTIVATIONS
+from service.model.parallel import ParallelGPT2
+
+log = logging.getLogger(__name__)
+
+BLOCKS = 128  # that share the rows of a matrix: no more than there are multiprocessors
+_HEAD = 64
+_THREADS = 256
+_NORM, _MERGE, _PLAIN = 1, 2, 0  # READ of product.cu
+_RESIDUAL, _ACTIVATE, _SCATTER = 0, 1, 2  # PUT
+_HIDDEN = 1024  # an eighth of it is what half a warp reads at once, and each half makes one of a norm's statistics
+_TILE = 64 * 1024  # bytes of weights that a block holds: more leave no room for the kernels that follow
+
+
+@dataclass(frozen=True, slots=True)
+class ChainKernels:
+    """Loaded; to be launched in this order, each `grid` of which fits the model that they were compiled for."""
+
+    qkv: Any  # all are launch.Kernel
+    attention: Any
+    out: Any
+    up: Any
+    down: Any
+    splits: int  # of the context
+
+
+def suits(config: ModelConfig, dtype: torch.dtype) -> bool:
+    """Whether the kernels can do that shape."""
+    inner = config.intermediate_size
+    return (
+        dtype in (torch.bfloat16, torch.float16)
+        and config.hidden_size == _HIDDEN
+        and config.head_size == _HEAD
+        and inner % _HIDDEN == 0
+        and 2 * inner * _HIDDEN <= BLOCKS * _TILE
+    )
+
+
+def sources(config: ModelConfig, dtype: torch.dtype, chain: Chain, *, block_size: int) -> dict[str, Source]:
+    """By the names of ChainKernels' fields."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    half = {"HALF": 1} if dtype == torch.float16 else {}
+
+    def product(size: int, depth: int, read: int, put: int, **more: int) -> Source:
+        shape = {"N": size, "K": depth, "ROWS": size // BLOCKS, "READ": read, "PUT": put}
+        return Source("product.cu", tuple((shape | more | half).items()))
+
+    attention = {"HEADS": hidden // _HEAD, "SPLITS": chain.splits, "BLOCK_SIZE": block_size} | half
+    return {
+        "qkv": product(3 * hidden, hidden, _NORM, _SCATTER),
+        "attention": Source("attention.cu", tuple(attention.items())),
+        "out": product(hidden, hidden, _MERGE, _RESIDUAL, SPLITS=chain.splits),
+        "up": product(inner, hidden, _NORM, _ACTIVATE, KIND=ACTIVATIONS[config.activation]),
+        "down": product(hidden, inner, _PLAIN, _RESIDUAL),
+    }
+
+
+def chain_for(model: GPT2, *, block_size: int, folder: Path | None) -> ChainKernels | None:
+    """The chain's kernels for `model`, on its GPU; None, with a line in the log, where they cannot be had there.
+
+    `folder` keeps the code.
+    """
+    if isinstance(model, ParallelGPT2) or not isinstance(model.format, Plain) or not suits(model.config, model.dtype):
+        return None
+    capability = torch.cuda.get_device_capability(model.device)
+    if capability != (9, 0):
+        log.info("no CUDA kernels: they are for Hopper GPUs (9.0), and this is of %d.%d", *capability)
+        return None
+    try:
+        return load_chain(sources(model.config, model.dtype, CHAIN, block_size=block_size), CHAIN, folder=folder)
+    except (CompilerError, ImportError, RuntimeError) as error:  # the last are the driver's
+        log.warning("no CUDA kernels, Triton's instead: %s", error)
+        return None
+
+
+def load_chain(named: dict[str, Source], chain: Chain, *, folder: Path | None) -> ChainKernels:
+    """What `sources` names, on the current device. Raises CompilerError, ImportError, RuntimeError."""
+    from service.model.kernels.cuda.launch import Kernel, driver_version  # cuda-bindings is only where CUDA is
+
+    cubins = compile_all(list(named.values()), Target("sm_90a", driver_version()), folder=folder)
+    kernels = {}
+    for (name, source), cubin in zip(named.items(), cubins, strict=True):
+        shape = dict(source.defines)
+        tile = 2 * shape["ROWS"] * shape["K"] if "ROWS" in shape else 0
+        kernels[name] = Kernel(cubin, Path(source.file).stem, threads=_THREADS, shared=tile)
+    return ChainKernels(**kernels, splits=chain.splits)

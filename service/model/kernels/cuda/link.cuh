@@ -1,0 +1,133 @@
+// What the kernels ask of a Hopper GPU that C++ has no words for. Put before each source when it is compiled.
+// HALF: the served dtype is fp16, else bf16. BOUNDED: a wait for a copy gives up (a trap) where it would not end.
+
+typedef unsigned short Number;  // the bits of the served dtype
+typedef unsigned long long Barrier;  // an mbarrier
+
+// --- A chain by programmatic dependent launch
+
+__device__ __forceinline__ void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;"); }
+
+// What the kernels before wrote is there afterwards. Every block does it, also where it needs nothing.
+__device__ __forceinline__ void wait_predecessor() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+// --- Copies into shared memory that one thread asks for
+
+__device__ __forceinline__ unsigned char* dynamic_shared() {
+    extern __shared__ __align__(128) unsigned char all_dynamic[];
+    return all_dynamic;
+}
+
+__device__ __forceinline__ unsigned shared_address(const void* at) { return (unsigned)__cvta_generic_to_shared(at); }
+
+__device__ __forceinline__ void init_barrier(Barrier* barrier) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
+}
+
+// After the barriers' init, by the same thread, before any copy.
+__device__ __forceinline__ void fence_barriers() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// `bytes`, a multiple of 16 as both addresses are, from global to shared memory.
+__device__ __forceinline__ void ask(void* to, const void* from, unsigned bytes, Barrier* barrier) {
+    const unsigned address = shared_address(barrier);
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address), "r"(bytes) : "memory");
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     shared_address(to)),
+                 "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(address)
+                 : "memory");
+}
+
+__device__ __forceinline__ void await(Barrier* barrier, unsigned parity) {
+    const unsigned address = shared_address(barrier);
+#ifdef BOUNDED
+    unsigned tries = 0;
+#endif
+    unsigned done = 0;
+    while (!done) {
+        asm volatile(
+            "{.reg .pred p;\n"
+            "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+            "selp.u32 %0, 1, 0, p;}"
+            : "=r"(done)
+            : "r"(address), "r"(parity)
+            : "memory");
+#ifdef BOUNDED
+        if (++tries > 1u << 20) asm volatile("trap;");
+#endif
+    }
+}
+
+// --- Loads of what a kernel of the chain wrote: from the L2 cache
+
+__device__ __forceinline__ uint4 load_words(const void* at) {
+    uint4 w;
+    asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(w.x), "=r"(w.y), "=r"(w.z), "=r"(w.w)
+                 : "l"(__cvta_generic_to_global(at))
+                 : "memory");
+    return w;
+}
+
+__device__ __forceinline__ float2 load_pair(const float2* at) {
+    float2 v;
+    asm volatile("ld.global.cg.v2.f32 {%0, %1}, [%2];"
+                 : "=f"(v.x), "=f"(v.y)
+                 : "l"(__cvta_generic_to_global(at))
+                 : "memory");
+    return v;
+}
+
+__device__ __forceinline__ float load_float(const float* at) {
+    float v;
+    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(__cvta_generic_to_global(at)) : "memory");
+    return v;
+}
+
+// --- Numbers
+
+__device__ __forceinline__ float bits_to_float(unsigned bits) { return __uint_as_float(bits); }
+
+__device__ __forceinline__ float low(unsigned word) {
+#ifdef HALF
+    float v;
+    asm("{.reg .b16 l, h;\nmov.b32 {l, h}, %1;\ncvt.f32.f16 %0, l;}" : "=f"(v) : "r"(word));
+    return v;
+#else
+    return bits_to_float(word << 16);
+#endif
+}
+
+__device__ __forceinline__ float high(unsigned word) {
+#ifdef HALF
+    float v;
+    asm("{.reg .b16 l, h;\nmov.b32 {l, h}, %1;\ncvt.f32.f16 %0, h;}" : "=f"(v) : "r"(word));
+    return v;
+#else
+    return bits_to_float(word & 0xffff0000u);
+#endif
+}
+
+__device__ __forceinline__ Number number(float v) {
+    Number n;
+#ifdef HALF
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(n) : "f"(v));
+#else
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(n) : "f"(v));
+#endif
+    return n;
+}
+
+__device__ __forceinline__ float power_of_two(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+__device__ __forceinline__ float divide(float x, float y) { return __fdividef(x, y); }
+
+__device__ __forceinline__ float inverse_root(float x) { return rsqrtf(x); }
+
+__device__ __forceinline__ float from_lane(float v, int offset) { return __shfl_xor_sync(0xffffffffu, v, offset); }

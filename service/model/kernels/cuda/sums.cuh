@@ -1,0 +1,48 @@
+// Sums over lanes, and numbers out of words: what products and attention share. Put behind link.cuh.
+
+constexpr int WARPS = 8;
+constexpr int THREADS = 32 * WARPS;
+
+__device__ __forceinline__ float minus_infinity() { return bits_to_float(0xff800000u); }
+
+// Eight numbers of the served dtype.
+__device__ __forceinline__ void unpack(const uint4& w, float* v) {
+    v[0] = low(w.x), v[1] = high(w.x), v[2] = low(w.y), v[3] = high(w.y);
+    v[4] = low(w.z), v[5] = high(w.z), v[6] = low(w.w), v[7] = high(w.w);
+}
+
+__device__ __forceinline__ float dot(const uint4& w, const float* x, float sum) {
+    float v[8];
+    unpack(w, v);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) sum = fmaf(v[i], x[i], sum);
+    return sum;
+}
+
+// How many numbers a lane has after `fold`.
+__device__ constexpr int folded(int count, int offset, int last) {
+    return offset < last ? count : folded(count % 2 == 0 ? count / 2 : count, offset / 2, last);
+}
+
+// Sums v[0 .. COUNT) over the lanes that differ in the bits OFFSET, OFFSET / 2 .. LAST of their number. Instead of all
+// sums a lane then has those from `first` on: while their count is even, lanes share them out, half to each.
+template <int COUNT, int OFFSET, int LAST>
+__device__ __forceinline__ void fold(float* v, int lane, int& first) {
+    if constexpr (OFFSET >= LAST) {
+        if constexpr (COUNT % 2 == 0) {
+            const bool upper = lane & OFFSET;
+#pragma unroll
+            for (int i = 0; i < COUNT / 2; ++i) {
+                const float given = upper ? v[i] : v[i + COUNT / 2];
+                const float kept = upper ? v[i + COUNT / 2] : v[i];
+                v[i] = kept + from_lane(given, OFFSET);
+            }
+            first += upper ? COUNT / 2 : 0;
+            fold<COUNT / 2, OFFSET / 2, LAST>(v, lane, first);
+        } else {
+#pragma unroll
+            for (int i = 0; i < COUNT; ++i) v[i] += from_lane(v[i], OFFSET);
+            fold<COUNT, OFFSET / 2, LAST>(v, lane, first);
+        }
+    }
+}

@@ -1,0 +1,148 @@
+"""NVRTC's use: what is kept and what is compiled again, with a stand-in; and every source, where torch brought NVRTC.
+
+CI has torch for CPUs, which brings none, so that there the last is skipped.
+"""
+
+import importlib.util
+import logging
+import re
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import triton
+
+from bench.random_model import CONFIG_345M
+from service.model.kernels.cuda import compiler
+from service.model.kernels.cuda.chain import sources
+from service.model.kernels.cuda.compiler import CompilerError, Source, Target, compile_all
+from service.model.kernels.plans import CHAIN
+from service.model.kernels.products import ACTIVATIONS
+
+TARGET = Target("sm_90a", 13000)
+SOURCE = Source("attention.cu", (("HEADS", 16),))
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+needs_nvrtc = pytest.mark.skipif(importlib.util.find_spec("cuda") is None, reason="this torch brings no NVRTC")
+
+
+class FakeNvrtc:
+    """Compiles to the options; of a source with BAD, to nothing."""
+
+    nvrtcResult = SimpleNamespace(NVRTC_SUCCESS=0)
+
+    def __init__(self) -> None:
+        self.compiled: list[list[bytes]] = []
+
+    def nvrtcVersion(self) -> tuple[int, int, int]:
+        return 0, 13, 0
+
+    def nvrtcCreateProgram(self, text: bytes, *_: Any) -> tuple[int, list[bytes]]:
+        assert b"griddepcontrol" in text
+        return 0, []
+
+    def nvrtcCompileProgram(self, program: list[bytes], count: int, options: list[bytes]) -> tuple[int]:
+        program += options
+        self.compiled.append(options)
+        return (int(b"-DBAD=1" in options),)
+
+    def nvrtcGetCUBINSize(self, program: list[bytes]) -> tuple[int, int]:
+        return 0, len(b" ".join(program))
+
+    nvrtcGetProgramLogSize = nvrtcGetCUBINSize
+
+    def nvrtcGetCUBIN(self, program: list[bytes], into: bytearray) -> tuple[int]:
+        into[:] = b" ".join(program)
+        return (0,)
+
+    nvrtcGetProgramLog = nvrtcGetCUBIN
+
+    def nvrtcDestroyProgram(self, program: list[bytes]) -> tuple[int]:
+        return (0,)
+
+
+@pytest.fixture
+def nvrtc(monkeypatch: pytest.MonkeyPatch) -> FakeNvrtc:
+    fake = FakeNvrtc()
+    monkeypatch.setattr(compiler, "_library", lambda: fake)
+    return fake
+
+
+def test_what_was_compiled_is_kept(nvrtc: FakeNvrtc, tmp_path: Path) -> None:
+    """In a folder that is made, while source, options, architecture and driver stay; nothing else lies there."""
+    folder = tmp_path / "kernels"
+    first = compile_all([SOURCE], TARGET, folder=folder)
+    assert first == compile_all([SOURCE], TARGET, folder=folder)
+    assert 1 == len(nvrtc.compiled)
+    changed = [
+        (replace(SOURCE, defines=(("HEADS", 8),)), TARGET),
+        (replace(SOURCE, file="product.cu"), TARGET),
+        (SOURCE, replace(TARGET, architecture="sm_100a")),
+        (SOURCE, replace(TARGET, driver=13010)),
+    ]
+    for number, (source, target) in enumerate(changed, 2):
+        compile_all([source], target, folder=folder)
+        assert number == len(nvrtc.compiled) == len(list(folder.iterdir()))
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda b: b[:-1], lambda b: b[:40] + b"x" + b[41:], lambda _: b"", lambda b: b[:32]]
+)
+def test_what_is_damaged_is_compiled_again(
+    nvrtc: FakeNvrtc, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: Callable[[bytes], bytes]
+) -> None:
+    whole = compile_all([SOURCE], TARGET, folder=tmp_path)
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(damage(path.read_bytes()))
+    with caplog.at_level(logging.WARNING):
+        assert whole == compile_all([SOURCE], TARGET, folder=tmp_path)
+    assert "damaged" in caplog.text
+    assert whole == compile_all([SOURCE], TARGET, folder=tmp_path)
+    assert 2 == len(nvrtc.compiled)
+
+
+def test_a_folder_that_cannot_be_written_is_told_and_no_error(
+    nvrtc: FakeNvrtc, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    with caplog.at_level(logging.WARNING):
+        compile_all([SOURCE], TARGET, folder=tmp_path / "file" / "kernels")
+    assert "not kept" in caplog.text
+
+
+def test_several_are_answered_in_their_order(nvrtc: FakeNvrtc) -> None:
+    wanted = [replace(SOURCE, defines=(("HEADS", number),)) for number in range(8)]
+    cubins = compile_all(wanted, TARGET, folder=None)
+    assert [True] * 8 == [f"-DHEADS={number}".encode() in cubin for number, cubin in enumerate(cubins)]
+
+
+def test_what_the_compiler_says_is_the_error(nvrtc: FakeNvrtc, tmp_path: Path) -> None:
+    with pytest.raises(CompilerError, match=r"attention.cu: .*-DBAD=1"):
+        compile_all([replace(SOURCE, defines=(("BAD", 1),))], TARGET, folder=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(importlib.util.find_spec("cuda") is not None, reason="this torch brings NVRTC")
+def test_without_nvrtc_an_error_says_so() -> None:
+    with pytest.raises(CompilerError, match="NVRTC is not here"):
+        compile_all([SOURCE], TARGET, folder=None)
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_source_compiles_and_stays_in_registers(activation: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """In so few that the blocks of five kernels are on a multiprocessor at once."""
+    named = sources(replace(CONFIG_345M, activation=activation), dtype, CHAIN, block_size=16)
+    cubins = compile_all(list(named.values()), TARGET, folder=None)
+    for name, cubin in zip(named, cubins, strict=True):
+        (tmp_path / name).write_bytes(cubin)
+        used = subprocess.run([CUOBJDUMP, "-res-usage", tmp_path / name], check=True, capture_output=True, text=True)
+        found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", used.stdout)}
+        assert 0 == found["STACK"] == found["LOCAL"], name
+        assert found["REG"] <= {"attention": 80, "down": 56}.get(name, 48), name
