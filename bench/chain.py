@@ -114,7 +114,7 @@ def check_kernels(model: GPT2, chain: Chain, context: int) -> bool:
             decodes = Decodes(0, 1, context, step.step.tables[:, : -(-context // BLOCK_SIZE)], step.step.lengths)
             attend = PagedAttention(slots=step.step.slots.long(), decodes=[decodes], prefills=[], block_size=BLOCK_SIZE)
             single = LayerCache(*(side.float() for side in cache))
-            key, value = (side.flatten(0, 1)[slot][None] for side in single)
+            key, value = (side.flatten(0, 1)[slot][None].clone() for side in single)
             scale = model.attention_scale(layer)
             query = chained.q.float().view(1, heads, 64)
             expected = attend(query, key, value, single, scale=scale, upcast=False).flatten()
