@@ -12,11 +12,11 @@ import pytest
 import torch
 from triton.runtime.errors import OutOfResources
 
-from bench.random_model import gpt2_345m
+from bench.random_model import CONFIG_345M, gpt2_345m
 from service.model import graphs, memory
 from service.model.batch import OutOfMemory
 from service.model.deterministic import DeterministicRunner
-from service.model.formats import format_for
+from service.model.formats import Plain, format_for
 from service.model.memory import (
     KernelError,
     KVMemoryError,
@@ -130,7 +130,8 @@ def test_a_gpu_too_small_is_told_from_one_that_failed(
     raised: Exception, expected: tuple[type[Exception], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever Triton or the driver calls it while the graphs are captured: another try would not mend it."""
-    model: Any = SimpleNamespace(device=torch.device("cuda"))
+    plain = Plain(torch.float32)
+    model: Any = SimpleNamespace(device=torch.device("cuda"), format=plain, dtype=plain.dtype, config=CONFIG_345M)
 
     class Failing:
         def __init__(self, *_: object, **__: object) -> None:

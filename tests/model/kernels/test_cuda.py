@@ -4,6 +4,7 @@ How NVRTC compiles them is tested in test_cuda_compiler.py; how fast they are, o
 """
 
 import ctypes
+import logging
 import shutil
 import subprocess
 import tempfile
@@ -18,9 +19,10 @@ from torch import Tensor
 
 from bench.random_model import CONFIG_345M, gpt2_345m
 from service.model.attention import KVCache, Prefill
+from service.model.formats import Int8
 from service.model.fused import FusedGPT2, StepTensors
 from service.model.kernels.cuda import compiler
-from service.model.kernels.cuda.chain import BLOCKS, ChainKernels, sources, suits
+from service.model.kernels.cuda.chain import BLOCKS, ChainKernels, chain_for, sources, suits
 from service.model.kernels.cuda.compiler import Source
 from service.model.kernels.plan import Chain
 from service.model.kernels.plans import plan_for
@@ -243,3 +245,35 @@ def test_suits_only_what_the_kernels_can_do() -> None:
     assert not suits(replace(CONFIG_345M, hidden_size=768, num_heads=12, intermediate_size=3072), BF16)
     assert not suits(replace(CONFIG_345M, num_heads=8), BF16)
     assert not suits(replace(CONFIG_345M, intermediate_size=8192), BF16)
+
+
+@pytest.mark.parametrize(
+    ("capability", "level", "said"),
+    [
+        ((8, 0), logging.INFO, "no CUDA kernels: they are for Hopper GPUs"),
+        ((9, 0), logging.WARNING, "no CUDA kernels, Triton's instead: "),  # here is no driver
+    ],
+)
+def test_where_the_kernels_cannot_be_had_the_log_says_why(
+    capability: tuple[int, int],
+    level: int,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+) -> None:
+    model = gpt2_345m(lambda _, shape: torch.empty(shape, dtype=BF16, device="meta"), num_layers=1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    with caplog.at_level(logging.INFO):
+        assert chain_for(model, block_size=BLOCK_SIZE, folder=tmp_path) is None
+    assert [level] == [record.levelno for record in caplog.records]
+    assert said in caplog.text
+
+
+def test_another_shape_or_format_needs_no_word() -> None:
+    """Nor a GPU."""
+    other = gpt2_345m(lambda _, shape: torch.empty(shape, dtype=torch.float32, device="meta"), num_layers=1)
+    assert chain_for(other, block_size=BLOCK_SIZE, folder=None) is None
+    quantised = gpt2_345m(lambda _, shape: torch.empty(shape, dtype=BF16, device="meta"), num_layers=1)
+    quantised.format = Int8()
+    assert chain_for(quantised, block_size=BLOCK_SIZE, folder=None) is None

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from service.model.config import ModelConfig
-from service.model.formats import Plain
 from service.model.gpt2 import GPT2
 from service.model.kernels.cuda.compiler import CompilerError, Source, Target, compile_all
 from service.model.kernels.plan import Chain
@@ -75,8 +74,8 @@ def chain_for(model: GPT2, *, block_size: int, folder: Path | None) -> ChainKern
 
     `folder` keeps the code.
     """
-    if isinstance(model, ParallelGPT2) or not isinstance(model.format, Plain) or not suits(model.config, model.dtype):
-        return None
+    if isinstance(model, ParallelGPT2) or not suits(model.config, model.dtype) or model.cache_dtype != model.dtype:
+        return None  # weights in 8 bits are there in 16, too
     capability = torch.cuda.get_device_capability(model.device)
     if capability != (9, 0):
         log.info("no CUDA kernels: they are for Hopper GPUs (9.0), and this is of %d.%d", *capability)
