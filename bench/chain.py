@@ -53,7 +53,9 @@ def plan_of(model: GPT2, chain: Chain | None, *, pdl: bool = True) -> Plan:
         1,
         dtype=model.dtype,
         decodes_only=True,
+        narrow=False,
         split=False,
+        whole=False,
         head_size=model.config.head_size,
         shared_memory=232448,
     )
@@ -144,7 +146,7 @@ def check_steps(model: GPT2, chain: Chain, context: int) -> bool:
     """A whole step by the chain and by Triton, both against plain fp32."""
     exact = gpt2_345m(lambda name, _: _float(model, name), num_layers=model.config.num_layers)
     step = Step(model, num=1, context=context, prompt=False, cuda=compiled(model, chain, bounded=True))
-    head = head_for(1, dtype=model.dtype, split=False, shared_memory=232448)
+    head = head_for(1, dtype=model.dtype, narrow=False, shared_memory=232448)
     chained = layers_of(step)
     filled = step.cache._cache.clone()
     found = {}
@@ -204,7 +206,7 @@ def turns(graphs: dict[str, torch.cuda.CUDAGraph], seconds: float) -> None:
 
 
 def compare(model: GPT2, contexts: Sequence[int], splits: Sequence[int], seconds: float) -> None:
-    head = head_for(1, dtype=model.dtype, split=False, shared_memory=232448)
+    head = head_for(1, dtype=model.dtype, narrow=False, shared_memory=232448)
     kernels = {count: compiled(model, Chain(splits=count)) for count in splits}
     for name in ("qkv", "attention", "out", "up", "down"):
         print(f"  {name}: registers", *(getattr(each, name).registers for each in kernels.values()))
@@ -223,7 +225,7 @@ def compare(model: GPT2, contexts: Sequence[int], splits: Sequence[int], seconds
 
 def left_out(model: GPT2, chain: Chain, context: int, seconds: float) -> None:
     """What each kind of kernel adds: the chain without it."""
-    head = head_for(1, dtype=model.dtype, split=False, shared_memory=232448)
+    head = head_for(1, dtype=model.dtype, narrow=False, shared_memory=232448)
     step = Step(model, num=1, context=context, prompt=False, cuda=compiled(model, chain))
     plan = plan_of(model, chain)
     graphs = {
@@ -246,7 +248,7 @@ def _run(step: Step, without: tuple[str, ...]) -> None:
 def feed(model: GPT2, chain: Chain, num_steps: int) -> bool:
     """Each step goes on from what the one before sampled: the same tokens with dependent launch, without, and again."""
     context = 1024
-    head = head_for(1, dtype=model.dtype, split=False, shared_memory=232448)
+    head = head_for(1, dtype=model.dtype, narrow=False, shared_memory=232448)
     step = Step(model, num=1, context=context, prompt=False, cuda=compiled(model, chain))
     given = step.step
     filled = step.cache._cache.clone()
