@@ -38,7 +38,7 @@ _EPSILON = 1e-5
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=min(2, torch.cuda.device_count()) or 2)
-    parser.add_argument("--rows", type=_numbers, default="1,8,64,256" if ON_GPU else "1,3")
+    parser.add_argument("--rows", type=_numbers, default="1,8,64,256,2048" if ON_GPU else "1,3")
     parser.add_argument("--hidden", type=int, default=1024 if ON_GPU else 48)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
@@ -139,7 +139,7 @@ class Sums:
         ranks = self._ranks
         assert ranks is not None
         received = ranks.received.own[number % 2]
-        peers.sum_and_norm[(self._rows,)](
+        peers.sum_and_norm[(min(self._rows, peers.MOST_PROGRAMS),)](
             self.x,
             self.parts,
             ranks.places(number % 2),
@@ -174,7 +174,8 @@ def run(rank: int, address: str, arguments: argparse.Namespace) -> None:
     group = dist.group.WORLD
     assert group is not None
     found = []
-    ranks = Group(group).peers(hidden=arguments.hidden, columns=128, device=device, most_rows=max(arguments.rows))
+    most_rows = max(arguments.rows)
+    ranks = Group(group).peers(hidden=arguments.hidden, columns=128, most_rows=most_rows, most_logits=1, device=device)
     for rows in arguments.rows:
         sums = Sums(group, ranks, rows=rows, hidden=arguments.hidden, dtype=torch.bfloat16 if ON_GPU else torch.float32)
         microseconds = {name: round(value, 2) for name, value in measure(sums).items()}

@@ -55,7 +55,6 @@ def plan_of(model: GPT2, chain: Chain | None, *, pdl: bool = True) -> Plan:
         decodes_only=True,
         narrow=False,
         split=False,
-        whole=False,
         head_size=model.config.head_size,
         shared_memory=232448,
     )

@@ -57,7 +57,7 @@ def shapes(model: GPT2, num_tokens: int) -> tuple[Plan, Product]:
     kind: dict[str, Any] = {"dtype": model.dtype, "narrow": isinstance(model.format, Narrowed)}
     kind["shared_memory"] = shared_memory
     head_size = model.config.head_size
-    plan = plan_for(num_tokens, decodes_only=True, split=False, whole=False, head_size=head_size, **kind)
+    plan = plan_for(num_tokens, decodes_only=True, split=False, head_size=head_size, **kind)
     return plan, head_for(num_tokens, **kind)
 
 

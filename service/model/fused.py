@@ -68,7 +68,6 @@ class FusedGPT2:
         self._pdl = pdl
         self._width = power_of_two(config.hidden_size)
         self._dim = whole_tile(config.head_size)
-        self._group = model.group if isinstance(model, ParallelGPT2) else None
         self._peers = model.peers if isinstance(model, ParallelGPT2) else None
 
         def matrix(product: Product, norm: LayerNorm | None = None) -> Matrix:
@@ -199,9 +198,9 @@ class FusedGPT2:
         hidden = self._model.config.hidden_size
         summed = (norm.bias if bias is None else bias, norm.weight, norm.bias, self.normed, num_tokens, norm.epsilon)
         shape: dict[str, Any] = {"H": hidden, "WIDTH": self._width, "SPLITS": splits, **chain}
-        if self._peers is not None and num_tokens <= self._peers.most_rows:
+        if self._peers is not None:
             received, num_ranks = self._peers.received.own[buffer], self._peers.num_ranks
-            peers.sum_and_norm[(num_tokens,)](
+            peers.sum_and_norm[(min(num_tokens, peers.MOST_PROGRAMS),)](
                 self.x,
                 self._parts,
                 self._peers.places(buffer),
@@ -212,8 +211,6 @@ class FusedGPT2:
                 MOST_ROWS=received.shape[1],
             )
             return
-        if self._group is not None:
-            self._group.sum(self._parts[: splits * num_tokens * hidden] if splits else self.x[:num_tokens])
         norms.add_and_norm[(num_tokens,)](self.x, self._parts, *summed, **shape)
 
     def _attend(self, cache: LayerCache, scale: float, step: StepTensors, plan: Plan) -> None:

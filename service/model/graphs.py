@@ -61,6 +61,11 @@ class _Launched:
     wait: Callable[[], None]
 
 
+def most_rows(max_num_seqs: int) -> int:
+    """Whose logits stand in memory at once."""
+    return max(max_num_seqs, _MOST_SCORED)
+
+
 def _sizes(ladder: tuple[int, ...], most: int) -> list[int]:
     """The steps of a ladder below `most`, and `most`."""
     below = [size for size in ladder if size < most]
@@ -87,8 +92,6 @@ class GraphRunner:
         self.depth = 1
         self.model = model
         self._split = isinstance(model, ParallelGPT2)
-        peers = model.peers if isinstance(model, ParallelGPT2) else None
-        self._most_exchanged = 0 if peers is None else peers.most_rows  # tokens; of more, NCCL sums
         self._device = device
         self._block_size = block_size
         self._shared_memory = 2**20
@@ -96,7 +99,7 @@ class GraphRunner:
             self._shared_memory = driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"]
         pdl = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
         cache = model.new_cache(num_blocks=num_blocks + 1, block_size=block_size)  # the last for what fills buckets up
-        max_tokens, max_rows = max_num_batched_tokens, max(max_num_seqs, _MOST_SCORED)
+        max_tokens, max_rows = max_num_batched_tokens, most_rows(max_num_seqs)
         self._fused = FusedGPT2(model, cache, max_tokens=max_tokens, block_size=block_size, pdl=pdl, cuda=cuda)
         decodes = [Shape(size, size) for size in _sizes(_DECODE_TOKENS, max_num_seqs)]
         mixed = [
@@ -228,7 +231,6 @@ class GraphRunner:
             narrow=isinstance(self.model.format, Narrowed),
             decodes_only=decodes_only,
             split=self._split,
-            whole=self._split and num_tokens > self._most_exchanged,
             head_size=self.model.config.head_size,
             shared_memory=self._shared_memory,
         )

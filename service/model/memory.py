@@ -62,6 +62,11 @@ def make_runner(
         warm_up(runner, max_num_seqs=1, max_num_batched_tokens=16)  # only first calls are slow; memory is no concern
         return runner
     lack = what_kernels_lack(model.device)
+    if lack is None and isinstance(model, ParallelGPT2):  # before it is measured what memory is left
+        from service.model.graphs import most_rows
+
+        if not model.connect(most_rows=max_num_batched_tokens, most_logits=most_rows(max_num_seqs)):
+            lack = "access of each GPU to the others' memory"
     if deterministic or lack:
         log.warning(
             "the GPU is used through plain operators, many times slower: %s",
@@ -89,8 +94,6 @@ def make_runner(
         probe.close()
 
     try:
-        if isinstance(model, ParallelGPT2):
-            model.connect()  # before it is measured what memory is left
         if kv_memory is None:
             kv_memory = _memory_left(
                 model.device, run_largest, utilization=utilization, agree=agree, beside=_GRAPH_MEMORY

@@ -8,6 +8,7 @@ engine/loading.py.
 
 from collections.abc import MutableMapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -50,7 +51,7 @@ def part_of(name: str, tensor: Tensor, config: ModelConfig, *, rank: int, num_ra
 
 
 class Group:
-    """A model's ranks. All of them call each method at the same time; a CUDA graph may capture `sum` and `gather`."""
+    """A model's ranks. All of them call each method at the same time."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
@@ -67,9 +68,9 @@ class Group:
         _gather(whole, part, group=self._group)
         return whole.view(self.num_ranks, *part.shape)
 
-    def peers(self, *, hidden: int, columns: int, device: torch.device, most_rows: int | None = None) -> Peers | None:
+    def peers(self, **sizes: Any) -> Peers | None:
         """As `make_peers` says."""
-        return make_peers(self._group, hidden=hidden, columns=columns, device=device, most_rows=most_rows)
+        return make_peers(self._group, **sizes)
 
     def least(self, number: int, device: torch.device) -> int:
         """The least of the ranks' numbers."""
@@ -113,13 +114,15 @@ class ParallelGPT2(GPT2):
         self.first_id = group.rank * len(self.token_embedding)
         self.peers: Peers | None = None  # see `connect`
 
-    def connect(self) -> None:
-        """Have `peers`, with which kernels sum small steps, where the devices reach each other's memory.
+    def connect(self, *, most_rows: int, most_logits: int) -> bool:
+        """Have `peers`, without which no kernels run, for steps of so many tokens that ask for so many rows of logits.
 
-        All ranks call it at the same time. Without, or where there are none, Group sums every step.
+        All ranks call it at the same time. Whether the devices reach each other's memory.
         """
         columns = vocabulary_rows(self.config, self.group.num_ranks)
-        self.peers = self.group.peers(hidden=self.config.hidden_size, columns=columns, device=self.device)
+        sizes = {"hidden": self.config.hidden_size, "columns": columns}
+        self.peers = self.group.peers(**sizes, most_rows=most_rows, most_logits=most_logits, device=self.device)
+        return self.peers is not None
 
     def product(self, name: str, weight: Tensor, bias: Tensor) -> Product:
         """What the layer's matrix of that canonical name does, on all ranks together where it is split by rows."""

@@ -17,9 +17,6 @@ log = logging.getLogger(__name__)
 EMPTY = -(2**31)  # the bits of -0.0 in fp32: no number has come yet
 NUM_BUFFERS = 3
 EMBEDDING = 2  # the buffer of the embeddings' sum; those of a layer are 0 and 1
-MOST_LOGITS = 256  # rows of logits that ranks put into each other's memory: 52 MB
-# Rows that ranks sum in their kernels, each sending its own to all others; with more rows NCCL sends less.
-_MOST_OF_TWO, _MOST_OF_MORE = 256, 64
 
 T = TypeVar("T")
 
@@ -39,9 +36,8 @@ class Peers:
 
     rank: int
     num_ranks: int
-    most_rows: int  # of one sum
     received: PeerMemory  # int32 [NUM_BUFFERS, ranks, most_rows, hidden]: bits of fp32, EMPTY but during a sum
-    logits: PeerMemory  # fp32 [MOST_LOGITS, ranks * columns]
+    logits: PeerMemory  # fp32 [most_logits, ranks * columns]
     arrived: PeerMemory  # int32 [ranks, 4]: how many barriers each rank has come to, modulo 2**32, in its first word
     count: Tensor  # int32 [1]: how many barriers are behind this rank
 
@@ -50,7 +46,7 @@ class Peers:
         return tuple(received[buffer, self.rank] for received in self.received.all)
 
     def columns(self) -> tuple[Tensor, ...]:
-        """Of each rank's memory the part [MOST_LOGITS, columns] into which this rank puts its logits."""
+        """Of each rank's memory the part [most_logits, columns] into which this rank puts its logits."""
         return tuple(logits.view(len(logits), self.num_ranks, -1)[:, self.rank] for logits in self.logits.all)
 
     def arrivals(self) -> tuple[Tensor, ...]:
@@ -59,31 +55,30 @@ class Peers:
 
 
 def make_peers(
-    group: dist.ProcessGroup, *, hidden: int, columns: int, device: torch.device, most_rows: int | None = None
+    group: dist.ProcessGroup, *, hidden: int, columns: int, most_rows: int, most_logits: int, device: torch.device
 ) -> Peers | None:
-    """Called by all ranks of `group` at the same time, each with its device; `columns` are the logits of one.
+    """Called by all ranks of `group` at the same time, each with its device.
 
-    `most_rows` of one sum are no more than 256; without it, what was found best. None, on all of them, where the
-    devices do not reach each other's memory. Without GPUs, as in tests, ranks are processes of one host.
+    For sums of `most_rows` rows of `hidden` numbers, and `most_logits` rows of logits, of which a rank has `columns`
+    each. None, on all of them, where the devices do not reach each other's memory. Without GPUs, as in tests, ranks are
+    processes of one host.
     """
     rank, num_ranks = group.rank(), group.size()
     if device.type == "cuda":
         others = [other for other in _told(group, device.index) if other != device.index]
         near = all(torch.cuda.can_device_access_peer(device, other) for other in others)
         if not all(_told(group, near)):
-            log.warning("the GPUs do not reach each other's memory: NCCL sums every step")
+            log.warning("the GPUs do not reach each other's memory")
             return None
-    if most_rows is None:
-        most_rows = _MOST_OF_TWO if num_ranks <= 2 else _MOST_OF_MORE
     try:
         received = _share(group, NUM_BUFFERS, num_ranks, most_rows, hidden, dtype=torch.int32, device=device)
-        logits = _share(group, MOST_LOGITS, num_ranks * columns, dtype=torch.float32, device=device)
+        logits = _share(group, most_logits, num_ranks * columns, dtype=torch.float32, device=device)
         arrived = _share(group, num_ranks, 4, dtype=torch.int32, device=device)
         lack = None
     except RuntimeError as error:
         lack = str(error).splitlines()[0]
     if any(lacks := _told(group, lack)):
-        log.warning("the GPUs' memory is not shared, and NCCL sums every step: %s", next(filter(None, lacks)))
+        log.warning("the GPUs' memory is not shared: %s", next(filter(None, lacks)))
         return None
     received.own.fill_(EMPTY)
     logits.own.zero_()
@@ -92,7 +87,7 @@ def make_peers(
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     _told(group, None)  # nobody sends before all are EMPTY
-    return Peers(rank, num_ranks, most_rows, received, logits, arrived, count)
+    return Peers(rank, num_ranks, received, logits, arrived, count)
 
 
 def _told(group: dist.ProcessGroup, value: T) -> list[T]:

@@ -11,7 +11,7 @@ from service.model.kernels import adjusting, norms, peers, products, sampling
 from service.model.kernels.plan import Product, Vector, power_of_two
 from service.model.matrix import Matrix
 from service.model.parallel import ParallelGPT2
-from service.model.peers import MOST_LOGITS, Peers
+from service.model.peers import Peers
 
 _CHUNK = 2048  # logits of a row that one program scans
 _SENT = 2048  # that one program puts into the other ranks' memory
@@ -55,14 +55,9 @@ class Tail:
         bias = torch.zeros(len(head), dtype=model.dtype, device=device)
         self._head = Matrix(head, bias, narrow=narrow, activation="relu", norm=model.final_norm)
         self._normed = torch.zeros(max_rows, config.hidden_size, dtype=model.dtype, device=device)
-        self._group = model.group if isinstance(model, ParallelGPT2) else None
         self._peers = model.peers if isinstance(model, ParallelGPT2) else None
-        num_ranks = 1 if self._group is None else self._group.num_ranks
-        if self._peers is not None and max_rows <= MOST_LOGITS:
-            self._logits = self._peers.logits.own
-        else:
-            self._logits = torch.zeros(max_rows, num_ranks * len(head), dtype=torch.float32, device=device)
-        self._own = self._logits if self._group is None else self._logits.new_zeros(max_rows, len(head))  # this rank's
+        self._own = torch.zeros(max_rows, len(head), dtype=torch.float32, device=device)  # this rank's
+        self._logits = self._own if self._peers is None else self._peers.logits.own
         self._adjusted = torch.zeros_like(self._logits)
         self._finite = torch.ones(max_rows, dtype=torch.int32, device=device)
         # Of each chunk of a row's logits: the largest, its id, what it weighs. A lone row may have small chunks.
@@ -123,17 +118,13 @@ class Tail:
                     **self._chain,
                 )
             self._head.product(head, normed, self._own, num_tokens=num_rows, pdl=self._chain["PDL"])
-            if self._peers is not None and num_rows <= MOST_LOGITS:
+            if self._peers is not None:
                 self._gather(self._peers, num_rows, follows=follows)
-                return self._peers.logits.own[:num_rows, : config.vocab_size]
-            if self._group is not None:
-                parts = self._group.gather(self._own[:num_rows])
-                self._logits[:num_rows].view(num_rows, len(parts), -1).copy_(parts.transpose(0, 1))
         return self._logits[:num_rows, : config.vocab_size]
 
     def _scans(self, head: Product | None) -> bool:
         """Whether it looks at logits as it makes them, which takes all of a row's."""
-        return isinstance(head, Vector) and self._group is None
+        return isinstance(head, Vector) and self._peers is None
 
     def _gather(self, ranks: Peers, num_rows: int, *, follows: bool) -> None:
         """Put the rows of `_own` into the logits of all ranks, and wait for theirs.

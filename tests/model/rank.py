@@ -5,7 +5,6 @@ import pickle
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -60,24 +59,22 @@ def write_steps(
     dtype: torch.dtype,
     block_size: int,
     on_gpu: bool,
-    most_rows: int,
+    most_programs: int,
     name: str | None = None,
 ) -> None:
     """The process: steps-RANK.pickle, what the runner of graphs gives; without GPUs, Triton interprets its kernels.
 
-    These sum up to `most_rows` tokens over the ranks by themselves; 0: the group sums all. `name` is of a GPU's format
-    in 8 bits; without one, weights are in `dtype`.
+    A sum has up to `most_programs`. `name` is of a GPU's format in 8 bits; without one, weights are in `dtype`.
     """
-    from service.model.graphs import GraphRunner
+    from service.model.graphs import GraphRunner, most_rows
+    from service.model.kernels import peers
 
+    peers.MOST_PROGRAMS = most_programs
     weights = None
     if name is not None:
         weights = format_for(name, torch.device("cuda"), stored=str(dtype).removeprefix("torch."))
     with _joined(rank, num_ranks, address, folder, dtype, on_gpu=on_gpu, weights=weights) as model:
-        if most_rows:
-            model.connect()
-            assert model.peers is not None
-            model.peers = replace(model.peers, most_rows=most_rows)
+        assert model.connect(most_rows=80, most_logits=most_rows(5))
         runner = GraphRunner(model, num_blocks=64, block_size=block_size, max_num_seqs=5, max_num_batched_tokens=80)
         runner.capture()
         outputs = []
@@ -92,7 +89,7 @@ def check_sums(rank: int, num_ranks: int, address: str, folder: Path, on_gpu: bo
     from service.model.kernels import norms, peers
 
     with _joined(rank, num_ranks, address, folder, torch.float32, on_gpu=on_gpu) as model:
-        model.connect()
+        model.connect(most_rows=16, most_logits=1)
         ranks, device, hidden = model.peers, model.device, model.config.hidden_size
         assert ranks is not None
         pdl = on_gpu and torch.cuda.get_device_capability() >= (9, 0)
@@ -120,7 +117,7 @@ def check_sums(rank: int, num_ranks: int, address: str, folder: Path, on_gpu: bo
             received = ranks.received.own[buffer]
             if number % 7 == rank:
                 time.sleep(0.03)  # the others wait for what it sends
-            peers.sum_and_norm[(num_tokens,)](
+            peers.sum_and_norm[(min(num_tokens, 4),)](
                 x,
                 own,
                 ranks.places(buffer),
@@ -156,7 +153,7 @@ def check_logits(rank: int, num_ranks: int, address: str, folder: Path, on_gpu: 
     from service.model.tail import RowTensors, Tail
 
     with _joined(rank, num_ranks, address, folder, torch.float32, on_gpu=on_gpu) as model:
-        model.connect()
+        model.connect(most_rows=1, most_logits=4)
         ranks, device = model.peers, model.device
         assert ranks is not None
         ranks.count.fill_(2**31 - 5)  # counts overflow on the way

@@ -39,7 +39,7 @@ def test_a_lone_token_of_any_length(dtype: torch.dtype, sharper: float, toleranc
     kernels.capture()
     plain = [PlainRunner(each, num_blocks=num_blocks, block_size=BLOCK_SIZE) for each in (model, exact)]
     random = np.random.default_rng(8)
-    for length in (0, 1, 8, 63, 200, 300, 600, 1018):
+    for length in (0, 8, 63, 200, 300, 600, 1018):
         tokens: list[int] = random.integers(model.config.vocab_size, size=length).tolist()
         if tokens:
             check_step(kernels, plain, score_all(Part(tokens)), tolerance=tolerance)

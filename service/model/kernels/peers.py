@@ -10,9 +10,11 @@ back: a kernel sends nothing before the one before it in its stream is done, als
 has the sum of embeddings in buffer 2 and those of the layers in 0 and 1 in turn, an even number of them a step, so the
 next two sums are in other buffers, also across steps.
 
-Nobody waits for what cannot come. A program sends its row before it waits, and all programs of a sum fit on a device at
-once: they are at most 256, of four warps. What is launched early behind them takes no room from them, for it is
-launched when all of them have begun. Called by fused.py and tail.py.
+Nobody waits for what cannot come. A program sends its row before it waits, takes its rows in the same order on every
+rank, and all programs of a sum fit on a device at once: they are at most MOST_PROGRAMS, of four warps. What is launched
+early behind them takes no room from them, for it is launched when all of them have begun.
+
+Called by fused.py and tail.py.
 """
 
 import triton
@@ -22,6 +24,7 @@ from service.model.kernels.chain import begin, wait
 from service.model.kernels.norms import put_normed
 
 EMPTY = tl.constexpr(-(2**31))
+MOST_PROGRAMS = 256
 
 
 @triton.jit
@@ -55,38 +58,38 @@ def sum_and_norm(
     MOST_ROWS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """normed = layer norm of x + bias + the sum over ranks of the partial products; program t.
+    """normed = layer norm of x + bias + the sum over ranks of the partial products; programs share rows t.
 
     The sums are in the same order on every rank, and so are the same to the bit. A NaN arrives as that.
     """
     begin(PDL)
-    t = tl.program_id(0).to(tl.int64)
     h = tl.arange(0, WIDTH)
     inside = h < H
-    at = t * H + h
     weight = tl.load(gain + h, mask=inside, other=0.0)
     added = tl.load(shift + h, mask=inside, other=0.0)
-    value = tl.zeros([WIDTH], tl.float32)
     if SPLITS > 0:
-        value = tl.load(bias + h, mask=inside, other=0.0).to(tl.float32)
+        offset = tl.load(bias + h, mask=inside, other=0.0).to(tl.float32)
     wait(PDL)
-    own = tl.load(x + at, mask=inside, other=0.0)
-    if SPLITS > 0:
-        value += own
-        own = tl.zeros([WIDTH], tl.float32)
-        for split in tl.static_range(SPLITS):
-            own += tl.load(partials + (split * num_tokens + t) * H + h, mask=inside, other=0.0)
-    bits = (own + 0.0).to(tl.int32, bitcast=True)  # -0.0 + 0.0 is 0.0
-    for rank in tl.static_range(RANKS):
-        tl.store(places[rank] + at, bits, mask=inside)
-    total, least = _look(received + at, inside, RANKS, MOST_ROWS * H, WIDTH)
-    while least == EMPTY:  # the least of int32
+    for t in range(tl.program_id(0), num_tokens, tl.num_programs(0)):
+        at = t * H + h
+        own = tl.load(x + at, mask=inside, other=0.0)
+        value = tl.zeros([WIDTH], tl.float32)
+        if SPLITS > 0:
+            value = own + offset
+            own = tl.zeros([WIDTH], tl.float32)
+            for split in tl.static_range(SPLITS):
+                own += tl.load(partials + (split * num_tokens + t) * H + h, mask=inside, other=0.0)
+        bits = (own + 0.0).to(tl.int32, bitcast=True)  # -0.0 + 0.0 is 0.0
+        for rank in tl.static_range(RANKS):
+            tl.store(places[rank] + at, bits, mask=inside)
         total, least = _look(received + at, inside, RANKS, MOST_ROWS * H, WIDTH)
-    value += total
-    tl.store(x + at, value, mask=inside)
-    put_normed(normed + at, value, inside, weight, added, epsilon, H)
-    for rank in tl.static_range(RANKS):
-        tl.store(received + rank * MOST_ROWS * H + at, EMPTY, mask=inside)
+        while least == EMPTY:  # the least of int32
+            total, least = _look(received + at, inside, RANKS, MOST_ROWS * H, WIDTH)
+        value += total
+        tl.store(x + at, value, mask=inside)
+        put_normed(normed + at, value, inside, weight, added, epsilon, H)
+        for rank in tl.static_range(RANKS):
+            tl.store(received + rank * MOST_ROWS * H + at, EMPTY, mask=inside)
 
 
 @triton.jit

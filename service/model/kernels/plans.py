@@ -82,15 +82,13 @@ def plan_for(
     narrow: bool,
     decodes_only: bool,
     split: bool,
-    whole: bool,
     head_size: int,
     shared_memory: int,
 ) -> Plan:
     """The plan of a body of `num_tokens`, whose programs may take `shared_memory` bytes each.
 
     `dtype` is of activations, `narrow` says that weights have 8 bits. `split` over ranks, which sum between a product
-    and the residual stream: so that is done by kernels of their own. `whole`: by NCCL, which does not sum the splits of
-    a product before.
+    and the residual stream: so that is done by kernels of their own.
     """
     if dtype == torch.float32:
         plan = _SINGLE
@@ -100,8 +98,6 @@ def plan_for(
         plan = next((plan for most, plan in _BY_SIZE if num_tokens <= most), _MORE)
     if split:
         plan = replace(plan, split=True, decode=replace(plan.decode, merged=True))
-    if whole:
-        plan = replace(plan, out=_whole(plan.out), down=_whole(plan.down))
     if num_tokens > _MOST_NARROW:
         plan = replace(plan, qkv=_wide(plan.qkv), out=_wide(plan.out), up=_wide(plan.up), down=_wide(plan.down))
     return replace(
@@ -113,11 +109,6 @@ def plan_for(
         decode=_fit_decode(plan.decode, head_size),
         prefill=_fit_prefill(plan.prefill, head_size, shared_memory, itemsize=dtype.itemsize),
     )
-
-
-def _whole(product: Product) -> Product:
-    """Not split over K."""
-    return replace(product, splits=1) if isinstance(product, Tiled) else product
 
 
 def _wide(product: Product) -> Product:

@@ -21,7 +21,7 @@ from service.model.formats import Format, format_for
 from service.model.gpt2 import GPT2
 from service.model.graphs import GraphRunner
 from service.model.parallel import ParallelGPT2, part_of
-from service.model.peers import MOST_LOGITS, NUM_BUFFERS, PeerMemory, Peers
+from service.model.peers import NUM_BUFFERS, PeerMemory, Peers
 from service.model.split import vocabulary_rows
 
 OTHER_HEADS = (128, 8, 4, 1)  # of 8, 128, 256 and 1024 each
@@ -74,9 +74,8 @@ def part_345m(make: Callable[[str, tuple[int, ...]], torch.Tensor], num_ranks: i
     model.peers = Peers(
         1,
         num_ranks,
-        256,
         memory(NUM_BUFFERS, num_ranks, 256, config.hidden_size, dtype=torch.int32),
-        memory(MOST_LOGITS, num_ranks * vocabulary_rows(config, num_ranks), dtype=torch.float32),
+        memory(256, num_ranks * vocabulary_rows(config, num_ranks), dtype=torch.float32),
         memory(num_ranks, 4, dtype=torch.int32),
         torch.empty(1, dtype=torch.int32, device="meta"),
     )

@@ -230,7 +230,7 @@ def test_layers_of_a_token_are_those_of_the_model(emulate: Callable[[Source], Ru
         turn=ints(0),
         num_turns=3,
     )
-    plan = plan_for(1, dtype=BF16, decodes_only=True, narrow=False, split=False, whole=False, head_size=HEAD, shared_memory=2**18)
+    plan = plan_for(1, dtype=BF16, decodes_only=True, narrow=False, split=False, head_size=HEAD, shared_memory=2**18)
     assert plan.chain is not None
     fused.body(step, ints(0), plan)
     start = model.embed(tokens[-1:])[0] + model.position_embedding[length - 1].float()
