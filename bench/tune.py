@@ -77,12 +77,11 @@ def tiles(rows: int, split: bool, narrow: bool) -> list[Product]:
             (128, 64, 1, 8, 4),
         ]
     return [
-        Tiled(t, n, k, s, w, st, p, turned)
+        Tiled(t, n, k, s, w, st, p)
         for t in times
         for n, k, s, w, st in shapes
         for p in (False, True)
-        for turned in (False, True)
-        if (p is False or not split) and (narrow or not turned) and not (p and turned)
+        if p is False or not split
     ]
 
 

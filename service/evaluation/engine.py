@@ -3,7 +3,6 @@
 import hashlib
 import math
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 from service.api.text import load_tokenizer
 from service.engine.config import EngineConfig
 from service.engine.core import Core
-from service.engine.loading import Reporter, Unusable, load, served_folder
+from service.engine.loading import Reporter, Unusable, load
 from service.engine.request import SCORING, Finish, Request, scores_of
 from service.evaluation.errors import EvaluationError
 from service.evaluation.items import Item, Outcome
@@ -28,8 +27,7 @@ class EngineScorer:
         """Raises EvaluationError."""
         config = replace(config, max_num_seqs=config.max_num_seqs or _MAX_NUM_SEQS)
         try:
-            with Reporter(lambda phase, progress: None) as reporter, ThreadPoolExecutor(1) as beside:
-                digest = beside.submit(_digest, served_folder(config, reporter))
+            with Reporter(lambda phase, progress: None) as reporter:
                 self._loaded = load(config, reporter)
         except Unusable as error:
             raise EvaluationError(str(error)) from error
@@ -39,7 +37,7 @@ class EngineScorer:
         self.context_length = info.context_length
         self.model = {
             "name": config.model,
-            "sha256": digest.result(),
+            "sha256": _digest(folder),
             "dtype": info.dtype,
             "device": info.device,
         }

@@ -56,7 +56,7 @@ class ServerScorer:
         try:
             known = self._asked("GET", "/tokenizer_info")
             model = self._asked("GET", "/v1/models")["data"][0]
-            sizes = tuple(model[size] for size in _SIZES)
+            sizes = tuple(model.get(size) for size in _SIZES)  # an older server does not tell them
             self.context_length = int(known["model_max_length"])
             self._check_tokenizer(tokenizer, known)
             fingerprint = self._asked("POST", "/v1/score", _body([Item((0, 0), 1)]))["system_fingerprint"]

@@ -78,7 +78,6 @@ class Matrix:
                 BLOCK_T=settings.block_t,
                 SPLITS=settings.splits,
                 STAGES=settings.stages,
-                TURNED=settings.turned,
             )
             return
         assert isinstance(settings, Vector)

@@ -76,7 +76,7 @@ def test_8_bit_kernels_are_close_to_plain_operators(name: str, kv_cache: str, to
 @pytest.mark.parametrize("narrow", NARROW)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("num_tokens", [1, 8, 24, 64, 100, 200])
-def test_the_served_products(num_tokens: int, dtype: torch.dtype, narrow: torch.dtype) -> None:
+def test_products_as_the_plans_shape_them(num_tokens: int, dtype: torch.dtype, narrow: torch.dtype) -> None:
     """Of every size, as its plan shapes them, within the rounding of fp32 sums: no error is quantisation's."""
     kind: dict[str, Any] = {"dtype": dtype, "narrow": True, "shared_memory": 227 * 1024}
     plan = plan_for(num_tokens, decodes_only=True, split=False, head_size=64, **kind)

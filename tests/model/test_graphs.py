@@ -15,7 +15,7 @@ from service.checkpoint.hub import read_state
 from service.model import graphs
 from service.model.batch import Batch, Biases, Runner, Scored, StepOutput, TopLogprobs
 from service.model.config import ModelConfig
-from service.model.formats import Format, format_for
+from service.model.formats import Format
 from service.model.gpt2 import GPT2
 from service.model.graphs import GraphRunner
 from service.model.inputs import Shape
@@ -240,20 +240,6 @@ def test_every_kind_of_model_gives_the_tokens(
 def test_16_bits_are_close_to_the_plain_runner(load: Load, dtype: torch.dtype) -> None:
     """In the plans that serve them: log-probabilities over a prompt, and of decodes of one row and of three."""
     check_close_to_plain(load(dtype))
-
-
-@pytest.mark.parametrize("dtype", DTYPES[1:])
-@pytest.mark.parametrize("name", ["int8", "fp8"])
-@pytest.mark.parametrize("tied", [True, False])
-def test_8_bits_are_close_to_the_plain_runner(
-    make_pair: Callable[..., Pair], tmp_path: Path, name: str, tied: bool, dtype: torch.dtype
-) -> None:
-    """The same weights in 8 bits and in 16: what quantisation costs is in both."""
-    config = make_pair(n_layer=1, n_embd=32, n_head=2, tie_word_embeddings=tied)[1].config
-    weights = format_for(name, torch.device("cuda"), stored=str(dtype).removeprefix("torch."))
-    model = read(tmp_path, config, torch.float32, weights)
-    assert dtype == model.dtype
-    check_close_to_plain(model)
 
 
 def check_close_to_plain(model: GPT2) -> None:

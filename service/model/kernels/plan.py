@@ -36,7 +36,6 @@ class Tiled:
     stages: int
     prefetch: bool = False  # does nothing where K is split, nor in a plan without dependent launch
     wide: bool = False  # reads the matrix in 16 bits where it is there in 8, too
-    turned: bool = False  # the matrix is the first side of the tensor cores' products, which they take from registers
 
 
 @dataclass(frozen=True, slots=True)

@@ -204,7 +204,6 @@ def tiled_product(
     BLOCK_K: tl.constexpr,
     SPLITS: tl.constexpr,  # of K, one a program
     STAGES: tl.constexpr,
-    TURNED: tl.constexpr,  # W x^T instead of x W^T: tensor cores take their first side from registers
     OUT: tl.constexpr,
     KIND: tl.constexpr,
     PREFETCH: tl.constexpr,
@@ -212,17 +211,14 @@ def tiled_product(
 ):
     """Many tokens in tiles; program (column tile, token tile, split of K)."""
     begin(PDL)
-    # Tokens go along the first axis of a tile and columns along the second, or the other way round.
-    T: tl.constexpr = 1 if TURNED else 0
-    C: tl.constexpr = 1 - T
-    n = tl.expand_dims(tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), T)
-    t = tl.expand_dims(tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T), C)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
     split = tl.program_id(2)
     SHARE: tl.constexpr = (K + SPLITS * BLOCK_K - 1) // (SPLITS * BLOCK_K) * BLOCK_K
     first = split * SHARE
     k = first + tl.arange(0, BLOCK_K)
-    k_x = tl.expand_dims(k, T)
-    k_w = tl.expand_dims(k, C)
+    k_x = k[None, :]
+    k_w = k[:, None]
     rows = t < num_tokens
     columns = n < N
     if PREFETCH and SPLITS == 1:
@@ -235,7 +231,7 @@ def tiled_product(
     slot = tl.load(slots + t, mask=rows, other=0) if OUT == SCATTER else t
     tl.static_assert(OUT != RESIDUAL, "partial sums are added by add_and_norm")
     wait(PDL)
-    acc = tl.zeros([BLOCK_N, BLOCK_T] if TURNED else [BLOCK_T, BLOCK_N], tl.float32)
+    acc = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
     for start in tl.range(0, SHARE, BLOCK_K, num_stages=STAGES):
         if K % (SPLITS * BLOCK_K) == 0:
             value = tl.load(at_x + start, mask=rows, other=0.0)
@@ -244,10 +240,7 @@ def tiled_product(
             value = tl.load(at_x + start, mask=rows & (k_x + start < K), other=0.0)
             tile = tl.load(at_w + start, mask=columns & (k_w + start < K), other=0.0)
         tile = widened(tile, value.dtype)
-        if TURNED:
-            acc = tl.dot(tile, value, acc, input_precision="ieee")
-        else:
-            acc = tl.dot(value, tile, acc, input_precision="ieee")
+        acc = tl.dot(value, tile, acc, input_precision="ieee")
     acc *= scale
     if OUT == PARTIAL:
         at = y + split.to(tl.int64) * num_tokens * N + t * N + n

@@ -5,12 +5,14 @@ How NVRTC compiles them is tested in test_cuda_compiler.py; how fast they are, o
 
 import ctypes
 import logging
+import re
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,11 +21,12 @@ from torch import Tensor
 
 from bench.random_model import CONFIG_345M, gpt2_345m
 from service.model.attention import KVCache, Prefill
-from service.model.formats import Int8
+from service.model.formats import Plain
 from service.model.fused import FusedGPT2, StepTensors
-from service.model.kernels.cuda import compiler
+from service.model.gpt2 import GPT2
+from service.model.kernels.cuda import chain, compiler
 from service.model.kernels.cuda.chain import BLOCKS, ChainKernels, chain_for, sources, suits
-from service.model.kernels.cuda.compiler import Source
+from service.model.kernels.cuda.compiler import CompilerError, Source
 from service.model.kernels.plan import Chain
 from service.model.kernels.plans import plan_for
 from tests.model.kernels import twins
@@ -37,9 +40,11 @@ BF16 = torch.bfloat16
 Run = Callable[..., None]
 
 
-def named(dtype: torch.dtype = BF16, activation: str = "gelu_tanh", splits: int = SPLITS) -> dict[str, Source]:
+def named(
+    dtype: torch.dtype = BF16, activation: str = "gelu_tanh", splits: int = SPLITS, block_size: int = BLOCK_SIZE
+) -> dict[str, Source]:
     config = replace(CONFIG_345M, activation=activation)
-    return sources(config, dtype, Chain(splits=splits), block_size=BLOCK_SIZE)
+    return sources(config, dtype, Chain(splits=splits), block_size=block_size)
 
 
 @pytest.fixture
@@ -159,23 +164,23 @@ def test_down_adds(emulate: Callable[[Source], Run]) -> None:
     check(x, expected, 1e-5)
 
 
-@pytest.mark.parametrize("splits", [4, 8])
-def test_attention_of_every_kind_of_length(emulate: Callable[[Source], Run], splits: int) -> None:
+@pytest.mark.parametrize(("splits", "block_size"), [(4, 16), (8, 16), (4, 7), (4, 256)])
+def test_attention_of_every_kind_of_length(emulate: Callable[[Source], Run], splits: int, block_size: int) -> None:
     """Of the token alone, of a part of a pass, and of more passes than are asked for early. The rest is NaN."""
-    run = emulate(named(splits=splits)["attention"])
-    num_blocks = 64
+    run = emulate(named(splits=splits, block_size=block_size)["attention"])
+    num_blocks = -(-1024 // block_size)
     table = torch.randperm(num_blocks).to(torch.int32)
     for length in (1, 2, 31, 34, 130, 257, 700, 1024):
         q = normal(HIDDEN).to(BF16)
-        cache = torch.full((2, num_blocks * BLOCK_SIZE, HIDDEN), torch.nan, dtype=BF16)
+        cache = torch.full((2, num_blocks * block_size, HIDDEN), torch.nan, dtype=BF16)
         positions = torch.arange(length)
-        slots = table[positions // BLOCK_SIZE].long() * BLOCK_SIZE + positions % BLOCK_SIZE
+        slots = table[positions // block_size].long() * block_size + positions % block_size
         cache[:, slots] = normal(2, length, HIDDEN).to(BF16)
         parts = torch.full((splits, HIDDEN), torch.nan, dtype=BF16)
         stats = torch.full((splits, HEADS, 2), torch.nan)
         keys, values = cache
         expected = twins.attention(
-            *(q.view(1, HEADS, HEAD), *(side.view(num_blocks, BLOCK_SIZE, HEADS, HEAD) for side in cache)),
+            *(q.view(1, HEADS, HEAD), *(side.view(num_blocks, block_size, HEADS, HEAD) for side in cache)),
             tables=table[None],
             lengths=[length],
             counts=[1],
@@ -244,36 +249,54 @@ def test_suits_only_what_the_kernels_can_do() -> None:
     assert not suits(CONFIG_345M, torch.float32)
     assert not suits(replace(CONFIG_345M, hidden_size=768, num_heads=12, intermediate_size=3072), BF16)
     assert not suits(replace(CONFIG_345M, num_heads=8), BF16)
+    assert suits(replace(CONFIG_345M, intermediate_size=2048), BF16)
+    assert not suits(replace(CONFIG_345M, intermediate_size=3072), BF16)
     assert not suits(replace(CONFIG_345M, intermediate_size=8192), BF16)
 
 
+def lone(dtype: torch.dtype = BF16, cache_dtype: torch.dtype | None = None) -> GPT2:
+    weights = Plain(dtype, cache_dtype=cache_dtype)
+    return gpt2_345m(lambda _, shape: torch.empty(shape, dtype=dtype, device="meta"), num_layers=1, weights=weights)
+
+
 @pytest.mark.parametrize(
-    ("capability", "level", "said"),
+    ("capability", "processors", "raised", "level", "said"),
     [
-        ((8, 0), logging.INFO, "no CUDA kernels: they are for Hopper GPUs"),
-        ((9, 0), logging.WARNING, "no CUDA kernels, Triton's instead: "),  # here is no driver
+        ((8, 0), 132, None, logging.INFO, "no CUDA kernels: they are for Hopper GPUs"),
+        ((9, 0), 78, None, logging.INFO, "no CUDA kernels: they were measured with 128 .* here are 78"),
+        ((9, 0), 132, CompilerError("x.cu"), logging.WARNING, "no CUDA kernels, Triton's instead: x.cu"),
+        ((9, 0), 132, ImportError("cuda"), logging.WARNING, "no CUDA kernels, Triton's instead: cuda"),
+        ((9, 0), 132, OSError("unreadable"), logging.WARNING, "no CUDA kernels, Triton's instead: unreadable"),
+        ((9, 0), 132, RuntimeError("driver"), logging.WARNING, "no CUDA kernels, Triton's instead: driver"),
     ],
 )
 def test_where_the_kernels_cannot_be_had_the_log_says_why(
     capability: tuple[int, int],
+    processors: int,
+    raised: Exception | None,
     level: int,
     said: str,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
-    tmp_path: Path,
 ) -> None:
-    model = gpt2_345m(lambda _, shape: torch.empty(shape, dtype=BF16, device="meta"), num_layers=1)
+    def load(*_: object, **__: object) -> None:
+        assert raised is not None
+        raise raised
+
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    properties = SimpleNamespace(multi_processor_count=processors)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(chain, "load_chain", load)
     with caplog.at_level(logging.INFO):
-        assert chain_for(model, block_size=BLOCK_SIZE, folder=tmp_path) is None
+        assert chain_for(lone(), block_size=BLOCK_SIZE, folder=None) is None
     assert [level] == [record.levelno for record in caplog.records]
-    assert said in caplog.text
+    assert re.search(said, caplog.text)
 
 
-def test_another_shape_or_format_needs_no_word() -> None:
-    """Nor a GPU."""
-    other = gpt2_345m(lambda _, shape: torch.empty(shape, dtype=torch.float32, device="meta"), num_layers=1)
-    assert chain_for(other, block_size=BLOCK_SIZE, folder=None) is None
-    quantised = gpt2_345m(lambda _, shape: torch.empty(shape, dtype=BF16, device="meta"), num_layers=1)
-    quantised.format = Int8()
-    assert chain_for(quantised, block_size=BLOCK_SIZE, folder=None) is None
+def test_another_shape_needs_no_word_and_other_keys_do(caplog: pytest.LogCaptureFixture) -> None:
+    """Neither needs a GPU."""
+    with caplog.at_level(logging.INFO):
+        assert chain_for(lone(torch.float32), block_size=BLOCK_SIZE, folder=None) is None
+        assert not caplog.records
+        assert chain_for(lone(cache_dtype=torch.float8_e4m3fn), block_size=BLOCK_SIZE, folder=None) is None
+    assert "they read no keys in 8 bits" in caplog.text

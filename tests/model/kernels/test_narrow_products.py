@@ -63,12 +63,9 @@ def test_tiles_scatter(
     """Queries beside each other, keys and values to their slots."""
     case = Case(3 * hidden, depth, num_tokens, dtype=dtype, device=device, narrow=narrow)
     expected = twins.product(case.x, case.weight, case.bias)
-    check_scattered(
-        case, Tiled(16, 32, 32, 1, 4, 2, turned=True), expected, case.tokens(num_tokens + 3).inside, pdl=pdl
-    )
+    check_scattered(case, Tiled(16, 32, 32, 1, 4, 2), expected, case.tokens(num_tokens + 3).inside, pdl=pdl)
 
 
-@pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("num_tokens", "size", "depth", "splits"), [(1, 48, 48, 1), (23, 40, 96, 2), (16, 48, 80, 4), (5, 48, 48, 8)]
@@ -78,7 +75,6 @@ def test_tiles_put_partial_sums(
     size: int,
     depth: int,
     splits: int,
-    turned: bool,
     dtype: torch.dtype,
     narrow: torch.dtype,
     device: torch.device,
@@ -86,7 +82,7 @@ def test_tiles_put_partial_sums(
 ) -> None:
     """Each of them times the scales."""
     case = Case(size, depth, num_tokens, dtype=dtype, device=device, narrow=narrow)
-    check_partial(case, splits, turned=turned, pdl=pdl)
+    check_partial(case, splits, pdl=pdl)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

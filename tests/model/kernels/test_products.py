@@ -113,7 +113,6 @@ TILES = [
     pytest.param(1, 40, 48, Tiled(16, 16, 16, 1, 4, 2), id="one token"),
     pytest.param(23, 96, 80, Tiled(16, 32, 32, 1, 4, 3), id="two tiles of tokens"),
     pytest.param(16, 515, 48, Tiled(16, 64, 64, 1, 4, 2, prefetch=False), id="a vocabulary"),
-    pytest.param(23, 96, 80, Tiled(16, 32, 32, 1, 4, 3, turned=True), id="turned"),
 ]
 
 
@@ -159,15 +158,14 @@ def test_every_activation(activation: str, settings: Product, device: torch.devi
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize(("num_tokens", "hidden", "depth"), [(1, 16, 48), (23, 48, 48), (7, 24, 80)])
 def test_tiles_scatter(
-    num_tokens: int, hidden: int, depth: int, turned: bool, dtype: torch.dtype, device: torch.device, pdl: bool
+    num_tokens: int, hidden: int, depth: int, dtype: torch.dtype, device: torch.device, pdl: bool
 ) -> None:
     """Queries beside each other, keys and values to their slots, also where a tile has some of two of these."""
     case = Case(3 * hidden, depth, num_tokens, dtype=dtype, device=device)
     expected = twins.product(case.x, case.weight, case.bias)
-    settings = Tiled(16, 32, 32, 1, 4, 2, turned=turned)
+    settings = Tiled(16, 32, 32, 1, 4, 2)
     check_scattered(case, settings, expected, case.tokens(num_tokens + 3).inside, pdl=pdl)
 
 
@@ -182,9 +180,9 @@ def test_tiles_put_partial_sums(
     check_partial(Case(size, depth, num_tokens, dtype=dtype, device=device), splits, pdl=pdl)
 
 
-def check_partial(case: Case, splits: int, *, turned: bool = False, pdl: bool) -> None:
+def check_partial(case: Case, splits: int, *, pdl: bool) -> None:
     """Split as `splits` says, by tiles of 16."""
-    settings = Tiled(16, 16, 16, splits, 4, 2, turned=turned)
+    settings = Tiled(16, 16, 16, splits, 4, 2)
     size, depth, num_tokens = case.size, case.depth, case.num_tokens
     y = case.out(splits, num_tokens, size, dtype=torch.float32)
     x = case.tokens(num_tokens + 3)

@@ -23,7 +23,6 @@ _THREADS = 256
 _NORM, _MERGE, _PLAIN = 1, 2, 0  # READ of product.cu
 _RESIDUAL, _ACTIVATE, _SCATTER = 0, 1, 2  # PUT
 _HIDDEN = 1024  # an eighth of it is what half a warp reads at once, and each half makes one of a norm's statistics
-_TILE = 64 * 1024  # bytes of weights that a block holds: more leave no room for the kernels that follow
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +44,7 @@ def suits(config: ModelConfig, dtype: torch.dtype) -> bool:
         dtype in (torch.bfloat16, torch.float16)
         and config.hidden_size == _HIDDEN
         and config.head_size == _HEAD
-        and inner % _HIDDEN == 0
-        and 2 * inner * _HIDDEN <= BLOCKS * _TILE
+        and inner in (_HIDDEN, 2 * _HIDDEN, 4 * _HIDDEN)  # whole turns of a slice, and no more than a block's tile
     )
 
 
@@ -74,15 +72,22 @@ def chain_for(model: GPT2, *, block_size: int, folder: Path | None) -> ChainKern
 
     `folder` keeps the code.
     """
-    if isinstance(model, ParallelGPT2) or not suits(model.config, model.dtype) or model.cache_dtype != model.dtype:
-        return None  # weights in 8 bits are there in 16, too
+    if isinstance(model, ParallelGPT2) or not suits(model.config, model.dtype):
+        return None  # weights in 8 bits suit: they are there in 16, too
+    if model.cache_dtype != model.dtype:
+        log.info("no CUDA kernels: they read no keys in 8 bits, so that one stream takes a third longer on Hopper GPUs")
+        return None
     capability = torch.cuda.get_device_capability(model.device)
     if capability != (9, 0):
         log.info("no CUDA kernels: they are for Hopper GPUs (9.0), and this is of %d.%d", *capability)
         return None
+    found = torch.cuda.get_device_properties(model.device).multi_processor_count
+    if found < BLOCKS:
+        log.info("no CUDA kernels: they were measured with %d multiprocessors or more, and here are %d", BLOCKS, found)
+        return None
     try:
         return load_chain(sources(model.config, model.dtype, CHAIN, block_size=block_size), CHAIN, folder=folder)
-    except (CompilerError, ImportError, RuntimeError) as error:  # the last are the driver's
+    except (CompilerError, ImportError, OSError, RuntimeError) as error:  # the last are the driver's
         log.warning("no CUDA kernels, Triton's instead: %s", error)
         return None
 

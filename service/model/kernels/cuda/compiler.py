@@ -123,6 +123,7 @@ def _keep(path: Path, cubin: bytes) -> None:
         handle, name = tempfile.mkstemp(dir=path.parent)
         try:
             with os.fdopen(handle, "wb") as file:
+                os.fchmod(handle, 0o644)  # others may use the folder, too
                 file.write(hashlib.sha256(cubin).digest() + cubin)
             os.replace(name, path)
         except BaseException:
