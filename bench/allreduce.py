@@ -1,6 +1,6 @@
 """Microseconds of a sum over ranks, as one stands between a product and the residual stream of a split model.
 
-python -m bench.allreduce [--ranks 2] [--rows 1,8,64,256] [--hidden 1024] [--out FILE.json]
+python -m bench.allreduce [--ranks 2] [--rows 1,8,64,256,2048] [--hidden 1024] [--out FILE.json]
 
 Rows of fp32, one process a GPU. `sum` is the collective alone, `with norm` what a layer needs: the sum, bias, residual
 and layer norm, which is one kernel where ranks store into each other's memory (kernels/peers.py), else two. Each is in

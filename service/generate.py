@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +52,12 @@ def generate(settings: Settings, *, text: str, sampling: Mapping[str, Any]) -> i
     print(text, end="", flush=True)
     loaded.scheduler.add(Request(1, prompt), params)
     core = Core(loaded.scheduler, loaded.runner)
-    while not core.idle:
-        for delta in (*core.step(), *loaded.scheduler.take_held()):
-            print(stream.push(delta.token_ids), end="", flush=True)
-            if delta.finish is Finish.ERROR:
-                log.error("%s", delta.error)
-                return 1
+    with closing(loaded.runner):
+        while not core.idle:
+            for delta in (*core.step(), *loaded.scheduler.take_held()):
+                print(stream.push(delta.token_ids), end="", flush=True)
+                if delta.finish is Finish.ERROR:
+                    log.error("%s", delta.error)
+                    return 1
     print(stream.finish())
     return 0

@@ -139,7 +139,7 @@ def _load(config: EngineConfig, report: Reporter) -> Loaded:
     with ExitStack() as on_failure:
         if config.tensor_parallel_size > 1:
             ranks = Ranks(config.tensor_parallel_size, partial(follow_as_rank, config, folder, model_config))
-            on_failure.callback(ranks.abandon)
+            on_failure.callback(ranks.close)
         model, runner = _compute(
             config, folder, model_config, device, report, rank=0, store=None if ranks is None else ranks.store
         )

@@ -27,7 +27,7 @@ from service.model.parallel import Group
 
 log = logging.getLogger(__name__)
 
-_PATIENCE = 10.0  # seconds, for the device to finish after a failure
+_PATIENCE = 10.0  # seconds, for the device to finish
 _HERE = "127.0.0.1"  # an engine's ranks are on one host
 
 
@@ -37,7 +37,7 @@ class Ranks:
     def __init__(self, num_ranks: int, target: Callable[[int, int, Connection], None]) -> None:
         """Start them: each is `target` with its rank, the port at which ranks meet, and a connection to `follow`."""
         self.num_ranks = num_ranks
-        self._closing = threading.Event()
+        self._ending, self._closing, self._ended = (threading.Event() for _ in range(3))
         self.store = TCPStore(_HERE, 0, num_ranks, is_master=True, wait_for_workers=False)
         spawn = multiprocessing.get_context("spawn")
         self._connections: list[Connection] = []
@@ -51,9 +51,10 @@ class Ranks:
             theirs.close()
             self._connections.append(ours)
             self._processes.append(process)
-        threading.Thread(target=self._watch, daemon=True).start()
+        for work in (self._watch, self._bound):  # at its exit a process may start no more threads
+            threading.Thread(target=work, daemon=True).start()
         # However this process ends: at its exit it would wait for its children, which heed no signal to terminate.
-        multiprocessing.util.Finalize(None, self.abandon, exitpriority=0)
+        multiprocessing.util.Finalize(None, self.close, exitpriority=0)
 
     def tell(self, batch: Batch) -> None:
         """Have all of them launch it. Raises OSError."""
@@ -62,26 +63,25 @@ class Ranks:
             connection.send_bytes(data)
 
     def close(self) -> None:
-        """End them: they have nothing to lose."""
-        if self._closing.is_set():
+        """End them, when the device has done what it waits for them with, and this process if it never does."""
+        if self._ending.is_set():
             return
+        self._ending.set()
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            with contextlib.suppress(RuntimeError):  # the device is lost
+                torch.cuda.synchronize()
         self._closing.set()
         self._kill()
         for connection in self._connections:
             connection.close()
         if dist.is_initialized():
             dist.destroy_process_group()  # whose threads would otherwise end this process by SIGABRT
+        self._ended.set()
 
-    def abandon(self) -> None:
-        """Close after a failure of this rank: end the process if what it has launched waits for others in vain."""
-        backstop = threading.Timer(_PATIENCE, _end_at_once)
-        backstop.daemon = True
-        backstop.start()
-        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            with contextlib.suppress(RuntimeError):  # the device is lost
-                torch.cuda.synchronize()
-        self.close()
-        backstop.cancel()
+    def _bound(self) -> None:
+        self._ending.wait()
+        if not self._ended.wait(_PATIENCE):
+            _end_at_once()
 
     def _kill(self) -> None:
         for process in self._processes:
@@ -130,7 +130,7 @@ class LeadingRunner:
             raise DeviceLost(f"the ranks are out of step: {error}") from error
 
     def close(self) -> None:
-        self._runner.close()  # which may wait for what is launched, and that for the other ranks
+        self._runner.close()
         self._ranks.close()
 
 

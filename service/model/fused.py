@@ -69,6 +69,13 @@ class FusedGPT2:
         self._width = power_of_two(config.hidden_size)
         self._dim = whole_tile(config.head_size)
         self._peers = model.peers if isinstance(model, ParallelGPT2) else None
+        if isinstance(model, ParallelGPT2):
+            assert model.peers is not None, "`connect` comes first"
+            assert max_tokens <= model.peers.most_rows
+        self._sum_programs = peers.MOST_PROGRAMS
+        if model.device.type == "cuda":  # one each has room, whatever else is there
+            found = torch.cuda.get_device_properties(model.device).multi_processor_count
+            self._sum_programs = min(self._sum_programs, found)
 
         def matrix(product: Product, norm: LayerNorm | None = None) -> Matrix:
             linear, bias = plain(product)
@@ -200,7 +207,7 @@ class FusedGPT2:
         shape: dict[str, Any] = {"H": hidden, "WIDTH": self._width, "SPLITS": splits, **chain}
         if self._peers is not None:
             received, num_ranks = self._peers.received.own[buffer], self._peers.num_ranks
-            peers.sum_and_norm[(min(num_tokens, peers.MOST_PROGRAMS),)](
+            peers.sum_and_norm[(min(num_tokens, self._sum_programs),)](
                 self.x,
                 self._parts,
                 self._peers.places(buffer),

@@ -20,7 +20,7 @@ from service.model.runner import TorchRunner, translate, warm_up
 log = logging.getLogger(__name__)
 
 _CPU_KV_MEMORY = 2**30
-# What captured graphs, their kernels' code and the library's handles take beside the allocator's memory, and some.
+# What captured graphs take beside the allocator's memory, and some.
 _GRAPH_MEMORY = 2**29
 _MOST_NUMBERS = 2**31  # in a layer's keys: the kernels count them in 32 bits
 

@@ -41,6 +41,11 @@ class Peers:
     arrived: PeerMemory  # int32 [ranks, 4]: how many barriers each rank has come to, modulo 2**32, in its first word
     count: Tensor  # int32 [1]: how many barriers are behind this rank
 
+    @property
+    def most_rows(self) -> int:
+        """Of one sum."""
+        return self.received.own.shape[2]
+
     def places(self, buffer: int) -> tuple[Tensor, ...]:
         """Of each rank's memory the part [most_rows, hidden] into which this rank puts its rows."""
         return tuple(received[buffer, self.rank] for received in self.received.all)
@@ -70,16 +75,25 @@ def make_peers(
         if not all(_told(group, near)):
             log.warning("the GPUs do not reach each other's memory")
             return None
-    try:
-        received = _share(group, NUM_BUFFERS, num_ranks, most_rows, hidden, dtype=torch.int32, device=device)
-        logits = _share(group, most_logits, num_ranks * columns, dtype=torch.float32, device=device)
-        arrived = _share(group, num_ranks, 4, dtype=torch.int32, device=device)
-        lack = None
-    except RuntimeError as error:
-        lack = str(error).splitlines()[0]
-    if any(lacks := _told(group, lack)):
-        log.warning("the GPUs' memory is not shared: %s", next(filter(None, lacks)))
-        return None
+    shapes = {
+        "received": ((NUM_BUFFERS, num_ranks, most_rows, hidden), torch.int32),
+        "logits": ((most_logits, num_ranks * columns), torch.float32),
+        "arrived": ((num_ranks, 4), torch.int32),
+    }
+    found: dict[str, PeerMemory] = {}
+    for name, (shape, dtype) in shapes.items():
+        own, lack = None, None
+        try:
+            own = _allocated(*shape, dtype=dtype, device=device, num_ranks=num_ranks)
+        except torch.OutOfMemoryError:
+            raise  # this rank's end is the others'
+        except RuntimeError as error:
+            lack = str(error) or repr(error)
+        if any(lacks := _told(group, lack)):
+            log.warning("the GPUs' memory is not shared: %s", next(filter(None, lacks)).splitlines()[0])
+            return None
+        found[name] = _shared(group, own, *shape, dtype=dtype)
+    received, logits, arrived = found["received"], found["logits"], found["arrived"]
     received.own.fill_(EMPTY)
     logits.own.zero_()
     arrived.own.zero_()
@@ -97,22 +111,31 @@ def _told(group: dist.ProcessGroup, value: T) -> list[T]:
     return said
 
 
-def _share(group: dist.ProcessGroup, *shape: int, dtype: torch.dtype, device: torch.device) -> PeerMemory:
-    rank, num_ranks = group.rank(), group.size()
-    kept: Any = None
+def _allocated(*shape: int, dtype: torch.dtype, device: torch.device, num_ranks: int) -> Tensor | None:
+    """This rank's, on a GPU."""
     if device.type != "cuda":
-        tensors = _mapped(group, *shape, dtype=dtype)
-    elif num_ranks == 1:
-        tensors = [torch.empty(shape, dtype=dtype, device=device)]
-    else:
-        # Nothing here goes through the switch's multicast, and setting that up fails on hosts whose fabric is shared.
-        os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
-        import torch.distributed._symmetric_memory as symmetric  # CUDA's alone
+        return None
+    if num_ranks == 1:
+        return torch.empty(shape, dtype=dtype, device=device)
+    # Nothing here goes through the switch's multicast, and setting that up fails on hosts whose fabric is shared.
+    os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
+    import torch.distributed._symmetric_memory as symmetric  # CUDA's alone
 
-        own = symmetric.empty(*shape, dtype=dtype, device=device)
-        kept = symmetric.rendezvous(own, group)
-        tensors = [own if other == rank else kept.get_buffer(other, shape, dtype) for other in range(num_ranks)]
-    return PeerMemory(tensors[rank], tensors, kept)
+    return symmetric.empty(*shape, dtype=dtype, device=device)
+
+
+def _shared(group: dist.ProcessGroup, own: Tensor | None, *shape: int, dtype: torch.dtype) -> PeerMemory:
+    rank, num_ranks = group.rank(), group.size()
+    if own is None:
+        tensors = _mapped(group, *shape, dtype=dtype)
+        return PeerMemory(tensors[rank], tensors)
+    if num_ranks == 1:
+        return PeerMemory(own, [own])
+    import torch.distributed._symmetric_memory as symmetric
+
+    met = symmetric.rendezvous(own, group)
+    tensors = [own if other == rank else met.get_buffer(other, shape, dtype) for other in range(num_ranks)]
+    return PeerMemory(own, tensors, met)
 
 
 def _mapped(group: dist.ProcessGroup, *shape: int, dtype: torch.dtype) -> list[Tensor]:

@@ -56,6 +56,7 @@ class Tail:
         self._head = Matrix(head, bias, narrow=narrow, activation="relu", norm=model.final_norm)
         self._normed = torch.zeros(max_rows, config.hidden_size, dtype=model.dtype, device=device)
         self._peers = model.peers if isinstance(model, ParallelGPT2) else None
+        assert self._peers is None or max_rows <= len(self._peers.logits.own)
         self._own = torch.zeros(max_rows, len(head), dtype=torch.float32, device=device)  # this rank's
         self._logits = self._own if self._peers is None else self._peers.logits.own
         self._adjusted = torch.zeros_like(self._logits)

@@ -25,6 +25,7 @@ from service.model.memory import (
     make_runner,
     what_kernels_lack,
 )
+from service.model.parallel import ParallelGPT2
 from service.model.runner import TorchRunner
 from tests.model.batches import BLOCK_SIZE
 from tests.model.conftest import Pair
@@ -147,3 +148,30 @@ def test_a_gpu_too_small_is_told_from_one_that_failed(
     error, message = expected
     with pytest.raises(error, match=message):
         make_runner(model, block_size=16, max_num_seqs=1, max_num_batched_tokens=16, kv_memory=2**30, utilization=0.9)
+
+
+def test_ranks_that_do_not_reach_each_other_take_plain_operators(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With a line in the log; whether they do, `connect` says, for as many tokens and rows as a step may have."""
+    asked: dict[str, int] = {}
+
+    class Apart(ParallelGPT2):
+        device = torch.device("cuda")
+
+        def __init__(self) -> None:
+            pass
+
+        def connect(self, **sizes: int) -> bool:
+            asked.update(sizes)
+            return False
+
+    monkeypatch.setattr(memory, "what_kernels_lack", lambda _: None)
+    monkeypatch.setattr(memory, "count_blocks", lambda *_, **__: 7)
+    monkeypatch.setattr(memory, "TorchRunner", lambda _, **sizes: sizes)
+    monkeypatch.setattr(memory, "warm_up", lambda *_, **__: None)
+    limits = {"max_num_seqs": 300, "max_num_batched_tokens": 2048}
+    runner: Any = make_runner(Apart(), block_size=16, **limits, kv_memory=2**30, utilization=0.9)
+    assert {"num_blocks": 7, "block_size": 16} == runner
+    assert {"most_rows": 2048, "most_logits": 300} == asked
+    assert "the kernels lack access of each GPU to the others' memory" in caplog.text

@@ -15,17 +15,25 @@ from tests.model.test_parallel import run_ranks
 
 
 @pytest.mark.parametrize(
-    ("num_ranks", "num_sums"), [(2, 60), (4, 10), pytest.param(2, 1000, marks=pytest.mark.gpu, id="many")]
+    ("num_ranks", "num_sums", "most_rows"),
+    [
+        (2, 60, 16),
+        (4, 10, 16),
+        pytest.param(2, 1000, 16, marks=pytest.mark.gpu, id="many"),
+        pytest.param(2, 50, 512, marks=pytest.mark.gpu, id="large"),
+    ],
 )
 def test_sums_are_right_and_the_same_on_all_ranks(
-    make_pair: Callable[..., Pair], tmp_path: Path, num_ranks: int, num_sums: int
+    make_pair: Callable[..., Pair], tmp_path: Path, num_ranks: int, num_sums: int, most_rows: int
 ) -> None:
-    """Of 1 to 16 rows in turn, of whole products and split ones; with rows of NaN and of -0.0, and ranks that are late.
+    """Of one to `most_rows` rows in turn, up to four a program, of whole products and split ones.
+
+    With rows of NaN and of -0.0, and ranks that are late.
 
     The buffers are empty in the end.
     """
     make_pair()
-    run_ranks(check_sums, num_ranks, tmp_path, ON_GPU, num_sums)
+    run_ranks(check_sums, num_ranks, tmp_path, ON_GPU, num_sums, most_rows)
 
 
 @pytest.mark.parametrize("num_gathers", [12, pytest.param(300, marks=pytest.mark.gpu)])

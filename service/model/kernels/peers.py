@@ -2,7 +2,7 @@
 
 A sum is one kernel: every rank puts its rows into a buffer of every rank, its own too, and each adds up what has come
 to it. No flag says that a number is there: buffers hold -0.0 (EMPTY), which nobody sends, and whoever has read a row
-puts EMPTY back (the protocol that Lamport's name stands for in NCCL's LL and TensorRT-LLM's one-shot all-reduce).
+puts EMPTY back (as in TensorRT-LLM's one-shot all-reduce, which calls that Lamport's protocol).
 
 A buffer may be used again by the second sum after. A row of sum c + 2 is sent when its sender's kernel c + 1 is done,
 and that has got rows of sum c + 1 from every rank, each of which sent them when its own kernel c was done, EMPTY put

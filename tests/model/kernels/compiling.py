@@ -74,7 +74,7 @@ def part_345m(make: Callable[[str, tuple[int, ...]], torch.Tensor], num_ranks: i
     model.peers = Peers(
         1,
         num_ranks,
-        memory(NUM_BUFFERS, num_ranks, 256, config.hidden_size, dtype=torch.int32),
+        memory(NUM_BUFFERS, num_ranks, 2048, config.hidden_size, dtype=torch.int32),
         memory(256, num_ranks * vocabulary_rows(config, num_ranks), dtype=torch.float32),
         memory(num_ranks, 4, dtype=torch.int32),
         torch.empty(1, dtype=torch.int32, device="meta"),
