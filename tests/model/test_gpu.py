@@ -199,6 +199,7 @@ def test_scores_of_many_prompts_take_the_memory_of_one_slice(folder: Path, dtype
     np.testing.assert_allclose(together.chosen[5 * 124 : 6 * 124], alone.chosen, atol=tolerance, rtol=0)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("asking", [False, True])
 @pytest.mark.parametrize("drawn", [False, True])
 def test_a_launch_waits_for_nothing(folder: Path, drawn: bool, asking: bool) -> None:
@@ -215,8 +216,8 @@ def test_a_launch_waits_for_nothing(folder: Path, drawn: bool, asking: bool) -> 
     launch = runner.launch
 
     def watched(batch: Batch) -> None:
-        torch.cuda.set_sync_debug_mode("error")
         try:
+            torch.cuda.set_sync_debug_mode("error")
             launch(batch)
         finally:
             torch.cuda.set_sync_debug_mode("default")
