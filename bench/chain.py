@@ -1,14 +1,16 @@
-"""A lone token's step by the CUDA kernels: right, against plain operators, and how fast, against Triton's kernels.
+"""A step of one to eight tokens by the CUDA kernels: right, against plain operators, and how fast, against Triton's.
 
-python -m bench.chain [--dtype bfloat16] [--contexts 64,256,512,1024] [--splits 4,8] [--seconds 0.1] [--steps 1000]
+python -m bench.chain [--batches 1,2,4,8] [--dtype float16] [--points 1:256,2:256,8:512] [--steps 1000]
 """
 
 import argparse
 import faulthandler
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,11 +22,36 @@ from bench.step import BLOCK_SIZE, Step, replay_ms
 from service.model.attention import Decodes, LayerCache, PagedAttention
 from service.model.chained import ChainedLayers
 from service.model.gpt2 import GPT2
-from service.model.kernels.cuda.chain import ChainKernels, load_chain, sources
-from service.model.kernels.plan import Chain, Plan
-from service.model.kernels.plans import head_for, plan_for
+from service.model.kernels.cuda.chain import ChainKernels, load_chains
+from service.model.kernels.plan import Chain, Plan, Product
+from service.model.kernels.plans import CHAIN, CHAINS, head_for, plan_for
 
 ROUNDS = 5
+SHARED_MEMORY = 232448
+NAMES = ("qkv", "attention", "out", "up", "down")
+# What is tried of a chain, one after the other.
+SPLITS: list[dict[str, Any]] = [
+    {"splits": 0},  # attention by Triton
+    {"splits": 1},
+    {"splits": 2},
+    {"splits": 4},
+    {"splits": 8},
+    {"pdl": False},
+]
+SETTINGS: list[dict[str, Any]] = [
+    {"ahead": 2},
+    {"ahead": 4},
+    {"pieces": 2},
+    {"pieces": 8},
+    {"resident": 2},
+    {"resident": 3},
+    {"hand": 4},
+    {"hand": 16, "resident": 2},
+    {"room": 0},
+    {"room": 56 * 1024},
+    {"room": 64 * 1024},
+    {"room": 80 * 1024},
+]
 
 
 def sharp_345m(dtype: torch.dtype) -> GPT2:
@@ -40,57 +67,73 @@ def sharp_345m(dtype: torch.dtype) -> GPT2:
     return gpt2_345m(make, num_layers=24)
 
 
-def compiled(model: GPT2, chain: Chain, *, bounded: bool = False) -> ChainKernels:
-    """`bounded`: a copy that is waited for in vain is an error instead of a hang."""
-    named = sources(model.config, model.dtype, chain, block_size=BLOCK_SIZE)
-    if bounded:
-        named = {name: replace(each, defines=(*each.defines, ("BOUNDED", 1))) for name, each in named.items()}
-    return load_chain(named, chain, folder=None)
+def chain_of(num: int) -> Chain:
+    return CHAIN if num == 1 else CHAINS[num]
 
 
-def plan_of(model: GPT2, chain: Chain | None, *, pdl: bool = True) -> Plan:
+def compiled(model: GPT2, num: int, chains: list[Chain], *, bounded: bool = False) -> list[ChainKernels]:
+    """`bounded`: a copy that is waited for in vain is an error, not a hang. What several share is compiled once."""
+    asked: dict[str, Any] = {"BOUNDED": 1} if bounded else {}
+
+    with tempfile.TemporaryDirectory() as folder:
+        place: dict[str, Any] = {"block_size": BLOCK_SIZE, "folder": Path(folder)}
+        return [load_chains(model.config, model.dtype, {num: each}, **place, **asked)[num] for each in chains]
+
+
+def plan_of(model: GPT2, num: int, chain: Chain | None) -> Plan:
     plan = plan_for(
-        1,
+        num,
         dtype=model.dtype,
         decodes_only=True,
         narrow=False,
         split=False,
         head_size=model.config.head_size,
-        shared_memory=232448,
+        shared_memory=SHARED_MEMORY,
     )
-    return replace(plan, chain=chain, pdl=pdl)
+    return replace(plan, chain=chain)
+
+
+def head_of(model: GPT2, num: int) -> Product:
+    return head_for(num, dtype=model.dtype, narrow=False, shared_memory=SHARED_MEMORY)
 
 
 def layers_of(step: Step) -> ChainedLayers:
-    found = step.fused._chained
-    assert found is not None
+    (found,) = step.fused._chained.values()
     return found
 
 
-def launches(step: Step, *, pdl: bool = False) -> Iterator[tuple[str, Callable[[], None]]]:
-    given = step.step
-    return layers_of(step).launches(slot=given.slots, table=given.tables, length=given.lengths, pdl=pdl)
+def change(step: Step, kernels: ChainKernels) -> ChainedLayers:
+    """The step's chain is of these kernels from now on; what is returned is to be kept as long as its graphs."""
+    now, num = layers_of(step), len(step.counts)
+    args = (step.model, step.cache, now.layers, now._weights, kernels, now.buffers, num)
+    step.fused._chained[num] = ChainedLayers(*args)
+    return step.fused._chained[num]
 
 
-def check_kernels(model: GPT2, chain: Chain, context: int) -> bool:
+def launches(step: Step, plan: Plan, *, pdl: bool = False) -> Iterator[tuple[str, Callable[[], None]]]:
+    plan = replace(plan, pdl=pdl)
+    return layers_of(step).launches(**step.fused._chain_inputs(step.step, plan), pdl=pdl)
+
+
+def check_kernels(model: GPT2, num: int, chain: Chain, context: int) -> bool:
     """Each kernel of all layers, by itself, against plain operators in fp32 on what it really reads."""
-    kernels = compiled(model, chain, bounded=True)
-    step = Step(model, num=1, context=context, prompt=False, pdl=False, cuda=kernels)
+    (kernels,) = compiled(model, num, [chain], bounded=True)
+    step = Step(model, num=num, context=context, prompt=False, pdl=False, cuda={num: kernels})
     chained = layers_of(step)
-    slot, heads = int(step.step.slots[0]), model.config.num_heads
-    worst: dict[str, tuple[float, int]] = {}
-    chained.x.normal_(0, 1)
-    for number, (name, launch) in enumerate(launches(step)):
+    x, q, mixed, inner = (getattr(chained.buffers, name) for name in ("x", "q", "mixed", "inner"))
+    slots, heads = step.step.slots.long(), model.config.num_heads
+    worst: dict[str, float] = {}
+    x.normal_(0, 1)
+    for number, (name, launch) in enumerate(launches(step, plan_of(model, num, chain))):
         layer = number // 5
-        qkv, out, up, down = chained._matrices[layer]
+        qkv, out, up, down = chained.layers[layer]
         cache = step.cache.layer(layer)
-        before = chained.x.clone()
-        poisoned = {
-            "qkv": [chained.q, cache.keys.flatten(0, 1)[slot], cache.values.flatten(0, 1)[slot]],
-            "attention": [chained.parts, chained.stats],
-            "up": [chained.inner],
-        }
-        for tensor in poisoned.get(name, []):
+        keys, values = (side.flatten(0, 1).flatten(1) for side in cache)
+        before = x.clone()
+        if name == "qkv":
+            q.fill_(torch.nan)
+            keys[slots] = values[slots] = torch.nan
+        for tensor in {"attention": [chained.parts, chained.stats, mixed], "up": [inner]}.get(name, []):
             tensor.fill_(torch.nan)
         launch()
         try:
@@ -101,57 +144,57 @@ def check_kernels(model: GPT2, chain: Chain, context: int) -> bool:
         if name in ("qkv", "up"):
             matrix = qkv if name == "qkv" else up
             assert matrix.norm is not None
-            normed = F.layer_norm(before, before.shape, matrix.norm.weight, matrix.norm.bias, matrix.norm.epsilon)
+            normed = F.layer_norm(before, before.shape[1:], matrix.norm.weight, matrix.norm.bias, matrix.norm.epsilon)
             expected = F.linear(normed, matrix.weight.float(), matrix.bias.float())
-            got = chained.inner
-            if name == "qkv":
-                got = torch.cat([chained.q, *(side.flatten(0, 1)[slot].flatten() for side in cache)])
-            else:
-                expected = model.activation(expected)
+            got = torch.cat([q, keys[slots], values[slots]], 1) if name == "qkv" else inner
+            expected = expected if name == "qkv" else model.activation(expected)
         elif name == "attention":
-            share = chained.stats[..., 1] * torch.exp2(chained.stats[..., 0] - chained.stats[..., 0].max(0).values)
-            share = share.repeat_interleave(64, 1)
-            got = (chained.parts.float() * share).sum(0) / share.sum(0)
-            decodes = Decodes(0, 1, context, step.step.tables[:, : -(-context // BLOCK_SIZE)], step.step.lengths)
-            attend = PagedAttention(slots=step.step.slots.long(), decodes=[decodes], prefills=[], block_size=BLOCK_SIZE)
+            got = mixed.float()
+            if chain.splits:
+                peaks, masses = chained.stats.unbind(3)
+                share = (masses * torch.exp2(peaks - peaks.amax(1, keepdim=True))).repeat_interleave(64, 2)
+                got = (chained.parts.float() * share).sum(1) / share.sum(1)
+            decodes = Decodes(0, num, context, step.step.tables[:, : -(-context // BLOCK_SIZE)], step.step.lengths)
+            attend = PagedAttention(slots=slots, decodes=[decodes], prefills=[], block_size=BLOCK_SIZE)
             single = LayerCache(*(side.float() for side in cache))
-            key, value = (side.flatten(0, 1)[slot][None].clone() for side in single)
+            key, value = (side.flatten(0, 1)[slots].clone() for side in single)
             scale = model.attention_scale(layer)
-            query = chained.q.float().view(1, heads, 64)
-            expected = attend(query, key, value, single, scale=scale, upcast=False).flatten()
+            query = q.float().view(num, heads, 64)
+            expected = attend(query, key, value, single, scale=scale, upcast=False).flatten(1)
             merged = got
         else:
-            matrix, read = (out, merged) if name == "out" else (down, chained.inner.float())
+            matrix, read = (out, merged) if name == "out" else (down, inner.float())
             expected = F.linear(read, matrix.weight.float(), matrix.bias.float())
-            got = chained.x - before
-        error = float((got.float() - expected).norm() / expected.norm())
-        error_at = int((got.float() - expected).abs().argmax())
-        if not error <= 1e-2:  # NaN, too
-            wrong = (
-                ~torch.isclose(got.float(), expected, rtol=0.05, atol=0.02 * float(expected.abs().max()))
-            ).nonzero()
+            got = x - before
+        rows = (got.float() - expected).norm(dim=1) / expected.norm(dim=1)
+        if not bool((rows <= 1e-2).all()):  # NaN, too
+            close = torch.isclose(got.float(), expected, rtol=0.05, atol=0.02 * float(expected.abs().max()))
+            wrong = (~close).nonzero()
             print(
-                f"  WRONG layer {layer} {name}: relative error {error:.2e}, worst at {error_at} "
-                f"({float(got[error_at])} for {float(expected[error_at])}), {len(wrong)} of {len(got)} wrong, "
-                f"first {wrong[:16, 0].tolist()}, last {wrong[-4:, 0].tolist()}"
+                f"  WRONG {num} tokens at {context}, layer {layer} {name}: relative errors {rows.tolist()}, "
+                f"{len(wrong)} of {got.numel()} wrong, first {wrong[:16].tolist()}, last {wrong[-4:].tolist()}, "
+                f"{got.flatten()[:4].tolist()} for {expected.flatten()[:4].tolist()}"
             )
             return False
-        worst[name] = max(worst.get(name, (0.0, 0)), (error, layer))
-    print(f"  kernels at context {context}, {chain.splits} splits:", *(f"{k} {e:.1e}" for k, (e, _) in worst.items()))
+        worst[name] = max(worst.get(name, 0.0), float(rows.max()))
+    found = " ".join(f"{name} {error:.1e}" for name, error in worst.items())
+    print(f"  kernels, {num} tokens at context {context}, {chain.splits} splits: {found}", flush=True)
     return True
 
 
-def check_steps(model: GPT2, chain: Chain, context: int) -> bool:
+def check_steps(model: GPT2, num: int, chain: Chain, context: int) -> bool:
     """A whole step by the chain and by Triton, both against plain fp32."""
     exact = gpt2_345m(lambda name, _: _float(model, name), num_layers=model.config.num_layers)
-    step = Step(model, num=1, context=context, prompt=False, cuda=compiled(model, chain, bounded=True))
-    head = head_for(1, dtype=model.dtype, narrow=False, shared_memory=232448)
-    chained = layers_of(step)
+    (kernels,) = compiled(model, num, [chain], bounded=True)
+    step = Step(model, num=num, context=context, prompt=False, cuda={num: kernels})
+    head = head_of(model, num)
+    chained, buffers = layers_of(step), layers_of(step).buffers
     filled = step.cache._cache.clone()
     found = {}
-    for name, plan in (("chain", plan_of(model, chain)), ("triton", plan_of(model, None))):
-        for tensor in (step.fused.x, chained.q, chained.inner, chained.parts, chained.stats, step.fused._q):
+    for name, plan in (("chain", plan_of(model, num, chain)), ("triton", plan_of(model, num, None))):
+        for tensor in (buffers.x, buffers.q, buffers.mixed, buffers.inner, chained.parts, chained.stats):
             tensor.fill_(torch.nan)
+        step.fused.normed.fill_(torch.nan)
         step.cache._cache.copy_(filled)
         found[name] = step.run(plan, head).clone()
         torch.cuda.synchronize()
@@ -160,14 +203,16 @@ def check_steps(model: GPT2, chain: Chain, context: int) -> bool:
     single = step.cache._cache.float()
     step.cache._cache = single
     expected = step.plain()
-    errors = {name: float((got - expected).norm() / expected.norm()) for name, got in found.items()}
-    picks = {name: int(got.argmax()) for name, got in found.items()}
-    best = int(expected.argmax())
-    gap = float(expected[0, best] - expected[0, picks["chain"]]) / float(expected.std())
+    errors = {name: float(((got - expected).norm(dim=1) / expected.norm(dim=1)).max()) for name, got in found.items()}
+    picks = {name: got.argmax(1) for name, got in found.items()}
+    gaps = expected.max(1).values - expected.gather(1, picks["chain"][:, None])[:, 0]
+    gap = float((gaps / expected.std(1)).max())
+    same = int((picks["chain"] == expected.argmax(1)).sum())
     print(
-        f"  step at context {context}: logits off by",
+        f"  step, {num} tokens at context {context}: logits off by",
         *(f"{name} {error:.1e}" for name, error in errors.items()),
-        f"; picks {picks}, plain fp32 {best}, the chain's {gap:.4f} deviations below the best",
+        f"; {same} of {num} picks are plain fp32's, the others {gap:.4f} deviations below the best or less",
+        flush=True,
     )
     return errors["chain"] < 2e-2 and gap < 0.1
 
@@ -193,8 +238,8 @@ def captured(work: Callable[[], object]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def turns(graphs: dict[str, torch.cuda.CUDAGraph], seconds: float) -> None:
-    """Times them in turns, and prints the median and the range of each."""
+def turns(graphs: dict[str, torch.cuda.CUDAGraph], seconds: float) -> dict[str, float]:
+    """Times them in turns, and prints the median and the range of each; the medians."""
     times: dict[str, list[float]] = {name: [] for name in graphs}
     for _ in range(ROUNDS):
         for name, graph in graphs.items():
@@ -202,80 +247,88 @@ def turns(graphs: dict[str, torch.cuda.CUDAGraph], seconds: float) -> None:
     for name, found in times.items():
         found.sort()
         print(f"    {found[len(found) // 2]:.4f} ms ({found[0]:.4f} to {found[-1]:.4f})  {name}", flush=True)
+    return {name: found[len(found) // 2] for name, found in times.items()}
 
 
-def compare(model: GPT2, contexts: Sequence[int], splits: Sequence[int], seconds: float) -> None:
-    head = head_for(1, dtype=model.dtype, narrow=False, shared_memory=232448)
-    kernels = {count: compiled(model, Chain(splits=count)) for count in splits}
-    for name in ("qkv", "attention", "out", "up", "down"):
-        print(f"  {name}: registers", *(getattr(each, name).registers for each in kernels.values()))
-    for context in contexts:
-        print(f"  context {context}")
-        steps = {count: Step(model, num=1, context=context, prompt=False, cuda=kernels[count]) for count in splits}
-        graphs = {}
-        for count, step in steps.items():
-            for pdl in (True, False):
-                plan = plan_of(model, Chain(splits=count), pdl=pdl)
-                title = f"chain, {count} splits{'' if pdl else ', no dependent launch'}"
-                graphs[title] = captured(partial(step.run, plan, head))
-        graphs["triton"] = captured(partial(steps[splits[0]].run, plan_of(model, None), head))
-        turns(graphs, seconds)
+def compare(model: GPT2, num: int, context: int, changes: list[dict[str, Any]], seconds: float) -> None:
+    """The chain of the table, with one thing changed, and without a kernel; Triton's. Then all at once that helps."""
+    base, head = chain_of(num), head_of(model, num)
+    chains, changed = {"chain": base}, {}
+    for each in changes:
+        other = replace(base, **each)
+        if other not in chains.values():
+            name = ", ".join(f"{key} {value}" for key, value in each.items())
+            chains[name], changed[name] = other, each
+    made = dict(zip(chains, compiled(model, num, list(chains.values())), strict=True))
+    print(f"  {num} tokens at context {context}: {base}", flush=True)
+    step = Step(model, num=num, context=context, prompt=False, cuda={num: made["chain"]})
+    graphs = {"triton": captured(partial(step.run, plan_of(model, num, None), head))}
+    kept = []
+    for name, chain in chains.items():
+        kept.append(change(step, made[name]))
+        graphs[name] = captured(partial(step.run, plan_of(model, num, chain), head))
+    kept.append(change(step, made["chain"]))
+    plan = plan_of(model, num, base)
+    body = partial(step.fused.body, step.step, step.tail.sampled, plan)
+    graphs["without head and sampling"] = captured(body)
+    graphs["layers alone"] = captured(partial(_run, step, plan, ""))
+    for name in NAMES:
+        graphs[f"layers without {name}"] = captured(partial(_run, step, plan, name))
+    times = turns(graphs, seconds)
+    better: dict[str, Any] = {}
+    for name in sorted(changed, key=times.__getitem__):
+        if times[name] < 0.995 * times["chain"] and not better.keys() & changed[name].keys():
+            better |= changed[name]
+    both = replace(base, **better)
+    if both not in chains.values():
+        kept.append(change(step, *compiled(model, num, [both])))
+        again = {"chain": graphs["chain"], f"{better}": captured(partial(step.run, plan_of(model, num, both), head))}
+        turns(again, seconds)
+    used = {name: [k.registers for k in (each.qkv, each.out, each.up, each.down)] for name, each in made.items()}
+    print("    registers of qkv, out, up, down:", ", ".join(f"{name} {counts}" for name, counts in used.items()))
 
 
-def left_out(model: GPT2, chain: Chain, context: int, seconds: float) -> None:
-    """What each kind of kernel adds: the chain without it."""
-    head = head_for(1, dtype=model.dtype, narrow=False, shared_memory=232448)
-    step = Step(model, num=1, context=context, prompt=False, cuda=compiled(model, chain))
-    plan = plan_of(model, chain)
-    graphs = {
-        "whole": captured(partial(step.run, plan, head)),
-        "without head and sampling": captured(partial(step.fused.body, step.step, step.tail.sampled, plan)),
-        "layers alone": captured(partial(_run, step, ())),
-    }
-    for name in ("qkv", "attention", "out", "up", "down"):
-        graphs[f"layers without {name}"] = captured(partial(_run, step, (name,)))
-    print(f"  left out, context {context}, {chain.splits} splits")
-    turns(graphs, seconds)
-
-
-def _run(step: Step, without: tuple[str, ...]) -> None:
-    for name, launch in launches(step, pdl=True):
-        if name not in without:
+def _run(step: Step, plan: Plan, without: str) -> None:
+    for name, launch in launches(step, plan, pdl=True):
+        if name != without:
             launch()
 
 
-def feed(model: GPT2, chain: Chain, num_steps: int) -> bool:
+def feed(model: GPT2, num: int, chain: Chain, num_steps: int) -> bool:
     """Each step goes on from what the one before sampled: the same tokens with dependent launch, without, and again."""
     context = 1024
-    head = head_for(1, dtype=model.dtype, narrow=False, shared_memory=232448)
-    step = Step(model, num=1, context=context, prompt=False, cuda=compiled(model, chain))
+    head = head_of(model, num)
+    (kernels,) = compiled(model, num, [chain])
+    step = Step(model, num=num, context=context, prompt=False, cuda={num: kernels})
     given = step.step
     filled = step.cache._cache.clone()
-    step.rows.records[0, 0] = torch.tensor(1.0).view(torch.int32)  # temperature
-    given.sources.fill_(0)
-    plans = {"chain": plan_of(model, chain), "no dependent launch": plan_of(model, chain, pdl=False)}
+    step.rows.records[:, 0] = torch.tensor(1.0).view(torch.int32)  # temperature
+    given.sources.copy_(torch.arange(num))
+    plans = {"chain": plan_of(model, num, chain)}
+    plans["no dependent launch"] = plan_of(model, num, replace(chain, pdl=False))
+    plans["triton"] = plan_of(model, num, None)
     graphs = {name: captured(partial(step.run, plan, head)) for name, plan in plans.items()}
-    graphs["triton"] = captured(partial(step.run, plan_of(model, None), head))
     found = {}
     for name in ("chain", "no dependent launch", "chain again", "triton"):
         step.cache._cache.copy_(filled)
         step.tail.sampled.fill_(17)
-        tokens = torch.zeros(num_steps, dtype=torch.int32, device="cuda")
+        tokens = torch.zeros(num_steps, num, dtype=torch.int32, device="cuda")
         for number in range(num_steps):
             position = context - num_steps + number
             given.positions.fill_(position)
             given.lengths.fill_(position + 1)
             step.rows.positions.fill_(position + 1)
-            given.slots.copy_(given.tables[0, position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE)
+            given.slots.copy_(given.tables[:, position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE)
             graphs[name.removesuffix(" again")].replay()
-            tokens[number] = step.tail.sampled[0]
-        found[name] = (tokens, step.fused.x[0].clone())
+            tokens[number] = step.tail.sampled[:num]
+        found[name] = (tokens, step.fused.x[:num].clone())
     tokens, x = found["chain"]
     same = True
     for name, (others, other_x) in found.items():
         differ = (tokens != others).nonzero()
-        first = int(differ[0]) if len(differ) else None
-        print(f"  {num_steps} steps, {name}: first difference {first}, {len(set(tokens.tolist()))} tokens", flush=True)
+        first = int(differ[0, 0]) if len(differ) else None
+        different = len(set(tokens.flatten().tolist()))
+        print(f"  {num_steps} steps of {num} tokens, {name}: first difference {first}, {different} tokens", flush=True)
         if name != "triton":
             same = same and first is None and torch.equal(x, other_x)
     return same
@@ -283,37 +336,42 @@ def feed(model: GPT2, chain: Chain, num_steps: int) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dtype", default="bfloat16,float16")
-    parser.add_argument("--contexts", default="64,256,512,1024")
-    parser.add_argument("--splits", default="4,8")
-    parser.add_argument("--seconds", type=float, default=0.03)
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--limit", type=int, default=110, help="seconds after which all is given up")
+    parser.add_argument("--batches", default="2,4,8")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument(
+        "--points", default="1:256,2:256,4:256,8:512,8:1024", help="tokens:context of what is timed, or none"
+    )
+    parser.add_argument("--seconds", type=float, default=0.02)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--limit", type=int, default=58, help="seconds after which all is given up")
     arguments = parser.parse_args()
     faulthandler.dump_traceback_later(arguments.limit, exit=True)
-    contexts = [int(context) for context in arguments.contexts.split(",")]
-    splits = [int(count) for count in arguments.splits.split(",")]
+    batches = [int(num) for num in arguments.batches.split(",")]
+    points = [tuple(map(int, point.split(":"))) for point in arguments.points.split(",") if point]
     began = time.perf_counter()
     good = True
     with torch.inference_mode():
         for number, dtype in enumerate(arguments.dtype.split(",")):
             model = sharp_345m(getattr(torch, dtype))
             print(f"{dtype}, {torch.cuda.get_device_name()}, {time.perf_counter() - began:.1f} s", flush=True)
-            first = time.perf_counter()
-            compiled(model, Chain(splits=splits[0]))
-            print(f"  compiled and loaded in {time.perf_counter() - first:.2f} s", flush=True)
-            for count in splits:
-                for context in (1, 2, 100, 257, 1024) if count == splits[0] else (257, 1024):
-                    good = good and check_kernels(model, Chain(splits=count), context)
-            for context in (1, 256, 1000):
-                good = good and check_steps(model, Chain(splits=splits[0]), context)
-            print(f"  checked: {good}, {time.perf_counter() - began:.1f} s", flush=True)
-            if good and number == 0:
-                compare(model, contexts, splits, arguments.seconds)
-                for count in splits:
-                    left_out(model, Chain(splits=count), 256, arguments.seconds)
-            if good:
-                good = feed(model, Chain(splits=splits[0]), arguments.steps)
+            for num in batches:
+                chain = chain_of(num)
+                for context in (1, 257, 1024):
+                    good = good and check_kernels(model, num, chain, context)
+                if num > 1 and number == 0:
+                    good = good and check_kernels(model, num, replace(chain, splits=0), 257)
+                for context in (256, 1000):
+                    good = good and check_steps(model, num, chain, context)
+                print(f"  checked: {good}, {time.perf_counter() - began:.1f} s", flush=True)
+            timed: set[int] = set()
+            for num, context in points:
+                if good and number == 0 and num in batches:
+                    settings = [] if num == 1 or num in timed else SETTINGS  # once are enough
+                    changes = [each for each in SPLITS if num > 1 or each.get("splits", 4) >= 4]
+                    compare(model, num, context, [*changes, *settings], arguments.seconds)
+                    timed.add(num)
+            for num in batches:
+                good = good and feed(model, num, chain_of(num), arguments.steps)
     print(f"all right: {good}, {time.perf_counter() - began:.1f} s")
     raise SystemExit(not good)
 

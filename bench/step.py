@@ -6,6 +6,7 @@ Called by bench/tune.py and bench/decode.py.
 import dataclasses
 import statistics
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -26,7 +27,14 @@ class Step:
     """One step's graph by plan: `num` single tokens of `context`, or with `prompt` one prompt a sequence."""
 
     def __init__(
-        self, model: GPT2, *, num: int, context: int, prompt: bool, pdl: bool = True, cuda: ChainKernels | None = None
+        self,
+        model: GPT2,
+        *,
+        num: int,
+        context: int,
+        prompt: bool,
+        pdl: bool = True,
+        cuda: Mapping[int, ChainKernels] | None = None,
     ) -> None:
         self.model = model
         counts = [context if prompt else 1] * num

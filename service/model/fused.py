@@ -1,13 +1,14 @@
 """GPT-2 as chains of Triton kernels over static buffers, to be captured in CUDA graphs. Called by model/graphs.py."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from service.model.attention import KVCache, LayerCache
-from service.model.chained import ChainedLayers
+from service.model.chained import Buffers, ChainedLayers, chained_layers
 from service.model.formats import Product
 from service.model.gpt2 import GPT2, LayerNorm
 from service.model.kernels import attention, norms, peers
@@ -55,11 +56,11 @@ class FusedGPT2:
         max_tokens: int,
         block_size: int,
         pdl: bool,
-        cuda: ChainKernels | None = None,
+        cuda: Mapping[int, ChainKernels] | None = None,
     ) -> None:
         """`pdl`: launch by programmatic dependent launch, which the device must know (sm_90).
 
-        `cuda`, made for this model and `block_size`, is for plans that have a chain.
+        `cuda`, made for this model and `block_size`, is for plans that have a chain, by how many tokens they are for.
         """
         config = model.config
         self._model = model
@@ -104,13 +105,17 @@ class FusedGPT2:
         self._most_parts = max(max_tokens, _MOST_PARTS)
         self._parts = torch.zeros(self._most_parts * hidden, **single)
         self._stats = torch.zeros(_MOST_PARTS * 2 * hidden, **single)
-        self._chained = None if cuda is None else ChainedLayers(model, cache, self._layers, cuda, self.x[0])
+        buffers = Buffers(self.x, self._q, self._mixed, self._inner)
+        self._chained = chained_layers(model, cache, self._layers, cuda or {}, buffers)
         self._arrived = torch.zeros(max_tokens, attention // config.head_size, dtype=torch.int32, device=model.device)
 
     def body(self, step: StepTensors, sampled: Tensor, plan: Plan) -> None:
         """The layers, from `step` to `x` [T, H]; fills the cache. `sampled` [R] has the samples of the step before."""
         model, config = self._model, self._model.config
         num_tokens = len(step.token_ids)
+        chained = None if plan.chain is None else self._chained.get(num_tokens)
+        if plan.chain is not None and chained is not None:
+            plan = replace(plan, pdl=plan.chain.pdl)
         chain = self._chain(plan)
         assert num_tokens * max(plan.out.splits, plan.down.splits, plan.decode.splits) <= self._most_parts
         norms.embed[(num_tokens,)](
@@ -131,8 +136,8 @@ class FusedGPT2:
             TURNS=step.num_turns,
             PDL=chain["PDL"],  # but launched when what wrote `step` is done: kernels to come read it early
         )
-        if plan.chain is not None and self._chained is not None:
-            self._chained.run(slot=step.slots, table=step.tables, length=step.lengths, pdl=chain["PDL"])
+        if chained is not None:
+            self._run_chain(chained, step, plan)
             return
         if not plan.fused:
             self._add_and_norm(num_tokens, 0, None, model.layers[0].attention_norm, chain, buffer=EMBEDDING)
@@ -143,6 +148,24 @@ class FusedGPT2:
                 self._fused_layer(number, layer, scale, step, plan)
             else:
                 self._split_layer(number, layer, scale, step, plan)
+
+    def _run_chain(self, chained: ChainedLayers, step: StepTensors, plan: Plan) -> None:
+        chain = self._chain(plan)
+        chained.run(**self._chain_inputs(step, plan), pdl=chain["PDL"])
+        if not plan.fused:
+            self._add_and_norm(len(step.token_ids), 0, None, self._model.final_norm, chain, buffer=0)
+
+    def _chain_inputs(self, step: StepTensors, plan: Plan) -> dict[str, Any]:
+        def attend(number: int) -> None:
+            self._attend(self._cache.layer(number), self._model.attention_scale(number), step, plan)
+
+        return {
+            "slots": step.slots,
+            "tables": step.tables,
+            "lengths": step.lengths,
+            "num": step.num_decodes,
+            "attend": attend,
+        }
 
     def _chain(self, plan: Plan) -> dict[str, bool]:
         pdl = self._pdl and plan.pdl

@@ -7,7 +7,7 @@ the step before sampled, once for any mix; which token is whose, they read on th
 import bisect
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -84,7 +84,7 @@ class GraphRunner:
         block_size: int,
         max_num_seqs: int,
         max_num_batched_tokens: int,
-        cuda: ChainKernels | None = None,
+        cuda: Mapping[int, ChainKernels] | None = None,
     ) -> None:
         """Steps can be launched once `capture` has been called. `cuda` is for plans that have a chain."""
         config, device = model.config, model.device
@@ -100,8 +100,9 @@ class GraphRunner:
         pdl = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
         cache = model.new_cache(num_blocks=num_blocks + 1, block_size=block_size)  # the last for what fills buckets up
         max_tokens, max_rows = max_num_batched_tokens, most_rows(max_num_seqs)
-        self._fused = FusedGPT2(model, cache, max_tokens=max_tokens, block_size=block_size, pdl=pdl, cuda=cuda)
         decodes = [Shape(size, size) for size in _sizes(_DECODE_TOKENS, max_num_seqs)]
+        used = {num: kernels for num, kernels in (cuda or {}).items() if Shape(num, num) in decodes}
+        self._fused = FusedGPT2(model, cache, max_tokens=max_tokens, block_size=block_size, pdl=pdl, cuda=used)
         mixed = [
             Shape(size, min(size, max_num_seqs), self._plan(size).prefill.block_t)
             for size in _sizes(_MIXED_TOKENS, max_num_batched_tokens)

@@ -28,7 +28,9 @@ def make_batch(*parts: Part, **asked: Any) -> Batch:
     """One step of `parts`, in their order, with `asked` as further fields."""
     lengths = [len(part.tokens) for part in parts]
     counts = [len(part.tokens) - part.start for part in parts]
-    assert sorted(counts) == counts or counts.count(1) == 0
+    num_decodes = counts.count(1)
+    assert counts[:num_decodes] == [1] * num_decodes
+    assert lengths[:num_decodes] == sorted(lengths[:num_decodes])
     starts = np.cumsum([0, *counts])
     tables = np.zeros((len(parts), -(-max(lengths) // BLOCK_SIZE)), np.int32)
     sources = np.full(starts[-1], -1, np.int32)
@@ -53,7 +55,7 @@ def make_batch(*parts: Part, **asked: Any) -> Batch:
         query_starts=starts.astype(np.int32),
         context_lengths=np.asarray(lengths, np.int32),
         block_tables=tables,
-        num_decodes=counts.count(1),
+        num_decodes=num_decodes,
         sample_indices=(starts[1:] - 1)[sampled].astype(np.int32),
         sample_positions=np.asarray(lengths, np.int32)[sampled],
         sampling=sampling,

@@ -1,4 +1,4 @@
-"""A lone token by the CUDA kernels, as the runner uses them, against plain operators: on a Hopper GPU."""
+"""One to eight tokens by the CUDA kernels, as the runner uses them, against plain operators: on a Hopper GPU."""
 
 from pathlib import Path
 
@@ -7,42 +7,77 @@ import pytest
 import torch
 
 from service.model.graphs import GraphRunner
-from service.model.kernels.cuda.chain import chain_for
+from service.model.kernels.cuda import chain
+from service.model.kernels.plans import CHAINS
 from tests.model.batches import BLOCK_SIZE, MOST_BLOCKS, Part, make_batch
 from tests.model.test_gpu_kernels import PlainRunner, check_step, random_models, score_all
 
 pytestmark = pytest.mark.gpu
 
 PLACES = 8  # a sequence of more than 128 tokens has the room of several
-
-
-@pytest.mark.parametrize(
+KINDS = pytest.mark.parametrize(
     ("dtype", "sharper", "tolerance"),
     [(torch.bfloat16, 1, 2e-2), (torch.float16, 3, 1e-2)],
     ids=["bf16", "fp16"],
 )
+
+
+def runners(
+    dtype: torch.dtype, *, sharper: float, folder: Path, num_blocks: int, most: int
+) -> tuple[GraphRunner, list[PlainRunner]]:
+    """Of steps of up to `most` sequences: by the kernels, and by plain operators in `dtype` and in fp32."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("no Hopper GPU")
+    model, exact = random_models(dtype, sharper=sharper)
+    cuda = chain.chain_for(model, block_size=BLOCK_SIZE, folder=folder)
+    assert cuda is not None
+    assert list(cuda) == [1, *CHAINS]
+    kernels = GraphRunner(
+        model, num_blocks=num_blocks, block_size=BLOCK_SIZE, max_num_seqs=most, max_num_batched_tokens=1024, cuda=cuda
+    )
+    kernels.capture()
+    return kernels, [PlainRunner(each, num_blocks=num_blocks, block_size=BLOCK_SIZE) for each in (model, exact)]
+
+
+@KINDS
 def test_a_lone_token_of_any_length(dtype: torch.dtype, sharper: float, tolerance: float, tmp_path: Path) -> None:
     """Of the token alone, of one block, of parts of a pass and of more than the kernels ask for early.
 
     Against plain operators on the same weights, in the same dtype and in fp32, token after token.
     """
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("no Hopper GPU")
-    model, exact = random_models(dtype, sharper=sharper)
     num_blocks = PLACES * MOST_BLOCKS
-    cuda = chain_for(model, block_size=BLOCK_SIZE, folder=tmp_path)
-    assert cuda is not None
-    assert 5 == len(list(tmp_path.iterdir()))  # what is compiled is kept
-    kernels = GraphRunner(
-        model, num_blocks=num_blocks, block_size=BLOCK_SIZE, max_num_seqs=1, max_num_batched_tokens=1024, cuda=cuda
-    )
-    kernels.capture()
-    plain = [PlainRunner(each, num_blocks=num_blocks, block_size=BLOCK_SIZE) for each in (model, exact)]
+    kernels, plain = runners(dtype, sharper=sharper, folder=tmp_path, num_blocks=num_blocks, most=1)
+    assert len(list(tmp_path.iterdir())) >= 5  # what is compiled is kept
+    vocab_size = kernels.model.config.vocab_size
     random = np.random.default_rng(8)
     for length in (0, 8, 63, 200, 300, 600, 1018):
-        tokens: list[int] = random.integers(model.config.vocab_size, size=length).tolist()
+        tokens: list[int] = random.integers(vocab_size, size=length).tolist()
         if tokens:
             check_step(kernels, plain, score_all(Part(tokens)), tolerance=tolerance)
         for _ in range(3):
-            tokens.append(int(random.integers(model.config.vocab_size)))
+            tokens.append(int(random.integers(vocab_size)))
             check_step(kernels, plain, make_batch(Part(tokens, start=len(tokens) - 1)), tolerance=tolerance)
+
+
+@KINDS
+def test_few_tokens_of_any_lengths(dtype: torch.dtype, sharper: float, tolerance: float, tmp_path: Path) -> None:
+    """As many as a bucket has room for and fewer, down to one, of lengths as above; token after token, three times."""
+    places = [PLACES * number for number in range(8)]
+    num_blocks = PLACES * MOST_BLOCKS * len(places)
+    kernels, plain = runners(dtype, sharper=sharper, folder=tmp_path, num_blocks=num_blocks, most=8)
+    vocab_size = kernels.model.config.vocab_size
+    random = np.random.default_rng(8)
+    contexts = [random.integers(vocab_size, size=length).tolist() for length in (0, 3, 8, 63, 129, 300, 600, 1000)]
+    for tokens, place in zip(contexts, places, strict=True):
+        if tokens:
+            check_step(kernels, plain, score_all(Part(tokens, place=place)), tolerance=tolerance)
+    for count in (8, 5, 4, 3, 2, 1):
+        for first in (0, 8 - count):
+            for _ in range(3 if count in (2, 4, 8) else 1):
+                parts = []
+                for number in range(first, first + count):
+                    contexts[number].append(int(random.integers(vocab_size)))
+                    tokens = contexts[number]
+                    parts.append(Part(list(tokens), start=len(tokens) - 1, place=places[number]))
+                parts.sort(key=lambda part: part.start)
+                check_step(kernels, plain, make_batch(*parts), tolerance=tolerance)

@@ -70,9 +70,16 @@ class Prefill:
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """One token's layers by the CUDA kernels (kernels/cuda/chain.py)."""
+    """The layers of one to eight tokens by the CUDA kernels (kernels/cuda/chain.py)."""
 
-    splits: int  # of the context
+    splits: int  # of the context; 0, of two tokens or more: attention is the plan's
+    # Only of two tokens or more, but for `pdl`.
+    pieces: int = 4  # that a block's rows of a matrix are copied in
+    ahead: int = 1  # copies of a block under way at once
+    resident: int = 4  # blocks on a multiprocessor that registers are to leave room for
+    hand: int = 8  # tiles of activations that a lane asks for at once, a power of two
+    room: int = 0  # bytes of shared memory that a block asks for if it needs less
+    pdl: bool = True
 
 
 @dataclass(frozen=True, slots=True)

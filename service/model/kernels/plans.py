@@ -7,6 +7,13 @@ import torch
 from service.model.kernels.plan import Chain, Decode, Library, Plan, Prefill, Product, Tiled, Vector, whole_tile
 
 CHAIN = Chain(splits=4)
+# Of a body of so many single tokens (bench/chain.py); weights are packed for them, 0.6 GB more of the 345M's.
+_ROOM = 72 * 1024
+CHAINS = {
+    2: Chain(splits=2, resident=3, room=_ROOM),
+    4: Chain(splits=4, resident=3, room=_ROOM),
+    8: Chain(splits=2, resident=3, room=_ROOM),
+}
 _ONE = Plan(
     qkv=Vector(8, 1024, 4, prefetch=True),
     out=Vector(32, 1024, 8, prefetch=True),
@@ -96,6 +103,8 @@ def plan_for(
         plan = _NARROW_ONE if narrow else _ONE
     else:
         plan = next((plan for most, plan in _BY_SIZE if num_tokens <= most), _MORE)
+        if decodes_only:
+            plan = replace(plan, chain=CHAINS.get(num_tokens))
     if split:
         plan = replace(plan, split=True, decode=replace(plan.decode, merged=True))
     if num_tokens > _MOST_NARROW:

@@ -1,9 +1,15 @@
 """Where the kernels' tests run: on a GPU where one is, else in Triton's interpreter."""
 
 import os
+import shutil
+from collections.abc import Callable
+from functools import cache
 
 import pytest
 import torch
+
+from service.model.kernels.cuda.compiler import Source
+from tests.model.kernels.emulating import Run, built, precompile
 
 ON_GPU = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
 
@@ -23,3 +29,18 @@ def pdl() -> bool:
 def chain(pdl: bool) -> dict[str, bool]:
     """What a launch is told of it."""
     return {"PDL": pdl, "launch_pdl": pdl}
+
+
+@pytest.fixture(scope="session")
+def emulate(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Source], Run]:
+    """A source of kernels/cuda as a function of its arguments, on this processor."""
+    if shutil.which("g++") is None:
+        pytest.skip("no C++ compiler")
+    header = tmp_path_factory.mktemp("header")
+    precompile(header)
+    return cache(lambda source: built(source, tmp_path_factory.mktemp("kernel"), header))
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(3)

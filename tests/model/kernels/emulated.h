@@ -2,12 +2,12 @@
 // as coroutines that change over where they would wait. bf16 only. Read by test_cuda.py.
 
 #include <math.h>
+#include <setjmp.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <string.h>
 #include <ucontext.h>
 
-#include <deque>
 #include <functional>
 #include <memory>
 #include <tuple>
@@ -19,24 +19,29 @@
 #define __forceinline__ inline
 #define __shared__ static
 #define __launch_bounds__(...)
+#define __align__(bytes) __attribute__((aligned(bytes)))
 
 struct uint4 { unsigned x, y, z, w; };
+struct uint2 { unsigned x, y; };
 struct float2 { float x, y; };
 struct float4 { float x, y, z, w; };
 static uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+static uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 static float2 make_float2(float x, float y) { return {x, y}; }
 static int max(int a, int b) { return a > b ? a : b; }
 static int min(int a, int b) { return a < b ? a : b; }
-static struct { int x, y; } threadIdx, blockIdx;
+static struct { int x, y, z; } threadIdx, blockIdx;
 
 // --- Coroutines
 
+// A context is only where a thread begins: to change over by one costs system calls.
 struct Thread {
     ucontext_t context;
-    bool done;
+    jmp_buf place;
+    bool begun, done;
 };
 
-static ucontext_t scheduler;
+static jmp_buf scheduler;
 static std::vector<Thread> threads;
 static std::function<void()> kernel;
 static int current, idle;  // turns since something changed
@@ -44,13 +49,22 @@ static bool stuck;
 
 static void change_over() {
     ++idle;
-    swapcontext(&threads[current].context, &scheduler);
+    if (!_setjmp(threads[current].place)) _longjmp(scheduler, 1);
 }
 
 static void run_thread() {
     kernel();
     threads[current].done = true;
     idle = 0;
+    _longjmp(scheduler, 1);
+}
+
+// Until it changes over or is done.
+static __attribute__((noinline)) void go_on(Thread& thread) {
+    if (_setjmp(scheduler)) return;
+    if (thread.begun) _longjmp(thread.place, 1);
+    thread.begun = true;
+    setcontext(&thread.context);
 }
 
 // --- link.cuh
@@ -70,7 +84,7 @@ struct Late {  // memory that the kernel before writes
     size_t bytes;
 };
 
-static std::deque<Copy> copies;
+static std::vector<Copy> copies;
 static std::vector<Late> late;
 static std::vector<unsigned char> tile;
 static bool waited;
@@ -92,15 +106,17 @@ static void await(Barrier* barrier, unsigned parity) {
     while (*barrier % 2 == parity) change_over();
     idle = 0;
 }
+// The last first: nothing says that they come in their order.
 static void arrive_one() {
-    const Copy copy = copies.front();
-    copies.pop_front();
+    const Copy copy = copies.back();
+    copies.pop_back();
     memcpy(copy.to, copy.from, copy.bytes);
     ++*copy.barrier;
     idle = 0;
 }
 
 static uint4 load_words(const void* at) { return *(const uint4*)at; }
+static uint2 load_two_words(const void* at) { return *(const uint2*)at; }
 static float2 load_pair(const float2* at) { return *at; }
 static float load_float(const float* at) { return *at; }
 
@@ -116,6 +132,7 @@ static Number number(float v) {
     memcpy(&bits, &v, 4);
     return v != v ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
+static unsigned two_numbers(float first, float second) { return number(first) | (unsigned)number(second) << 16; }
 static float power_of_two(float x) { return exp2f(x); }
 static float divide(float x, float y) { return x / y; }
 static float inverse_root(float x) { return 1.0f / sqrtf(x); }
@@ -137,30 +154,53 @@ static void meet(Meeting& meeting, int size) {
     while (meeting.round == round) change_over();
 }
 static void __syncthreads() { meet(block_meeting, threads.size()); }
-static std::vector<float> given;
-static float from_lane(float v, int offset) {
+static void __syncwarp() { meet(warp_meetings[threadIdx.x / 32], 32); }
+
+// What each thread gives its warp, and of its warp what all gave. In two halves: none is two rounds ahead.
+struct Words {
+    unsigned of[6];
+};
+static std::vector<Words> given[2];
+static const Words* exchange(const Words& words) {
     Meeting& meeting = warp_meetings[threadIdx.x / 32];
-    given[threadIdx.x] = v;
+    std::vector<Words>& half = given[meeting.round % 2];
+    half[threadIdx.x] = words;
     meet(meeting, 32);
-    const float found = given[threadIdx.x ^ offset];
-    meet(meeting, 32);
-    return found;
+    return &half[threadIdx.x / 32 * 32];
+}
+static float from_lane(float v, int offset) {
+    Words words;
+    memcpy(words.of, &v, 4);
+    return bits_to_float(exchange(words)[threadIdx.x % 32 ^ offset].of[0]);
+}
+static void multiply(
+    float (&sums)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+    const Words* lanes = exchange({a0, a1, a2, a3, b0, b1});
+    const int lane = threadIdx.x % 32;
+    for (int i = 0; i < 4; ++i) {
+        const int below = i / 2, row = lane / 4, column = lane % 4 * 2 + i % 2;  // 8 rows further down
+        for (int k = 0; k < 16; k += 2) {
+            const unsigned a = lanes[row * 4 + k % 8 / 2].of[k / 8 * 2 + below];
+            const unsigned b = lanes[column * 4 + k % 8 / 2].of[4 + k / 8];
+            sums[i] += low(a) * low(b) + high(a) * high(b);
+        }
+    }
 }
 
 // --- A launch
 
 // 0; or 1 where threads wait for what never comes, or a copy is not of whole 16 bytes.
-static int launch(int grid_x, int grid_y, int count, int shared, std::function<void()> call) {
+static int launch(int grid_x, int grid_y, int grid_z, int count, int shared, std::function<void()> call) {
     constexpr size_t STACK = 1 << 16;
     std::unique_ptr<unsigned char[]> stacks(new unsigned char[count * STACK]);
     kernel = call;
     stuck = false;
-    for (int block = 0; block < grid_x * grid_y && !stuck; ++block) {
-        blockIdx = {block % grid_x, block / grid_x};
+    for (int block = 0; block < grid_x * grid_y * grid_z && !stuck; ++block) {
+        blockIdx = {block % grid_x, block / grid_x % grid_y, block / (grid_x * grid_y)};
         threads = std::vector<Thread>(count);
         block_meeting = {};
         warp_meetings = std::vector<Meeting>(count / 32);
-        given = std::vector<float>(count);
+        given[0] = given[1] = std::vector<Words>(count);
         tile = std::vector<unsigned char>(shared + 1, 0xff);  // no numbers
         for (auto& each : late) memset(each.seen, 0xff, each.bytes);
         waited = false;
@@ -168,7 +208,6 @@ static int launch(int grid_x, int grid_y, int count, int shared, std::function<v
             getcontext(&threads[i].context);
             threads[i].context.uc_stack.ss_sp = stacks.get() + i * STACK;
             threads[i].context.uc_stack.ss_size = STACK;
-            threads[i].context.uc_link = &scheduler;
             makecontext(&threads[i].context, run_thread, 0);
         }
         idle = 0;
@@ -177,8 +216,8 @@ static int launch(int grid_x, int grid_y, int count, int shared, std::function<v
             for (current = 0; current < count; ++current) {
                 if (threads[current].done) continue;
                 ++open;
-                threadIdx = {current, 0};
-                swapcontext(&scheduler, &threads[current].context);
+                threadIdx = {current, 0, 0};
+                go_on(threads[current]);
             }
             if (!copies.empty()) arrive_one();
             if (idle > 4 * count) stuck = true;
@@ -196,8 +235,8 @@ static std::function<void()> call_with(void (*entry)(Types...), void** arguments
 }
 
 template <typename... Types>
-static int run(void (*entry)(Types...), int grid_x, int grid_y, int shared, void** arguments) {
-    return launch(grid_x, grid_y, 256, shared, call_with(entry, arguments, std::index_sequence_for<Types...>()));
+static int run(void (*entry)(Types...), int grid_x, int grid_y, int grid_z, int shared, void** arguments) {
+    return launch(grid_x, grid_y, grid_z, 256, shared, call_with(entry, arguments, std::index_sequence_for<Types...>()));
 }
 
 extern "C" void expect_late(void* seen, void* written, size_t bytes) {

@@ -3,17 +3,11 @@
 How NVRTC compiles them is tested in test_cuda_compiler.py; how fast they are, on a GPU, is for bench/chain.py.
 """
 
-import ctypes
 import logging
 import re
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -24,20 +18,18 @@ from service.model.attention import KVCache, Prefill
 from service.model.formats import Plain
 from service.model.fused import FusedGPT2, StepTensors
 from service.model.gpt2 import GPT2
-from service.model.kernels.cuda import chain, compiler
+from service.model.kernels.cuda import chain
 from service.model.kernels.cuda.chain import BLOCKS, ChainKernels, chain_for, sources, suits
 from service.model.kernels.cuda.compiler import CompilerError, Source
 from service.model.kernels.plan import Chain
 from service.model.kernels.plans import plan_for
 from tests.model.kernels import twins
+from tests.model.kernels.emulating import Run, check, folded, normal
 
-FOLDER = Path(compiler.__file__).parent
 BLOCK_SIZE = 16
 SPLITS = 4
 HIDDEN, INNER, HEADS, HEAD = 1024, 4096, 16, 64
 BF16 = torch.bfloat16
-
-Run = Callable[..., None]
 
 
 def named(
@@ -45,67 +37,6 @@ def named(
 ) -> dict[str, Source]:
     config = replace(CONFIG_345M, activation=activation)
     return sources(config, dtype, Chain(splits=splits), block_size=block_size)
-
-
-@pytest.fixture
-def emulate(tmp_path: Path) -> Callable[[Source], Run]:
-    """A source as a function of its arguments, on this processor."""
-    if shutil.which("g++") is None:
-        pytest.skip("no C++ compiler")
-
-    def built(source: Source) -> Run:
-        entry = Path(source.file).stem
-        text = Path(__file__).with_name("emulated.h").read_text() + (FOLDER / "sums.cuh").read_text()
-        text += (FOLDER / source.file).read_text()
-        text += (
-            f'\nextern "C" int start(int x, int y, int shared, void** a) {{ return run({entry}, x, y, shared, a); }}\n'
-        )
-        folder = Path(tempfile.mkdtemp(dir=tmp_path))
-        (folder / "kernel.cpp").write_text(text)
-        options = [f"-D{name}={value}" for name, value in source.defines]
-        command = ["g++", "-std=c++17", "-O1", "-w", "-fno-strict-aliasing", "-shared", "-fPIC"]
-        subprocess.run([*command, *options, "-o", "kernel.so", "kernel.cpp"], cwd=folder, check=True)
-        library = ctypes.CDLL(str(folder / "kernel.so"))
-        shape = dict(source.defines)
-
-        def run(grid: tuple[int, int], *arguments: Any, late: tuple[Tensor, ...] = (), pdl: bool = True) -> None:
-            """`late` are arguments that the kernel before writes: nothing may read them before the wait."""
-            written = [tensor.clone() for tensor in late]
-            for tensor, copy in zip(late, written, strict=True):
-                size = ctypes.c_size_t(tensor.nbytes)
-                library.expect_late(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_void_p(copy.data_ptr()), size)
-            values = [_value(argument) for argument in arguments]
-            pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
-            shared = 2 * shape["ROWS"] * shape["K"] if "ROWS" in shape else 0
-            assert 0 == library.start(*grid, shared, pointers), "threads wait for ever, or not for the kernel before"
-
-        return run
-
-    return built
-
-
-def _value(argument: Tensor | float | None) -> Any:
-    if isinstance(argument, float):
-        return ctypes.c_float(argument)
-    return ctypes.c_void_p(None if argument is None else argument.data_ptr())
-
-
-def normal(*shape: int, deviation: float = 1.0, mean: float = 0.0) -> Tensor:
-    return torch.randn(*shape) * deviation + mean
-
-
-def check(got: Tensor, expected: Tensor, tolerance: float) -> None:
-    error = (got.double() - expected).abs()
-    assert float(error.max()) <= tolerance * float(expected.abs().max()), f"{error.max()} at {error.argmax()}"
-
-
-def folded(weight: Tensor, bias: Tensor, gain: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    return weight.float() @ shift + bias, weight.float() @ gain
-
-
-@pytest.fixture(autouse=True)
-def _seeded() -> None:
-    torch.manual_seed(3)
 
 
 def test_qkv_norms_and_puts_keys_and_values_into_their_slot(emulate: Callable[[Source], Run]) -> None:
@@ -119,7 +50,7 @@ def test_qkv_norms_and_puts_keys_and_values_into_their_slot(emulate: Callable[[S
     offset, scaled = folded(weight, bias, gain, shift)
     expected = twins.product(twins.layer_norm(x, gain, shift, 1e-5), weight, bias)
     run = emulate(named()["qkv"])
-    run((BLOCKS, 1), x, None, weight, offset, scaled, gain, q, keys, values, slot, 1e-5, late=(x,))
+    run((BLOCKS, 1, 1), x, None, weight, offset, scaled, gain, q, keys, values, slot, 1e-5, late=(x,))
     check(torch.cat([q, keys[5], values[5]]), expected, 5e-3)
     for side in (keys, values):
         side[5] = torch.nan
@@ -135,7 +66,7 @@ def test_up_norms_and_activates(emulate: Callable[[Source], Run], activation: st
     offset, scaled = folded(weight, bias, gain, shift)
     expected = twins.product(twins.layer_norm(x, gain, shift, 1e-5), weight, bias, activation)
     run = emulate(named(activation=activation)["up"])
-    run((BLOCKS, 1), x, None, weight, offset, scaled, gain, inner, None, None, None, 1e-5, late=(x,))
+    run((BLOCKS, 1, 1), x, None, weight, offset, scaled, gain, inner, None, None, None, 1e-5, late=(x,))
     check(inner, expected, 5e-3)
 
 
@@ -151,7 +82,7 @@ def test_out_merges_splits_and_adds(emulate: Callable[[Source], Run], splits: in
     merged = (parts.double() * share).sum(0) / share.sum(0)
     expected = x + twins.product(merged, weight, bias)
     run = emulate(named(splits=splits)["out"])
-    run((BLOCKS, 1), parts, stats, weight, bias, None, None, x, None, None, None, 0.0, late=(parts, stats))
+    run((BLOCKS, 1, 1), parts, stats, weight, bias, None, None, x, None, None, None, 0.0, late=(parts, stats))
     check(x, expected, 1e-5)
 
 
@@ -160,7 +91,7 @@ def test_down_adds(emulate: Callable[[Source], Run]) -> None:
     bias, x = normal(HIDDEN), normal(HIDDEN)
     expected = x + twins.product(inner, weight, bias)
     run = emulate(named()["down"])
-    run((BLOCKS, 1), inner, None, weight, bias, None, None, x, None, None, None, 0.0, late=(inner,))
+    run((BLOCKS, 1, 1), inner, None, weight, bias, None, None, x, None, None, None, 0.0, late=(inner,))
     check(x, expected, 1e-5)
 
 
@@ -187,8 +118,8 @@ def test_attention_of_every_kind_of_length(emulate: Callable[[Source], Run], spl
             scale=0.3,
         )
         newest = tuple(side[slots[-1]] for side in cache)  # written by the kernel before
-        arguments = (q, keys, values, table, torch.tensor([length], dtype=torch.int32), parts, stats, 0.3)
-        run((HEADS, splits), *arguments, late=(q, *newest))
+        arguments = (q, keys, values, table, torch.tensor([length], dtype=torch.int32), parts, stats, 0.3, None, 0)
+        run((HEADS, splits, 1), *arguments, late=(q, *newest))
         peaks, masses = stats.double().unbind(2)
         share = (masses * torch.exp2(peaks - peaks.max(0).values)).repeat_interleave(HEAD, 1)
         check((parts.double() * share).sum(0) / share.sum(0), expected.flatten(), 1e-2)
@@ -208,7 +139,7 @@ def test_layers_of_a_token_are_those_of_the_model(emulate: Callable[[Source], Ru
         name: emulate(source) for name, source in sources(model.config, BF16, chain, block_size=BLOCK_SIZE).items()
     }
     fused = FusedGPT2(
-        model, cache, max_tokens=1, block_size=BLOCK_SIZE, pdl=False, cuda=ChainKernels(**kernels, splits=SPLITS)
+        model, cache, max_tokens=1, block_size=BLOCK_SIZE, pdl=False, cuda={1: ChainKernels(**kernels, splits=SPLITS)}
     )
     length = 37
     tokens = torch.randint(0, 50000, (length,), generator=generator)
@@ -286,7 +217,7 @@ def test_where_the_kernels_cannot_be_had_the_log_says_why(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     properties = SimpleNamespace(multi_processor_count=processors)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
-    monkeypatch.setattr(chain, "load_chain", load)
+    monkeypatch.setattr(chain, "load_chains", load)
     with caplog.at_level(logging.INFO):
         assert chain_for(lone(), block_size=BLOCK_SIZE, folder=None) is None
     assert [level] == [record.levelno for record in caplog.records]

@@ -20,12 +20,13 @@ from bench.random_model import CONFIG_345M
 from service.model.kernels.cuda import compiler
 from service.model.kernels.cuda.chain import sources
 from service.model.kernels.cuda.compiler import CompilerError, Source, Target, compile_all
-from service.model.kernels.plans import CHAIN
+from service.model.kernels.plans import CHAIN, CHAINS
 from service.model.kernels.products import ACTIVATIONS
 
 TARGET = Target("sm_90a", 13000)
 SOURCE = Source("attention.cu", (("HEADS", 16),))
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+NVDISASM = CUOBJDUMP.with_name("nvdisasm")
 
 
 def _has_nvrtc() -> bool:
@@ -147,10 +148,35 @@ def test_without_nvrtc_an_error_says_so() -> None:
 def test_every_source_compiles_and_stays_in_registers(activation: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """In so few that the blocks of five kernels are on a multiprocessor at once."""
     named = sources(replace(CONFIG_345M, activation=activation), dtype, CHAIN, block_size=16)
-    cubins = compile_all(list(named.values()), TARGET, folder=None)
-    for name, cubin in zip(named, cubins, strict=True):
-        (tmp_path / name).write_bytes(cubin)
-        used = subprocess.run([CUOBJDUMP, "-res-usage", tmp_path / name], check=True, capture_output=True, text=True)
-        found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", used.stdout)}
-        assert 0 == found["STACK"] == found["LOCAL"], name
-        assert found["REG"] <= {"attention": 80, "down": 56}.get(name, 48), name
+    for name, (registers, _) in compiled(named, tmp_path).items():
+        assert registers <= {"attention": 80, "down": 56}.get(name, 48), name
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("num_tokens", CHAINS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sources_of_few_tokens_use_tensor_cores_and_whole_words(
+    dtype: torch.dtype, num_tokens: int, tmp_path: Path
+) -> None:
+    """Two products a tile of 32 columns, for 16 rows of the matrix or what there is of them."""
+    named = sources(CONFIG_345M, dtype, CHAINS[num_tokens], block_size=16, num_tokens=num_tokens)
+    for name, (registers, code) in compiled(named, tmp_path).items():
+        assert registers <= (80 if name == "attention" else 2**16 // 256 // CHAINS[num_tokens].resident), name
+        if name != "attention":
+            tiles = {"down": 16}.get(name, 4)  # of a warp
+            groups = {"qkv": 3, "up": 4}.get(name, 1)
+            assert code.count("HMMA.16816.F32") == 2 * tiles * -(-groups // 2), name
+            assert code.count("LDS.128") >= tiles * groups, name
+
+
+def compiled(named: dict[str, Source], folder: Path) -> dict[str, tuple[int, str]]:
+    """Registers, and code; none of it uses memory of a thread's own."""
+    found = {}
+    for name, cubin in zip(named, compile_all(list(named.values()), TARGET, folder=None), strict=True):
+        (folder / name).write_bytes(cubin)
+        used = subprocess.run([CUOBJDUMP, "-res-usage", folder / name], check=True, capture_output=True, text=True)
+        numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", used.stdout)}
+        assert 0 == numbers["STACK"] == numbers["LOCAL"], name
+        code = subprocess.run([NVDISASM, "-c", folder / name], check=True, capture_output=True, text=True)
+        found[name] = (numbers["REG"], code.stdout)
+    return found

@@ -1,7 +1,7 @@
-// One token's attention over a paged cache [slots, HEADS, 64], its own key and value among them: a block for each of
-// HEADS heads and SPLITS splits of the context. Eight lanes share a token's key, and each such group keeps a softmax of
-// its own until the end; the first four passes of keys and values (BLOCK tokens each) are asked for before the wait.
-// Scores are in powers of two.
+// A token's attention over a paged cache [slots, HEADS, 64], its own key and value among them: a block for each of
+// HEADS heads, SPLITS splits of the context and, with MANY, tokens: of `num_rows` sequences, with tables of `width`.
+// Eight lanes share a token's key, and each such group keeps a softmax of its own until the end; the first four passes
+// of keys and values (BLOCK tokens each) are asked for before the wait. Scores are in powers of two.
 
 constexpr int HEAD = 64;
 constexpr int GROUPS = THREADS / 8;  // tokens at once
@@ -78,7 +78,7 @@ __device__ __forceinline__ void attend(
 
 extern "C" __global__ void __launch_bounds__(THREADS) attention(
     const Number* q, const Number* keys, const Number* values, const int* table, const int* length, Number* parts,
-    float2* stats, float scale) {
+    float2* stats, float scale, const int* num_rows, int width) {
     __shared__ float sums[WARPS][HEAD];
     __shared__ float best[WARPS], mass[WARPS];
     const int head = blockIdx.x, split = blockIdx.y;
@@ -86,6 +86,15 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention(
     const int column = head * HEAD + eighth * 8;
     launch_dependents();
     // Lengths and tables are of before this step, and so are the keys and values of all tokens but the last.
+#ifdef MANY
+    const int row = blockIdx.z;
+    if (row >= *num_rows) {  // past them stands anything
+        wait_predecessor();
+        return;
+    }
+    q += row * (HEADS * HEAD), parts += row * (SPLITS * HEADS * HEAD), stats += row * (SPLITS * HEADS);
+    table += row * width, length += row;
+#endif
     const int cached = max(*length - 1, 0);
     const int share = (cached + SPLITS * GROUPS - 1) / (SPLITS * GROUPS) * GROUPS;
     int start = split * share;

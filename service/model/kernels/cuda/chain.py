@@ -1,7 +1,8 @@
-"""The kernels of a lone token's layers: what each is compiled for, and whether they can be had. Called by memory.py."""
+"""The kernels of few tokens' layers: what each is compiled for, and whether they can be had. Called by memory.py."""
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from service.model.config import ModelConfig
 from service.model.gpt2 import GPT2
 from service.model.kernels.cuda.compiler import CompilerError, Source, Target, compile_all
 from service.model.kernels.plan import Chain
-from service.model.kernels.plans import CHAIN
+from service.model.kernels.plans import CHAIN, CHAINS
 from service.model.kernels.products import ACTIVATIONS
 from service.model.parallel import ParallelGPT2
 
@@ -23,6 +24,8 @@ _THREADS = 256
 _NORM, _MERGE, _PLAIN = 1, 2, 0  # READ of product.cu
 _RESIDUAL, _ACTIVATE, _SCATTER = 0, 1, 2  # PUT
 _HIDDEN = 1024  # an eighth of it is what half a warp reads at once, and each half makes one of a norm's statistics
+_TILES = 8 * 32  # of few.cu: columns that the warps of a block take at once
+_TILE = 64 * 1024  # bytes of weights that a block holds: more leave no room for the kernels that follow
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +33,7 @@ class ChainKernels:
     """Loaded; to be launched in this order, each `grid` of which fits the model that they were compiled for."""
 
     qkv: Any  # all are launch.Kernel
-    attention: Any
+    attention: Any  # None: the plan's
     out: Any
     up: Any
     down: Any
@@ -48,29 +51,37 @@ def suits(config: ModelConfig, dtype: torch.dtype) -> bool:
     )
 
 
-def sources(config: ModelConfig, dtype: torch.dtype, chain: Chain, *, block_size: int) -> dict[str, Source]:
+def sources(
+    config: ModelConfig, dtype: torch.dtype, chain: Chain, *, block_size: int, num_tokens: int = 1
+) -> dict[str, Source]:
     """By the names of ChainKernels' fields."""
     hidden, inner = config.hidden_size, config.intermediate_size
     half = {"HALF": 1} if dtype == torch.float16 else {}
 
     def product(size: int, depth: int, read: int, put: int, **more: int) -> Source:
-        shape = {"N": size, "K": depth, "ROWS": size // BLOCKS, "READ": read, "PUT": put}
-        return Source("product.cu", tuple((shape | more | half).items()))
+        shape = {"N": size, "K": depth, "ROWS": size // BLOCKS, "READ": read, "PUT": put} | more | half
+        if num_tokens == 1:
+            return Source("product.cu", tuple(shape.items()))
+        shape |= {"TOKENS": num_tokens, "PIECES": chain.pieces, "AHEAD": chain.ahead, "RESIDENT": chain.resident}
+        shape |= {"HAND": min(chain.hand, depth // _TILES)}
+        return Source("few.cu", tuple(shape.items()))
 
     attention = {"HEADS": hidden // _HEAD, "SPLITS": chain.splits, "BLOCK_SIZE": block_size} | half
+    attention |= {} if num_tokens == 1 else {"MANY": 1}
+    read = {"read": _MERGE, "SPLITS": chain.splits} if chain.splits else {"read": _PLAIN}
     return {
         "qkv": product(3 * hidden, hidden, _NORM, _SCATTER),
-        "attention": Source("attention.cu", tuple(attention.items())),
-        "out": product(hidden, hidden, _MERGE, _RESIDUAL, SPLITS=chain.splits),
+        **({"attention": Source("attention.cu", tuple(attention.items()))} if chain.splits else {}),
+        "out": product(hidden, hidden, put=_RESIDUAL, **read),
         "up": product(inner, hidden, _NORM, _ACTIVATE, KIND=ACTIVATIONS[config.activation]),
         "down": product(hidden, inner, _PLAIN, _RESIDUAL),
     }
 
 
-def chain_for(model: GPT2, *, block_size: int, folder: Path | None) -> ChainKernels | None:
-    """The chain's kernels for `model`, on its GPU; None, with a line in the log, where they cannot be had there.
+def chain_for(model: GPT2, *, block_size: int, folder: Path | None) -> dict[int, ChainKernels] | None:
+    """The kernels for `model` on its GPU, by how many tokens they are for.
 
-    `folder` keeps the code.
+    None, with a line in the log, where they cannot be had there. `folder` keeps the code.
     """
     if isinstance(model, ParallelGPT2) or not suits(model.config, model.dtype):
         return None  # weights in 8 bits suit: they are there in 16, too
@@ -86,20 +97,33 @@ def chain_for(model: GPT2, *, block_size: int, folder: Path | None) -> ChainKern
         log.info("no CUDA kernels: they were measured with %d multiprocessors or more, and here are %d", BLOCKS, found)
         return None
     try:
-        return load_chain(sources(model.config, model.dtype, CHAIN, block_size=block_size), CHAIN, folder=folder)
+        return load_chains(model.config, model.dtype, {1: CHAIN} | CHAINS, block_size=block_size, folder=folder)
     except (CompilerError, ImportError, OSError, RuntimeError) as error:  # the last are the driver's
         log.warning("no CUDA kernels, Triton's instead: %s", error)
         return None
 
 
-def load_chain(named: dict[str, Source], chain: Chain, *, folder: Path | None) -> ChainKernels:
-    """What `sources` names, on the current device. Raises CompilerError, ImportError, RuntimeError."""
+def load_chains(
+    config: ModelConfig,
+    dtype: torch.dtype,
+    chains: Mapping[int, Chain],
+    *,
+    block_size: int,
+    folder: Path | None,
+    **defines: int,
+) -> dict[int, ChainKernels]:
+    """Of each number of tokens, on the current device. Raises CompilerError, ImportError, RuntimeError."""
     from service.model.kernels.cuda.launch import Kernel, driver_version  # cuda-bindings is only where CUDA is
 
-    cubins = compile_all(list(named.values()), Target("sm_90a", driver_version()), folder=folder)
-    kernels = {}
-    for (name, source), cubin in zip(named.items(), cubins, strict=True):
+    wanted = {
+        (num_tokens, name): replace(source, defines=(*source.defines, *defines.items()))
+        for num_tokens, chain in chains.items()
+        for name, source in sources(config, dtype, chain, block_size=block_size, num_tokens=num_tokens).items()
+    }
+    cubins = compile_all(list(wanted.values()), Target("sm_90a", driver_version()), folder=folder)
+    kernels: dict[int, dict[str, Any]] = {num_tokens: {"attention": None} for num_tokens in chains}
+    for ((num_tokens, name), source), cubin in zip(wanted.items(), cubins, strict=True):
         shape = dict(source.defines)
-        tile = 2 * shape["ROWS"] * shape["K"] if "ROWS" in shape else 0
-        kernels[name] = Kernel(cubin, Path(source.file).stem, threads=_THREADS, shared=tile)
-    return ChainKernels(**kernels, splits=chain.splits)
+        shared = max(2 * shape["ROWS"] * shape["K"], chains[num_tokens].room) if "ROWS" in shape else 0
+        kernels[num_tokens][name] = Kernel(cubin, Path(source.file).stem, threads=_THREADS, shared=shared)
+    return {num: ChainKernels(**named, splits=chains[num].splits) for num, named in kernels.items()}

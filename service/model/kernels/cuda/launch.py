@@ -37,10 +37,10 @@ class Kernel:
         """Of a thread."""
         return int(_checked(driver.cuFuncGetAttribute(_ATTRIBUTES.CU_FUNC_ATTRIBUTE_NUM_REGS, self._function)))
 
-    def __call__(self, grid: tuple[int, int], *arguments: Argument, pdl: bool) -> None:
+    def __call__(self, grid: tuple[int, int, int], *arguments: Argument, pdl: bool) -> None:
         """Launch; with `pdl` it may begin before the kernel ahead of it ends. Raises LaunchError."""
         config = driver.CUlaunchConfig()
-        config.gridDimX, config.gridDimY, config.gridDimZ = *grid, 1
+        config.gridDimX, config.gridDimY, config.gridDimZ = grid
         config.blockDimX, config.blockDimY, config.blockDimZ = self._threads, 1, 1
         config.sharedMemBytes = self._shared
         config.hStream = torch.cuda.current_stream().cuda_stream

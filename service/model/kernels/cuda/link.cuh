@@ -71,6 +71,15 @@ __device__ __forceinline__ uint4 load_words(const void* at) {
     return w;
 }
 
+__device__ __forceinline__ uint2 load_two_words(const void* at) {
+    uint2 w;
+    asm volatile("ld.global.cg.v2.u32 {%0, %1}, [%2];"
+                 : "=r"(w.x), "=r"(w.y)
+                 : "l"(__cvta_generic_to_global(at))
+                 : "memory");
+    return w;
+}
+
 __device__ __forceinline__ float2 load_pair(const float2* at) {
     float2 v;
     asm volatile("ld.global.cg.v2.f32 {%0, %1}, [%2];"
@@ -120,6 +129,17 @@ __device__ __forceinline__ Number number(float v) {
     return n;
 }
 
+// The first in the lower half.
+__device__ __forceinline__ unsigned two_numbers(float first, float second) {
+    unsigned word;
+#ifdef HALF
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
+#else
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
+#endif
+    return word;
+}
+
 __device__ __forceinline__ float power_of_two(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -131,3 +151,18 @@ __device__ __forceinline__ float divide(float x, float y) { return __fdividef(x,
 __device__ __forceinline__ float inverse_root(float x) { return rsqrtf(x); }
 
 __device__ __forceinline__ float from_lane(float v, int offset) { return __shfl_xor_sync(0xffffffffu, v, offset); }
+
+// A warp's 16x8 sums += 16x16 numbers (a) times 16x8 (b), laid out over its lanes as PTX says of mma.m16n8k16.
+__device__ __forceinline__ void multiply(
+    float (&sums)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+#ifdef HALF
+#define NUMBERS "f16"
+#else
+#define NUMBERS "bf16"
+#endif
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." NUMBERS "." NUMBERS
+        ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+#undef NUMBERS
+}

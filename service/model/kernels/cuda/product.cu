@@ -19,21 +19,6 @@ static_assert(SLICE % (8 * LANES) == 0 && (LANES & (LANES - 1)) == 0, "a slice i
 static_assert(ROWS % 4 == 0 && QUARTER % SETS == 0 && N % ROWS == 0 && ROWS <= THREADS, "rows are whole quarters");
 static_assert(!NORM || SETS == 2, "each half of a warp makes one of the two statistics");
 
-__device__ __forceinline__ float activate(float x) {
-#if KIND == 0  // GELU by tanh: (1 + tanh u) / 2 = 1 / (1 + exp(-2 u))
-    const float u = 0.7978845608028654f * (x + 0.044715f * x * x * x);
-    return divide(x, 1.0f + power_of_two(-2.8853900817779268f * u));
-#elif KIND == 1
-    return 0.5f * x * (1.0f + erff(x * 0.7071067811865476f));
-#elif KIND == 2
-    return x < 0.0f ? 0.0f : x;
-#elif KIND == 3
-    return divide(x, 1.0f + power_of_two(-1.4426950408889634f * x));
-#else
-    return tanhf(x);
-#endif
-}
-
 extern "C" __global__ void __launch_bounds__(THREADS, READ == 0 ? 4 : 5) product(
     const void* x, const float2* stats, const Number* w, const float* bias, const float* scaled, const float* gain,
     void* y, Number* keys, Number* values, const int* slot, float epsilon) {

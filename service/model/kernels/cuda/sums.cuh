@@ -1,4 +1,4 @@
-// Sums over lanes, and numbers out of words: what products and attention share. Put behind link.cuh.
+// Sums over lanes, numbers out of words, and activations: what several kernels share. Put behind link.cuh.
 
 constexpr int WARPS = 8;
 constexpr int THREADS = 32 * WARPS;
@@ -45,4 +45,20 @@ __device__ __forceinline__ void fold(float* v, int lane, int& first) {
             fold<COUNT, OFFSET / 2, LAST>(v, lane, first);
         }
     }
+}
+
+// The activation KIND, by products.py.
+__device__ __forceinline__ float activate(float x) {
+#if KIND == 0  // GELU by tanh: (1 + tanh u) / 2 = 1 / (1 + exp(-2 u))
+    const float u = 0.7978845608028654f * (x + 0.044715f * x * x * x);
+    return divide(x, 1.0f + power_of_two(-2.8853900817779268f * u));
+#elif KIND == 1
+    return 0.5f * x * (1.0f + erff(x * 0.7071067811865476f));
+#elif KIND == 2
+    return x < 0.0f ? 0.0f : x;
+#elif KIND == 3
+    return divide(x, 1.0f + power_of_two(-1.4426950408889634f * x));
+#else
+    return tanhf(x);
+#endif
 }

@@ -1,0 +1,194 @@
+"""The CUDA kernels of two to eight tokens without a GPU, as test_cuda.py does those of one."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench.random_model import CONFIG_345M, gpt2_345m
+from service.model.attention import KVCache, PagedAttention, Prefill
+from service.model.chained import packed
+from service.model.fused import FusedGPT2, StepTensors
+from service.model.kernels import plans
+from service.model.kernels.cuda.chain import BLOCKS, ChainKernels, sources
+from service.model.kernels.cuda.compiler import Source
+from service.model.kernels.plan import Chain, Plan
+from service.model.kernels.plans import plan_for
+from tests.model.kernels import twins
+from tests.model.kernels.emulating import Run, check, folded, normal
+
+BLOCK_SIZE = 16
+HIDDEN, INNER, HEADS, HEAD = 1024, 4096, 16, 64
+BF16 = torch.bfloat16
+GRID = (BLOCKS, 1, 1)
+
+Emulate = Callable[[Source], Run]
+
+
+def named(num_tokens: int, splits: int = 2) -> dict[str, Source]:
+    chain = Chain(splits=splits, ahead=1 if num_tokens < 8 else 2)
+    return sources(CONFIG_345M, BF16, chain, block_size=BLOCK_SIZE, num_tokens=num_tokens)
+
+
+def test_a_packed_matrix_is_of_tiles() -> None:
+    """Of 8 rows and 32 columns, those of the same rows one after the other; any tile of a copy is 512 bytes."""
+    weight = torch.arange(24 * 64).view(24, 64)
+    tiles = packed(weight)
+    assert tiles.is_contiguous()
+    assert torch.equal(tiles[1, 1], weight[8:16, 32:])
+
+
+@pytest.mark.parametrize("num_tokens", [2, 4, 8])
+def test_qkv_norms_and_puts_keys_and_values_into_their_slots(emulate: Emulate, num_tokens: int) -> None:
+    """And writes nothing else of the cache. Up to four tokens are normed as in fp32, though far from their mean."""
+    x = normal(num_tokens, HIDDEN, deviation=2, mean=0.5) * torch.linspace(0.1, 10, num_tokens)[:, None]
+    weight, bias = normal(3 * HIDDEN, HIDDEN, deviation=0.02).to(BF16), normal(3 * HIDDEN)
+    gain, shift = normal(HIDDEN, mean=1), normal(HIDDEN)
+    q = torch.full((num_tokens, HIDDEN), torch.nan, dtype=BF16)
+    keys, values = (torch.full((16, HIDDEN), torch.nan, dtype=BF16) for _ in range(2))
+    slots = torch.tensor([5, 3, 12, 0, 15, 7, 8, 1], dtype=torch.int32)[:num_tokens]
+    offset, scaled = folded(weight, bias, gain, shift)
+    expected = twins.product(twins.layer_norm(x, gain, shift, 1e-5), weight, bias)
+    run = emulate(named(num_tokens)["qkv"])
+    run(GRID, x, None, packed(weight), offset, scaled, gain, q, keys, values, slots, 1e-5, late=(x,))
+    check(torch.cat([q, keys[slots], values[slots]], 1), expected, 4e-3 if num_tokens <= 4 else 6e-3)
+    for side in (keys, values):
+        side[slots] = torch.nan
+        assert side.isnan().all()
+
+
+@pytest.mark.parametrize("num_tokens", [2, 4, 8])
+def test_up_norms_and_activates(emulate: Emulate, num_tokens: int) -> None:
+    """A row that fills the step up may be no numbers: the others do not see it."""
+    x = normal(num_tokens, HIDDEN, deviation=2, mean=0.5)
+    x[-1] = torch.nan
+    weight, bias = normal(INNER, HIDDEN, deviation=0.05).to(BF16), normal(INNER)
+    gain, shift = normal(HIDDEN, mean=1), normal(HIDDEN)
+    inner = torch.full((num_tokens, INNER), torch.nan, dtype=BF16)
+    offset, scaled = folded(weight, bias, gain, shift)
+    expected = twins.product(twins.layer_norm(x, gain, shift, 1e-5), weight, bias, "gelu_tanh")
+    run = emulate(named(num_tokens)["up"])
+    run(GRID, x, None, packed(weight), offset, scaled, gain, inner, None, None, None, 1e-5, late=(x,))
+    check(inner[:-1], expected[:-1], 4e-3 if num_tokens <= 4 else 6e-3)
+    assert inner[-1].isnan().all()
+
+
+@pytest.mark.parametrize(("num_tokens", "splits"), [(2, 4), (4, 2), (8, 2), (8, 0)])
+def test_out_merges_splits_and_adds(emulate: Emulate, num_tokens: int, splits: int) -> None:
+    """Of which one may be empty, and of a row that fills the step up all; without splits it reads what is merged."""
+    weight, bias = normal(HIDDEN, HIDDEN, deviation=0.02).to(BF16), normal(HIDDEN)
+    x = normal(num_tokens, HIDDEN)
+    if splits:
+        parts = normal(num_tokens, splits, HIDDEN).to(BF16)
+        peaks = normal(num_tokens, splits, HEADS, deviation=3)
+        masses = torch.rand(num_tokens, splits, HEADS) + 0.5
+        peaks[:, -1], masses[:, -1] = -1e30, 0
+        masses[-1] = 0
+        share = (masses.double() * torch.exp2(peaks.double() - peaks.amax(1, keepdim=True))).repeat_interleave(HEAD, 2)
+        merged = ((parts.double() * share).sum(1) / share.sum(1)).nan_to_num()
+        read: tuple[Tensor, Tensor | None] = (parts, torch.stack([peaks, masses], 3).contiguous())
+    else:
+        mixed = normal(num_tokens, HIDDEN).to(BF16)
+        merged, read = mixed.double(), (mixed, None)
+    expected = x + twins.product(merged, weight, bias)
+    run = emulate(named(num_tokens, splits)["out"])
+    late = tuple(each for each in read if each is not None)
+    run(GRID, *read, packed(weight), bias, None, None, x, None, None, None, 0.0, late=late)
+    check(x, expected, 2e-3 if splits and num_tokens == 8 else 2e-5)
+
+
+@pytest.mark.parametrize("num_tokens", [2, 4, 8])
+def test_down_adds(emulate: Emulate, num_tokens: int) -> None:
+    inner, weight = normal(num_tokens, INNER).to(BF16), normal(HIDDEN, INNER, deviation=0.02).to(BF16)
+    bias, x = normal(HIDDEN), normal(num_tokens, HIDDEN)
+    expected = x + twins.product(inner, weight, bias)
+    run = emulate(named(num_tokens)["down"])
+    run(GRID, inner, None, packed(weight), bias, None, None, x, None, None, None, 0.0, late=(inner,))
+    check(x, expected, 1e-5)
+
+
+def chained_plan(num_tokens: int, chain: Chain, monkeypatch: pytest.MonkeyPatch) -> Plan:
+    monkeypatch.setitem(plans.CHAINS, num_tokens, chain)
+    plan = plan_for(
+        num_tokens,
+        dtype=BF16,
+        decodes_only=True,
+        narrow=False,
+        split=False,
+        head_size=HEAD,
+        shared_memory=2**18,
+    )
+    assert plan.chain == chain
+    return plan
+
+
+@pytest.mark.parametrize(("num_tokens", "num", "splits"), [(2, 2, 0), (8, 5, 2)])
+def test_layers_of_tokens_are_those_of_the_model(
+    emulate: Emulate, num_tokens: int, num: int, splits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a step's body launches them, with Triton's attention or theirs, over a cache that the model filled.
+
+    What fills the step up has a slot of its own, and writes nowhere else.
+    """
+    generator = torch.Generator().manual_seed(7)
+
+    def make(name: str, shape: tuple[int, ...]) -> Tensor:
+        return torch.empty(shape).normal_(float("norm.weight" in name), 0.05, generator=generator).to(BF16)
+
+    model = gpt2_345m(make, num_layers=2)
+    num_blocks, width = 4 * num, 4
+    cache = KVCache(
+        **model._cache_sizes(num_blocks=num_blocks + 1, block_size=BLOCK_SIZE), dtype=BF16, device=model.device
+    )
+    plan = chained_plan(num_tokens, Chain(splits=splits, ahead=1 if num_tokens < 8 else 2), monkeypatch)
+    kernels = {name: emulate(source) for name, source in named(num_tokens, splits).items()}
+    cuda = {num_tokens: ChainKernels(**{"attention": None} | kernels, splits=splits)}
+    fused = FusedGPT2(model, cache, max_tokens=num_tokens, block_size=BLOCK_SIZE, pdl=False, cuda=cuda)
+    lengths = [37, 1, 16, 17, 50][:num]
+    tables = torch.randperm(num_blocks, generator=generator).view(num, width)
+    tokens = torch.randint(0, 50000, (sum(lengths),), generator=generator)
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    ends = torch.tensor(lengths).cumsum(0)
+    owners = torch.repeat_interleave(torch.arange(num), torch.tensor(lengths))
+    slots = tables[owners, positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
+    starts = [0, *ends.tolist()]
+    prefills = [Prefill(starts[row], starts[row + 1], lengths[row], tables[row], None) for row in range(num)]
+    attention = PagedAttention(slots=slots, decodes=[], prefills=prefills, block_size=BLOCK_SIZE)
+    last = ends - 1
+    expected = model.hidden(tokens, positions, cache, attention)[last]
+    filled = cache._cache.clone()
+    cache._cache.flatten(2, 3)[:, :, slots[last]] = torch.nan
+
+    def ints(values: Tensor, filler: int) -> Tensor:
+        rest = torch.full((num_tokens - num, *values.shape[1:]), filler)
+        return torch.cat([values, rest]).int()
+
+    step = StepTensors(
+        token_ids=ints(tokens[last], 0),
+        sources=ints(torch.full((num,), -1), -1),
+        positions=ints(positions[last], 0),
+        slots=ints(slots[last], num_blocks * BLOCK_SIZE),
+        tables=ints(tables, 10**6),
+        lengths=ints(torch.tensor(lengths), 10**6),
+        num_decodes=torch.tensor([num], dtype=torch.int32),
+        turn=torch.zeros(1, dtype=torch.int32),
+        num_turns=3,
+    )
+    fused.body(step, torch.zeros(num_tokens, dtype=torch.int32), plan)
+    start = model.embed(tokens[last]) + model.position_embedding[positions[last]].float()
+    check(fused.x[:num] - start, (expected - start).double(), 2e-2)
+    norm = model.final_norm
+    check(fused.normed[:num], twins.layer_norm(fused.x[:num], norm.weight, norm.bias, norm.epsilon), 1e-2)
+    check(cache._cache[:, :, :-1], filled[:, :, :-1].double(), 2e-2)
+
+
+def test_only_steps_of_single_tokens_have_a_chain() -> None:
+    """Of as many tokens as there are kernels for; what a step without them does is of its size alone."""
+    sizes: dict[str, Any] = {"dtype": BF16, "narrow": False, "split": False, "head_size": HEAD, "shared_memory": 2**18}
+    with_chain = plan_for(8, decodes_only=True, **sizes)
+    assert with_chain.chain == plans.CHAINS[8]
+    assert replace(with_chain, chain=None) == plan_for(8, decodes_only=False, **sizes)
+    assert plan_for(5, decodes_only=True, **sizes).chain is None
