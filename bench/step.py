@@ -17,6 +17,7 @@ from service.model.batch import SAMPLING
 from service.model.fused import FusedGPT2, StepTensors
 from service.model.gpt2 import GPT2
 from service.model.kernels.cuda.chain import ChainKernels
+from service.model.kernels.cuda.decode import DecodeKernels
 from service.model.kernels.plan import Plan, Product
 from service.model.tail import RowTensors, Tail
 
@@ -35,6 +36,7 @@ class Step:
         prompt: bool,
         pdl: bool = True,
         cuda: Mapping[int, ChainKernels] | None = None,
+        decode: DecodeKernels | None = None,
     ) -> None:
         self.model = model
         counts = [context if prompt else 1] * num
@@ -83,7 +85,8 @@ class Step:
         records = torch.zeros(num, SAMPLING.itemsize // 4, dtype=torch.int32, device=device)
         records[:, 2] = torch.tensor(1.0).view(torch.int32)
         self.rows = RowTensors(ints(starts[1:] - 1), ints([context] * num), records)
-        self.fused = FusedGPT2(model, self.cache, max_tokens=max(tokens, 16), block_size=BLOCK_SIZE, pdl=pdl, cuda=cuda)
+        kernels: dict[str, Any] = {"cuda": cuda, "decode": decode}
+        self.fused = FusedGPT2(model, self.cache, max_tokens=max(tokens, 16), block_size=BLOCK_SIZE, pdl=pdl, **kernels)
         self.tail = Tail(model, max_rows=num, turn=self.step.turn, num_turns=3, pdl=pdl)
         self.counts, self.context = counts, context
 

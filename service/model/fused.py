@@ -13,6 +13,7 @@ from service.model.formats import Product
 from service.model.gpt2 import GPT2, LayerNorm
 from service.model.kernels import attention, norms, peers
 from service.model.kernels.cuda.chain import ChainKernels
+from service.model.kernels.cuda.decode import DecodeKernels
 from service.model.kernels.plan import Library, Plan, power_of_two, whole_tile
 from service.model.kernels.products import ACTIVATE, MERGE, NORM, PARTIAL, RESIDUAL, SCATTER
 from service.model.matrix import Matrix
@@ -57,10 +58,12 @@ class FusedGPT2:
         block_size: int,
         pdl: bool,
         cuda: Mapping[int, ChainKernels] | None = None,
+        decode: DecodeKernels | None = None,
     ) -> None:
         """`pdl`: launch by programmatic dependent launch, which the device must know (sm_90).
 
-        `cuda`, made for this model and `block_size`, is for plans that have a chain, by how many tokens they are for.
+        `cuda` and `decode`, made for this model and `block_size`, are for plans that have a chain, by how many tokens
+        they are for, or attention in CUDA.
         """
         config = model.config
         self._model = model
@@ -107,6 +110,7 @@ class FusedGPT2:
         self._stats = torch.zeros(_MOST_PARTS * 2 * hidden, **single)
         buffers = Buffers(self.x, self._q, self._mixed, self._inner)
         self._chained = chained_layers(model, cache, self._layers, cuda or {}, buffers)
+        self._decode = decode
         self._arrived = torch.zeros(max_tokens, attention // config.head_size, dtype=torch.int32, device=model.device)
 
     def body(self, step: StepTensors, sampled: Tensor, plan: Plan) -> None:
@@ -117,7 +121,13 @@ class FusedGPT2:
         if plan.chain is not None and chained is not None:
             plan = replace(plan, pdl=plan.chain.pdl)
         chain = self._chain(plan)
-        assert num_tokens * max(plan.out.splits, plan.down.splits, plan.decode.splits) <= self._most_parts
+        splits = (
+            plan.out.splits,
+            plan.down.splits,
+            plan.decode.splits,
+            plan.decode.cuda.splits if plan.decode.cuda else 1,
+        )
+        assert num_tokens * max(splits) <= self._most_parts
         norms.embed[(num_tokens,)](
             step.token_ids,
             step.sources,
@@ -278,6 +288,22 @@ class FusedGPT2:
         splits = plan.decode.splits
         num_rows = min(len(step.token_ids), len(step.lengths))
         whole = isinstance(plan.qkv, Library) and step.query_starts is None
+        stride = (3 if whole else 1) * width
+        if self._decode is not None and plan.decode.cuda is not None and step.query_starts is None:
+            self._decode(
+                plan.decode.cuda,
+                (self._qkv if whole else self._q)[:num_rows],
+                cache,
+                step.tables,
+                step.lengths,
+                step.num_decodes,
+                self._mixed,
+                (self._parts, self._stats, self._arrived),
+                scale=scale,
+                stride=stride,
+                pdl=self._pdl and plan.pdl,
+            )
+            return
         attention.decode_attention[(num_heads, num_rows, splits)](
             self._qkv if whole else self._q,
             cache.keys,
@@ -291,7 +317,7 @@ class FusedGPT2:
             self._arrived,
             scale,
             **shape,
-            STRIDE=(3 if whole else 1) * width,
+            STRIDE=stride,
             BLOCK=plan.decode.block,
             SPLITS=splits,
             MERGED=plan.decode.merged,

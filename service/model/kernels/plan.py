@@ -49,6 +49,15 @@ Product = Vector | Tiled | Library
 
 
 @dataclass(frozen=True, slots=True)
+class CudaDecode:
+    """The same by the CUDA kernel (kernels/cuda/decode.py)."""
+
+    warps: int
+    passes: int  # of 4 tokens a warp, in registers at once; of keys in 8 bits twice as many
+    splits: int = 1  # of the context, merged by the last to arrive
+
+
+@dataclass(frozen=True, slots=True)
 class Decode:
     """Attention of single tokens."""
 
@@ -56,6 +65,7 @@ class Decode:
     splits: int  # of the context, a power of two
     warps: int
     merged: bool = True  # by the last to arrive; else by the next product, which must be a Vector
+    cuda: CudaDecode | None = None  # in its place, where its kernel can be had
 
 
 @dataclass(frozen=True, slots=True)

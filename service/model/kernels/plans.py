@@ -4,7 +4,18 @@ from dataclasses import replace
 
 import torch
 
-from service.model.kernels.plan import Chain, Decode, Library, Plan, Prefill, Product, Tiled, Vector, whole_tile
+from service.model.kernels.plan import (
+    Chain,
+    CudaDecode,
+    Decode,
+    Library,
+    Plan,
+    Prefill,
+    Product,
+    Tiled,
+    Vector,
+    whole_tile,
+)
 
 CHAIN = Chain(splits=4)
 # Of a body of so many single tokens (bench/chain.py); weights are packed for them, 0.6 GB more of the 345M's.
@@ -14,6 +25,15 @@ CHAINS = {
     4: Chain(splits=4, resident=3, room=_ROOM),
     8: Chain(splits=2, resident=3, room=_ROOM),
 }
+# Attention of steps in which every sequence has one token, up to so many (bench/attention.py). The kernels for it are
+# compiled as the engine starts, one for each pair of warps and passes.
+CUDA_DECODES = (
+    (8, CudaDecode(8, 2, splits=4)),
+    (16, CudaDecode(8, 2, splits=2)),
+    (32, CudaDecode(8, 2)),
+    (64, CudaDecode(4, 2)),
+    (2**31, CudaDecode(2, 2)),
+)
 _ONE = Plan(
     qkv=Vector(8, 1024, 4, prefetch=True),
     out=Vector(32, 1024, 8, prefetch=True),
@@ -107,6 +127,9 @@ def plan_for(
             plan = replace(plan, chain=CHAINS.get(num_tokens))
     if split:
         plan = replace(plan, split=True, decode=replace(plan.decode, merged=True))
+    if decodes_only and not plan.fused and dtype != torch.float32:
+        cuda = next((cuda for most, cuda in CUDA_DECODES if num_tokens <= most), None)
+        plan = replace(plan, decode=replace(plan.decode, cuda=cuda))
     if num_tokens > _MOST_NARROW:
         plan = replace(plan, qkv=_wide(plan.qkv), out=_wide(plan.out), up=_wide(plan.up), down=_wide(plan.down))
     return replace(

@@ -117,8 +117,12 @@ static void arrive_one() {
 
 static uint4 load_words(const void* at) { return *(const uint4*)at; }
 static uint2 load_two_words(const void* at) { return *(const uint2*)at; }
+static uint4 load_words_if(const void* at, bool there) { return there ? *(const uint4*)at : uint4{}; }
+static uint2 load_half_words_if(const void* at, bool there) { return there ? *(const uint2*)at : uint2{}; }
 static float2 load_pair(const float2* at) { return *at; }
 static float load_float(const float* at) { return *at; }
+
+static int arrive(int* counter) { return (*counter)++; }
 
 static float bits_to_float(unsigned bits) {
     float v;
@@ -133,6 +137,23 @@ static Number number(float v) {
     return v != v ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 static unsigned two_numbers(float first, float second) { return number(first) | (unsigned)number(second) << 16; }
+static float from_e4m3(unsigned code) {
+    const int exponent = code >> 3 & 15, rest = code & 7;
+    if (exponent == 15 && rest == 7) return NAN;
+    const float v = exponent ? ldexpf(8 + rest, exponent - 10) : ldexpf(rest, -9);
+    return code & 0x80 ? -v : v;
+}
+static unsigned to_e4m3(float v) {
+    const unsigned sign = signbit(v) ? 0x80 : 0;
+    const float size = fminf(fabsf(v), 448.0f);
+    if (v != v) return 0x7f;
+    const int exponent = size < 0x1p-6f ? -6 : ilogbf(size);
+    // What rounds up to the next power of two carries over into the exponent.
+    const int eighths = (int)nearbyintf(ldexpf(size, 3 - exponent));
+    return sign | (eighths + (exponent + 6) * 8);
+}
+static float2 widen(unsigned short two) { return {from_e4m3(two & 0xff), from_e4m3(two >> 8)}; }
+static unsigned short narrow(float low, float high) { return to_e4m3(low) | to_e4m3(high) << 8; }
 static float power_of_two(float x) { return exp2f(x); }
 static float divide(float x, float y) { return x / y; }
 static float inverse_root(float x) { return 1.0f / sqrtf(x); }
@@ -235,8 +256,10 @@ static std::function<void()> call_with(void (*entry)(Types...), void** arguments
 }
 
 template <typename... Types>
-static int run(void (*entry)(Types...), int grid_x, int grid_y, int grid_z, int shared, void** arguments) {
-    return launch(grid_x, grid_y, grid_z, 256, shared, call_with(entry, arguments, std::index_sequence_for<Types...>()));
+static int run(
+    void (*entry)(Types...), int grid_x, int grid_y, int grid_z, int count, int shared, void** arguments) {
+    const auto call = call_with(entry, arguments, std::index_sequence_for<Types...>());
+    return launch(grid_x, grid_y, grid_z, count, shared, call);
 }
 
 extern "C" void expect_late(void* seen, void* written, size_t bytes) {

@@ -31,10 +31,12 @@ def built(source: Source, folder: Path, header: Path) -> Run:
     `header` is a folder that was given to `precompile`.
     """
     entry = Path(source.file).stem
-    text = '#include "emulated.h"\n' + (FOLDER / "sums.cuh").read_text() + (FOLDER / source.file).read_text()
+    first, *others = compiler._BEFORE
+    assert first == "link.cuh"
+    text = '#include "emulated.h"\n' + "".join((FOLDER / name).read_text() for name in (*others, source.file))
     text += (
         '\nextern "C" int start(int x, int y, int z, int shared, void** a) '
-        f"{{ return run({entry}, x, y, z, shared, a); }}\n"
+        f"{{ return run({entry}, x, y, z, THREADS, shared, a); }}\n"
     )
     (folder / "kernel.cpp").write_text(text)
     options = [f"-D{name}={value}" for name, value in source.defines]

@@ -16,11 +16,14 @@ import pytest
 import torch
 import triton
 
-from bench.random_model import CONFIG_345M
-from service.model.kernels.cuda import compiler
+from bench.attention import SHAPES
+from bench.random_model import CONFIG_345M, gpt2_345m
+from service.model.formats import Plain
+from service.model.gpt2 import GPT2
+from service.model.kernels.cuda import compiler, decode
 from service.model.kernels.cuda.chain import sources
 from service.model.kernels.cuda.compiler import CompilerError, Source, Target, compile_all
-from service.model.kernels.plans import CHAIN, CHAINS
+from service.model.kernels.plans import CHAIN, CHAINS, CUDA_DECODES
 from service.model.kernels.products import ACTIVATIONS
 
 TARGET = Target("sm_90a", 13000)
@@ -180,3 +183,26 @@ def compiled(named: dict[str, Source], folder: Path) -> dict[str, tuple[int, str
         code = subprocess.run([NVDISASM, "-c", folder / name], check=True, capture_output=True, text=True)
         found[name] = (numbers["REG"], code.stdout)
     return found
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("cache_dtype", [None, torch.float8_e4m3fn])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_decode_attention_compiles_and_stays_in_registers(
+    dtype: torch.dtype, cache_dtype: torch.dtype | None, tmp_path: Path
+) -> None:
+    """As served, and in the shapes that bench/attention.py compares; on a rank, too, which has some of the heads."""
+    shapes = [*SHAPES, *(cuda for _, cuda in CUDA_DECODES)]
+    for num_heads in (16, 2):
+        model = random_345m(dtype)
+        model.attention_width = 64 * num_heads
+        model.format = Plain(dtype, cache_dtype=cache_dtype)
+        named = decode.sources(model, shapes, block_size=16)
+        by_name = {f"{warps} warps, {passes} passes": source for (warps, passes), source in named.items()}
+        for (_, passes), (registers, _) in zip(named, compiled(by_name, tmp_path).values(), strict=True):
+            assert registers <= {2: 64, 4: 80}[passes], passes
+
+
+def random_345m(dtype: torch.dtype) -> GPT2:
+    """Without its numbers."""
+    return gpt2_345m(lambda _, shape: torch.empty(shape, dtype=dtype, device="meta"), num_layers=1)

@@ -3,27 +3,20 @@
 // Eight lanes share a token's key, and each such group keeps a softmax of its own until the end; the first four passes
 // of keys and values (BLOCK tokens each) are asked for before the wait. Scores are in powers of two.
 
-constexpr int HEAD = 64;
-constexpr int GROUPS = THREADS / 8;  // tokens at once
-constexpr int BLOCK = 2 * GROUPS;  // tokens of one pair of passes
-constexpr float LARGEST_NEGATIVE = -1e30f;  // the maximum of no scores: finite, so that differences are
+constexpr int BLOCK = 2 * AT_ONCE;  // tokens of one pair of passes
 
 struct Pair {
     uint4 keys[2], values[2];
 };
 
-struct Softmax {
-    float best, mass, sums[8];
-};
-
-// Tokens `start` + group and GROUPS further on; past `end` any that there are.
+// Tokens `start` + group and AT_ONCE further on; past `end` any that there are.
 __device__ __forceinline__ Pair load(
     const Number* keys, const Number* values, const int* table, int start, int end, int group, int column) {
     Pair pair;
     int slot[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-        const int token = start + i * GROUPS + group;
+        const int token = start + i * AT_ONCE + group;
         const int valid = token < end ? token : 0;
         slot[i] = table[valid / BLOCK_SIZE] * BLOCK_SIZE + valid % BLOCK_SIZE;
     }
@@ -36,29 +29,6 @@ __device__ __forceinline__ Pair load(
     return pair;
 }
 
-__device__ __forceinline__ float score(const uint4& key, const float* query) {
-    float sum = dot(key, query, 0.0f);
-#pragma unroll
-    for (int bit = 4; bit > 0; bit /= 2) sum += from_lane(sum, bit);
-    return sum;
-}
-
-__device__ __forceinline__ void add(Softmax& softmax, float weight, const uint4& value) {
-    float v[8];
-    unpack(value, v);
-    softmax.mass += weight;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) softmax.sums[i] = fmaf(weight, v[i], softmax.sums[i]);
-}
-
-__device__ __forceinline__ void rescale(Softmax& softmax, float best) {
-    const float kept = power_of_two(softmax.best - best);
-    softmax.best = best;
-    softmax.mass *= kept;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) softmax.sums[i] *= kept;
-}
-
 __device__ __forceinline__ void attend(
     Softmax& softmax, Pair& pair, const float* query, int start, int end, int group) {
     float scores[2];
@@ -66,7 +36,7 @@ __device__ __forceinline__ void attend(
     for (int i = 0; i < 2; ++i) scores[i] = score(pair.keys[i], query);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-        if (start + i * GROUPS + group >= end) {
+        if (start + i * AT_ONCE + group >= end) {
             scores[i] = minus_infinity();
             pair.values[i] = make_uint4(0, 0, 0, 0);  // another sequence's may be no numbers
         }
@@ -82,7 +52,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention(
     __shared__ float sums[WARPS][HEAD];
     __shared__ float best[WARPS], mass[WARPS];
     const int head = blockIdx.x, split = blockIdx.y;
-    const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, group = thread / 8, eighth = thread % 8;
+    const int thread = threadIdx.x, warp = thread / 32, group = thread / 8, eighth = thread % 8;
     const int column = head * HEAD + eighth * 8;
     launch_dependents();
     // Lengths and tables are of before this step, and so are the keys and values of all tokens but the last.
@@ -96,7 +66,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention(
     table += row * width, length += row;
 #endif
     const int cached = max(*length - 1, 0);
-    const int share = (cached + SPLITS * GROUPS - 1) / (SPLITS * GROUPS) * GROUPS;
+    const int share = (cached + SPLITS * AT_ONCE - 1) / (SPLITS * AT_ONCE) * AT_ONCE;
     int start = split * share;
     const int end = min(start + share, cached);
     Pair even = load(keys, values, table, start, end, group, column);
@@ -132,30 +102,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention(
         }
     }
 
-    // The four groups of a warp, then the warps.
-    float common = fmaxf(softmax.best, from_lane(softmax.best, 16));
-    common = fmaxf(common, from_lane(common, 8));
-    rescale(softmax, common);
-    softmax.mass += from_lane(softmax.mass, 16);
-    softmax.mass += from_lane(softmax.mass, 8);
-    int first = 0;
-    fold<8, 16, 8>(softmax.sums, lane, first);
-    sums[warp][eighth * 8 + first] = softmax.sums[0];
-    sums[warp][eighth * 8 + first + 1] = softmax.sums[1];
-    if (lane == 0) best[warp] = common, mass[warp] = softmax.mass;
+    gather(softmax, sums, best, mass);
     __syncthreads();
     if (thread < HEAD) {
-        float peak = best[0], total = 0.0f, sum = 0.0f;
-#pragma unroll
-        for (int i = 1; i < WARPS; ++i) peak = fmaxf(peak, best[i]);
-#pragma unroll
-        for (int i = 0; i < WARPS; ++i) {
-            const float kept = power_of_two(best[i] - peak);
-            total = fmaf(mass[i], kept, total);
-            sum = fmaf(sums[i][thread], kept, sum);
-        }
+        const Part part = merge(sums, best, mass, thread);
         // A split without tokens has no mass, and so no say.
-        parts[split * (HEADS * HEAD) + head * HEAD + thread] = number(total == 0.0f ? 0.0f : divide(sum, total));
-        if (thread == 0) stats[split * HEADS + head] = make_float2(peak, total);
+        const float mixed = part.mass == 0.0f ? 0.0f : divide(part.sum, part.mass);
+        parts[split * (HEADS * HEAD) + head * HEAD + thread] = number(mixed);
+        if (thread == 0) stats[split * HEADS + head] = make_float2(part.best, part.mass);
     }
 }

@@ -17,7 +17,7 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 _FOLDER = Path(__file__).parent
-_BEFORE = ("link.cuh", "sums.cuh")  # each source
+_BEFORE = ("link.cuh", "sums.cuh", "softmax.cuh")  # each source
 _DIGEST = 32  # bytes: SHA-256
 
 

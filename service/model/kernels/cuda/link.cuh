@@ -80,6 +80,31 @@ __device__ __forceinline__ uint2 load_two_words(const void* at) {
     return w;
 }
 
+// Zeros where not `there`, and then nothing is asked of the memory.
+__device__ __forceinline__ uint4 load_words_if(const void* at, bool there) {
+    uint4 w = make_uint4(0, 0, 0, 0);
+    asm volatile(
+        "{.reg .pred p;\n"
+        "setp.ne.s32 p, %5, 0;\n"
+        "@p ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];}"
+        : "+r"(w.x), "+r"(w.y), "+r"(w.z), "+r"(w.w)
+        : "l"(__cvta_generic_to_global(at)), "r"((int)there)
+        : "memory");
+    return w;
+}
+
+__device__ __forceinline__ uint2 load_half_words_if(const void* at, bool there) {
+    uint2 w = make_uint2(0, 0);
+    asm volatile(
+        "{.reg .pred p;\n"
+        "setp.ne.s32 p, %3, 0;\n"
+        "@p ld.global.cg.v2.u32 {%0, %1}, [%2];}"
+        : "+r"(w.x), "+r"(w.y)
+        : "l"(__cvta_generic_to_global(at)), "r"((int)there)
+        : "memory");
+    return w;
+}
+
 __device__ __forceinline__ float2 load_pair(const float2* at) {
     float2 v;
     asm volatile("ld.global.cg.v2.f32 {%0, %1}, [%2];"
@@ -93,6 +118,16 @@ __device__ __forceinline__ float load_float(const float* at) {
     float v;
     asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(__cvta_generic_to_global(at)) : "memory");
     return v;
+}
+
+// How many have arrived before. What this block wrote before its last barrier is there for who arrives later.
+__device__ __forceinline__ int arrive(int* counter) {
+    int before;
+    asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;"
+                 : "=r"(before)
+                 : "l"(__cvta_generic_to_global(counter))
+                 : "memory");
+    return before;
 }
 
 // --- Numbers
@@ -138,6 +173,26 @@ __device__ __forceinline__ unsigned two_numbers(float first, float second) {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
 #endif
     return word;
+}
+
+// Two numbers in fp8 (e4m3); what is past the largest of those becomes that.
+__device__ __forceinline__ float2 widen(unsigned short two) {
+    float2 v;
+    asm("{.reg .b32 w;\n"
+        ".reg .b16 l, h;\n"
+        "cvt.rn.f16x2.e4m3x2 w, %2;\n"
+        "mov.b32 {l, h}, w;\n"
+        "cvt.f32.f16 %0, l;\n"
+        "cvt.f32.f16 %1, h;}"
+        : "=f"(v.x), "=f"(v.y)
+        : "h"(two));
+    return v;
+}
+
+__device__ __forceinline__ unsigned short narrow(float low, float high) {
+    unsigned short two;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(two) : "f"(high), "f"(low));
+    return two;
 }
 
 __device__ __forceinline__ float power_of_two(float x) {

@@ -1,6 +1,8 @@
 // Sums over lanes, numbers out of words, and activations: what several kernels share. Put behind link.cuh.
 
-constexpr int WARPS = 8;
+#ifndef WARPS  // of a block
+#define WARPS 8
+#endif
 constexpr int THREADS = 32 * WARPS;
 
 __device__ __forceinline__ float minus_infinity() { return bits_to_float(0xff800000u); }
@@ -11,7 +13,18 @@ __device__ __forceinline__ void unpack(const uint4& w, float* v) {
     v[4] = low(w.z), v[5] = high(w.z), v[6] = low(w.w), v[7] = high(w.w);
 }
 
-__device__ __forceinline__ float dot(const uint4& w, const float* x, float sum) {
+// Of eight in fp8.
+__device__ __forceinline__ void unpack(const uint2& w, float* v) {
+    const unsigned words[2] = {w.x, w.y};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const float2 two = widen((unsigned short)(words[i / 2] >> 16 * (i % 2)));
+        v[2 * i] = two.x, v[2 * i + 1] = two.y;
+    }
+}
+
+template <typename Words>
+__device__ __forceinline__ float dot(const Words& w, const float* x, float sum) {
     float v[8];
     unpack(w, v);
 #pragma unroll
