@@ -28,7 +28,8 @@ from service.model.attention import LayerCache
 from service.model.formats import Plain
 from service.model.gpt2 import GPT2
 from service.model.kernels import attention
-from service.model.kernels.cuda.decode import DecodeKernels, load_decode, sources
+from service.model.kernels.cuda.decode import DecodeKernels, load_decode
+from service.model.kernels.cuda.hopper import CudaKernels
 from service.model.kernels.plan import CudaDecode, Plan, Product
 from service.model.kernels.plans import head_for, plan_for
 
@@ -50,8 +51,7 @@ def shown(shape: CudaDecode) -> str:
 
 
 def loaded(model: GPT2) -> DecodeKernels:
-    named = sources(model, SHAPES, block_size=BLOCK_SIZE)
-    return load_decode(named, num_heads=model.attention_width // HEAD, folder=None)
+    return load_decode(model, SHAPES, block_size=BLOCK_SIZE, folder=None)
 
 
 class Rows:
@@ -104,7 +104,7 @@ class Rows:
         for _ in range(2):  # counters are 0 again
             if kernels is not None:
                 layer = LayerCache(*cache)
-                kernels(shape, self.q, layer, *given, split, scale=scale, stride=stride, pdl=True)
+                kernels(shape, self.q, layer, *given, split, scale=scale, stride=stride, together=False, pdl=True)
                 continue
             attention.decode_attention[(self.heads, len(self.q), shape.splits)](
                 *(self.q, *cache, *given, *split, scale),
@@ -194,7 +194,7 @@ def compile_triton(num: int, cache_dtype: torch.dtype) -> None:
 
 def measure(model: GPT2, kernels: DecodeKernels, num: int, context: int, best: int) -> str:
     """Prints what it finds; the line of the table."""
-    step = Step(model, num=num, context=context, prompt=False, decode=kernels)
+    step = Step(model, num=num, context=context, prompt=False, cuda=CudaKernels(decode=kernels))
     plan, head = plans(model, num)
     layers = model.config.num_layers
 
@@ -245,7 +245,7 @@ def measure(model: GPT2, kernels: DecodeKernels, num: int, context: int, best: i
 def feed(model: GPT2, kernels: DecodeKernels, num: int, shape: CudaDecode, num_steps: int) -> bool:
     """Each step goes on from what the one before sampled: the same tokens with dependent launch, without, and again."""
     context = 700
-    step = Step(model, num=num, context=context, prompt=False, decode=kernels)
+    step = Step(model, num=num, context=context, prompt=False, cuda=CudaKernels(decode=kernels))
     plan, head = plans(model, num)
     plan = with_cuda(plan, shape)
     given = step.step

@@ -23,6 +23,7 @@ from service.model.attention import Decodes, LayerCache, PagedAttention
 from service.model.chained import ChainedLayers
 from service.model.gpt2 import GPT2
 from service.model.kernels.cuda.chain import ChainKernels, load_chains
+from service.model.kernels.cuda.hopper import CudaKernels
 from service.model.kernels.plan import Chain, Plan, Product
 from service.model.kernels.plans import CHAIN, CHAINS, head_for, plan_for
 
@@ -40,16 +41,12 @@ SPLITS: list[dict[str, Any]] = [
 ]
 SETTINGS: list[dict[str, Any]] = [
     {"ahead": 2},
-    {"ahead": 4},
     {"pieces": 2},
-    {"pieces": 8},
     {"resident": 2},
-    {"resident": 3},
+    {"resident": 4},
     {"hand": 4},
     {"hand": 16, "resident": 2},
     {"room": 0},
-    {"room": 56 * 1024},
-    {"room": 64 * 1024},
     {"room": 80 * 1024},
 ]
 
@@ -118,7 +115,7 @@ def launches(step: Step, plan: Plan, *, pdl: bool = False) -> Iterator[tuple[str
 def check_kernels(model: GPT2, num: int, chain: Chain, context: int) -> bool:
     """Each kernel of all layers, by itself, against plain operators in fp32 on what it really reads."""
     (kernels,) = compiled(model, num, [chain], bounded=True)
-    step = Step(model, num=num, context=context, prompt=False, pdl=False, cuda={num: kernels})
+    step = Step(model, num=num, context=context, prompt=False, pdl=False, cuda=CudaKernels({num: kernels}))
     chained = layers_of(step)
     x, q, mixed, inner = (getattr(chained.buffers, name) for name in ("x", "q", "mixed", "inner"))
     slots, heads = step.step.slots.long(), model.config.num_heads
@@ -186,7 +183,7 @@ def check_steps(model: GPT2, num: int, chain: Chain, context: int) -> bool:
     """A whole step by the chain and by Triton, both against plain fp32."""
     exact = gpt2_345m(lambda name, _: _float(model, name), num_layers=model.config.num_layers)
     (kernels,) = compiled(model, num, [chain], bounded=True)
-    step = Step(model, num=num, context=context, prompt=False, cuda={num: kernels})
+    step = Step(model, num=num, context=context, prompt=False, cuda=CudaKernels({num: kernels}))
     head = head_of(model, num)
     chained, buffers = layers_of(step), layers_of(step).buffers
     filled = step.cache._cache.clone()
@@ -261,7 +258,7 @@ def compare(model: GPT2, num: int, context: int, changes: list[dict[str, Any]], 
             chains[name], changed[name] = other, each
     made = dict(zip(chains, compiled(model, num, list(chains.values())), strict=True))
     print(f"  {num} tokens at context {context}: {base}", flush=True)
-    step = Step(model, num=num, context=context, prompt=False, cuda={num: made["chain"]})
+    step = Step(model, num=num, context=context, prompt=False, cuda=CudaKernels({num: made["chain"]}))
     graphs = {"triton": captured(partial(step.run, plan_of(model, num, None), head))}
     kept = []
     for name, chain in chains.items():
@@ -299,7 +296,7 @@ def feed(model: GPT2, num: int, chain: Chain, num_steps: int) -> bool:
     context = 1024
     head = head_of(model, num)
     (kernels,) = compiled(model, num, [chain])
-    step = Step(model, num=num, context=context, prompt=False, cuda={num: kernels})
+    step = Step(model, num=num, context=context, prompt=False, cuda=CudaKernels({num: kernels}))
     given = step.step
     filled = step.cache._cache.clone()
     step.rows.records[:, 0] = torch.tensor(1.0).view(torch.int32)  # temperature

@@ -6,7 +6,6 @@ Called by bench/tune.py and bench/decode.py.
 import dataclasses
 import statistics
 import time
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,8 +15,7 @@ from service.model.attention import Prefill as PlainPrefill
 from service.model.batch import SAMPLING
 from service.model.fused import FusedGPT2, StepTensors
 from service.model.gpt2 import GPT2
-from service.model.kernels.cuda.chain import ChainKernels
-from service.model.kernels.cuda.decode import DecodeKernels
+from service.model.kernels.cuda.hopper import CudaKernels
 from service.model.kernels.plan import Plan, Product
 from service.model.tail import RowTensors, Tail
 
@@ -35,8 +33,7 @@ class Step:
         context: int,
         prompt: bool,
         pdl: bool = True,
-        cuda: Mapping[int, ChainKernels] | None = None,
-        decode: DecodeKernels | None = None,
+        cuda: CudaKernels | None = None,
     ) -> None:
         self.model = model
         counts = [context if prompt else 1] * num
@@ -85,8 +82,7 @@ class Step:
         records = torch.zeros(num, SAMPLING.itemsize // 4, dtype=torch.int32, device=device)
         records[:, 2] = torch.tensor(1.0).view(torch.int32)
         self.rows = RowTensors(ints(starts[1:] - 1), ints([context] * num), records)
-        kernels: dict[str, Any] = {"cuda": cuda, "decode": decode}
-        self.fused = FusedGPT2(model, self.cache, max_tokens=max(tokens, 16), block_size=BLOCK_SIZE, pdl=pdl, **kernels)
+        self.fused = FusedGPT2(model, self.cache, max_tokens=max(tokens, 16), block_size=BLOCK_SIZE, pdl=pdl, cuda=cuda)
         self.tail = Tail(model, max_rows=num, turn=self.step.turn, num_turns=3, pdl=pdl)
         self.counts, self.context = counts, context
 

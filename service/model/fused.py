@@ -1,6 +1,5 @@
 """GPT-2 as chains of Triton kernels over static buffers, to be captured in CUDA graphs. Called by model/graphs.py."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,8 +11,7 @@ from service.model.chained import Buffers, ChainedLayers, chained_layers
 from service.model.formats import Product
 from service.model.gpt2 import GPT2, LayerNorm
 from service.model.kernels import attention, norms, peers
-from service.model.kernels.cuda.chain import ChainKernels
-from service.model.kernels.cuda.decode import DecodeKernels
+from service.model.kernels.cuda.hopper import CudaKernels
 from service.model.kernels.plan import Library, Plan, power_of_two, whole_tile
 from service.model.kernels.products import ACTIVATE, MERGE, NORM, PARTIAL, RESIDUAL, SCATTER
 from service.model.matrix import Matrix
@@ -57,13 +55,11 @@ class FusedGPT2:
         max_tokens: int,
         block_size: int,
         pdl: bool,
-        cuda: Mapping[int, ChainKernels] | None = None,
-        decode: DecodeKernels | None = None,
+        cuda: CudaKernels | None = None,
     ) -> None:
         """`pdl`: launch by programmatic dependent launch, which the device must know (sm_90).
 
-        `cuda` and `decode`, made for this model and `block_size`, are for plans that have a chain, by how many tokens
-        they are for, or attention in CUDA.
+        `cuda`, made for this model and `block_size`, is for plans that have a chain, or attention in CUDA.
         """
         config = model.config
         self._model = model
@@ -109,8 +105,9 @@ class FusedGPT2:
         self._parts = torch.zeros(self._most_parts * hidden, **single)
         self._stats = torch.zeros(_MOST_PARTS * 2 * hidden, **single)
         buffers = Buffers(self.x, self._q, self._mixed, self._inner)
-        self._chained = chained_layers(model, cache, self._layers, cuda or {}, buffers)
-        self._decode = decode
+        cuda = cuda or CudaKernels()
+        self._chained = chained_layers(model, cache, self._layers, cuda.chains, buffers)
+        self._decode = cuda.decode
         self._arrived = torch.zeros(max_tokens, attention // config.head_size, dtype=torch.int32, device=model.device)
 
     def body(self, step: StepTensors, sampled: Tensor, plan: Plan) -> None:
@@ -287,9 +284,10 @@ class FusedGPT2:
             )
         splits = plan.decode.splits
         num_rows = min(len(step.token_ids), len(step.lengths))
-        whole = isinstance(plan.qkv, Library) and step.query_starts is None
+        together = step.query_starts is not None
+        whole = isinstance(plan.qkv, Library) and not together
         stride = (3 if whole else 1) * width
-        if self._decode is not None and plan.decode.cuda is not None and step.query_starts is None:
+        if self._decode is not None and plan.decode.cuda is not None:
             self._decode(
                 plan.decode.cuda,
                 (self._qkv if whole else self._q)[:num_rows],
@@ -301,6 +299,7 @@ class FusedGPT2:
                 (self._parts, self._stats, self._arrived),
                 scale=scale,
                 stride=stride,
+                together=together,
                 pdl=self._pdl and plan.pdl,
             )
             return
@@ -321,6 +320,6 @@ class FusedGPT2:
             BLOCK=plan.decode.block,
             SPLITS=splits,
             MERGED=plan.decode.merged,
-            BESIDE=step.query_starts is not None,
+            BESIDE=together,
             num_warps=plan.decode.warps,
         )

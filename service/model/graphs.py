@@ -7,7 +7,7 @@ the step before sampled, once for any mix; which token is whose, they read on th
 import bisect
 import logging
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -22,8 +22,7 @@ from service.model.formats import Narrowed
 from service.model.fused import FusedGPT2
 from service.model.gpt2 import GPT2
 from service.model.inputs import NUM_TURNS, AskedInputs, Shape, StepInputs
-from service.model.kernels.cuda.chain import ChainKernels
-from service.model.kernels.cuda.decode import DecodeKernels
+from service.model.kernels.cuda.hopper import CudaKernels
 from service.model.kernels.plan import Plan, Product
 from service.model.kernels.plans import head_for, plan_for
 from service.model.logprobs import logprob_words, unpack_logprobs
@@ -85,10 +84,9 @@ class GraphRunner:
         block_size: int,
         max_num_seqs: int,
         max_num_batched_tokens: int,
-        cuda: Mapping[int, ChainKernels] | None = None,
-        decode: DecodeKernels | None = None,
+        cuda: CudaKernels | None = None,
     ) -> None:
-        """Steps can be launched once `capture` has been called. `cuda` and `decode` as in FusedGPT2."""
+        """Steps can be launched once `capture` has been called. `cuda` as in FusedGPT2."""
         config, device = model.config, model.device
         self.num_blocks = num_blocks
         self.depth = 1
@@ -103,10 +101,10 @@ class GraphRunner:
         cache = model.new_cache(num_blocks=num_blocks + 1, block_size=block_size)  # the last for what fills buckets up
         max_tokens, max_rows = max_num_batched_tokens, most_rows(max_num_seqs)
         decodes = [Shape(size, size) for size in _sizes(_DECODE_TOKENS, max_num_seqs)]
-        used = {num: kernels for num, kernels in (cuda or {}).items() if Shape(num, num) in decodes}
-        self._fused = FusedGPT2(
-            model, cache, max_tokens=max_tokens, block_size=block_size, pdl=pdl, cuda=used, decode=decode
-        )
+        if cuda is not None:
+            used = {num: kernels for num, kernels in cuda.chains.items() if Shape(num, num) in decodes}
+            cuda = replace(cuda, chains=used)
+        self._fused = FusedGPT2(model, cache, max_tokens=max_tokens, block_size=block_size, pdl=pdl, cuda=cuda)
         mixed = [
             Shape(size, min(size, max_num_seqs), self._plan(size).prefill.block_t)
             for size in _sizes(_MIXED_TOKENS, max_num_batched_tokens)

@@ -8,7 +8,6 @@ import sysconfig
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -54,7 +53,7 @@ def make_runner(
     much of it is taken. `kernels` is a folder that keeps what is compiled for the GPU. Raises KVMemoryError,
     KernelError, OutOfMemory.
     """
-    limits: dict[str, Any] = {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens}
+    limits = {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens}
     plain = DeterministicRunner if deterministic else TorchRunner
     spare = int(deterministic)  # blocks for what fills slices up
     if model.device.type == "cpu":
@@ -85,18 +84,12 @@ def make_runner(
     from triton.errors import TritonError  # Triton is only where CUDA is
 
     from service.model.graphs import GraphRunner
-    from service.model.kernels.cuda.chain import chain_for
-    from service.model.kernels.cuda.decode import decode_for
-    from service.model.kernels.plans import CUDA_DECODES
+    from service.model.kernels.cuda.hopper import kernels_for
 
-    shapes = [cuda for _, cuda in CUDA_DECODES]
-    made: dict[str, Any] = {
-        "cuda": chain_for(model, block_size=block_size, folder=kernels),
-        "decode": decode_for(model, shapes, block_size=block_size, folder=kernels),
-    }
+    cuda = kernels_for(model, block_size=block_size, folder=kernels)
 
     def run_largest() -> None:
-        probe = GraphRunner(model, num_blocks=1, block_size=block_size, **limits, **made)
+        probe = GraphRunner(model, num_blocks=1, block_size=block_size, **limits, cuda=cuda)
         probe.run_largest()
         probe.close()
 
@@ -106,7 +99,7 @@ def make_runner(
                 model.device, run_largest, utilization=utilization, agree=agree, beside=_GRAPH_MEMORY
             )
         num_blocks = count_blocks(model, block_size, kv_memory, spare=1)  # it takes what fills steps up
-        graphs = GraphRunner(model, num_blocks=num_blocks, block_size=block_size, **limits, **made)
+        graphs = GraphRunner(model, num_blocks=num_blocks, block_size=block_size, **limits, cuda=cuda)
         graphs.capture(on_progress)
     except TritonError as error:
         name = torch.cuda.get_device_name(model.device)

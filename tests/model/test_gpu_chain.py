@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from service.model.graphs import GraphRunner
-from service.model.kernels.cuda import chain
+from service.model.kernels.cuda.hopper import kernels_for
 from service.model.kernels.plans import CHAINS
 from tests.model.batches import BLOCK_SIZE, MOST_BLOCKS, Part, make_batch
 from tests.model.test_gpu_kernels import PlainRunner, check_step, random_models, score_all
@@ -29,9 +29,8 @@ def runners(
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("no Hopper GPU")
     model, exact = random_models(dtype, sharper=sharper)
-    cuda = chain.chain_for(model, block_size=BLOCK_SIZE, folder=folder)
-    assert cuda is not None
-    assert list(cuda) == [1, *CHAINS]
+    cuda = kernels_for(model, block_size=BLOCK_SIZE, folder=folder)
+    assert list(cuda.chains) == [1, *CHAINS]
     kernels = GraphRunner(
         model, num_blocks=num_blocks, block_size=BLOCK_SIZE, max_num_seqs=most, max_num_batched_tokens=1024, cuda=cuda
     )

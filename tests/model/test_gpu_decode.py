@@ -9,7 +9,8 @@ import torch
 from service.model.attention import KVCache
 from service.model.graphs import GraphRunner
 from service.model.kernels import plans
-from service.model.kernels.cuda.decode import decode_for
+from service.model.kernels.cuda.decode import load_decode
+from service.model.kernels.cuda.hopper import CudaKernels
 from service.model.kernels.plan import CudaDecode
 from tests.model.batches import BLOCK_SIZE, MOST_BLOCKS, Part, make_batch
 from tests.model.test_gpu_kernels import PlainRunner, check_step, random_models
@@ -37,8 +38,7 @@ def test_rows_of_any_lengths(
         pytest.skip("no Hopper GPU")
     monkeypatch.setattr(plans, "CUDA_DECODES", SHAPES)
     model, exact = random_models(dtype, sharper=sharper)
-    decode = decode_for(model, [shape for _, shape in SHAPES], block_size=BLOCK_SIZE, folder=tmp_path)
-    assert decode is not None
+    decode = load_decode(model, [shape for _, shape in SHAPES], block_size=BLOCK_SIZE, folder=tmp_path)
     assert len(SHAPES) == len(list(tmp_path.iterdir()))  # what is compiled is kept
     room = [-(-(length + 8) // (MOST_BLOCKS * BLOCK_SIZE)) for length in LENGTHS]
     places = np.cumsum([0, *room]).tolist()
@@ -49,7 +49,7 @@ def test_rows_of_any_lengths(
         block_size=BLOCK_SIZE,
         max_num_seqs=len(LENGTHS),
         max_num_batched_tokens=len(LENGTHS),
-        decode=decode,
+        cuda=CudaKernels(decode=decode),
     )
     kernels.capture()
     plain = [PlainRunner(each, num_blocks=num_blocks, block_size=BLOCK_SIZE) for each in (model, exact)]

@@ -12,6 +12,7 @@ from bench.random_model import gpt2_345m
 from service.model.batch import Batch, Scored, StepOutput
 from service.model.gpt2 import GPT2
 from service.model.graphs import GraphRunner
+from service.model.kernels.cuda.hopper import kernels_for
 from service.model.runner import TorchRunner
 from tests.model.batches import BLOCK_SIZE, MOST_BLOCKS, Part, make_batch
 
@@ -118,6 +119,7 @@ def check_model(
         block_size=BLOCK_SIZE,
         max_num_seqs=len(places),
         max_num_batched_tokens=MOST_TOKENS,
+        cuda=kernels_for(model, block_size=BLOCK_SIZE, folder=None),
     )
     kernels.capture()
     random = np.random.default_rng(8)

@@ -25,8 +25,8 @@ CHAINS = {
     4: Chain(splits=4, resident=3, room=_ROOM),
     8: Chain(splits=2, resident=3, room=_ROOM),
 }
-# Attention of steps in which every sequence has one token, up to so many (bench/attention.py). The kernels for it are
-# compiled as the engine starts, one for each pair of warps and passes.
+# Attention of up to so many single tokens (bench/attention.py); a step that has prompts, too, counts as a third of its
+# tokens, as under a steady load. The kernels are compiled as the engine starts, one for each pair of warps and passes.
 CUDA_DECODES = (
     (8, CudaDecode(8, 2, splits=4)),
     (16, CudaDecode(8, 2, splits=2)),
@@ -127,8 +127,9 @@ def plan_for(
             plan = replace(plan, chain=CHAINS.get(num_tokens))
     if split:
         plan = replace(plan, split=True, decode=replace(plan.decode, merged=True))
-    if decodes_only and not plan.fused and dtype != torch.float32:
-        cuda = next((cuda for most, cuda in CUDA_DECODES if num_tokens <= most), None)
+    if not plan.fused and dtype != torch.float32:
+        rows = num_tokens if decodes_only else num_tokens // 3
+        cuda = next((cuda for most, cuda in CUDA_DECODES if rows <= most), None)
         plan = replace(plan, decode=replace(plan.decode, cuda=cuda))
     if num_tokens > _MOST_NARROW:
         plan = replace(plan, qkv=_wide(plan.qkv), out=_wide(plan.out), up=_wide(plan.up), down=_wide(plan.down))

@@ -3,11 +3,8 @@
 How NVRTC compiles them is tested in test_cuda_compiler.py; how fast they are, on a GPU, is for bench/chain.py.
 """
 
-import logging
-import re
 from collections.abc import Callable
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,12 +12,10 @@ from torch import Tensor
 
 from bench.random_model import CONFIG_345M, gpt2_345m
 from service.model.attention import KVCache, Prefill
-from service.model.formats import Plain
 from service.model.fused import FusedGPT2, StepTensors
-from service.model.gpt2 import GPT2
-from service.model.kernels.cuda import chain
-from service.model.kernels.cuda.chain import BLOCKS, ChainKernels, chain_for, sources, suits
-from service.model.kernels.cuda.compiler import CompilerError, Source
+from service.model.kernels.cuda.chain import BLOCKS, ChainKernels, sources, suits
+from service.model.kernels.cuda.compiler import Source
+from service.model.kernels.cuda.hopper import CudaKernels
 from service.model.kernels.plan import Chain
 from service.model.kernels.plans import plan_for
 from tests.model.kernels import twins
@@ -138,9 +133,8 @@ def test_layers_of_a_token_are_those_of_the_model(emulate: Callable[[Source], Ru
     kernels = {
         name: emulate(source) for name, source in sources(model.config, BF16, chain, block_size=BLOCK_SIZE).items()
     }
-    fused = FusedGPT2(
-        model, cache, max_tokens=1, block_size=BLOCK_SIZE, pdl=False, cuda={1: ChainKernels(**kernels, splits=SPLITS)}
-    )
+    cuda = CudaKernels({1: ChainKernels(**kernels, splits=SPLITS)})
+    fused = FusedGPT2(model, cache, max_tokens=1, block_size=BLOCK_SIZE, pdl=False, cuda=cuda)
     length = 37
     tokens = torch.randint(0, 50000, (length,), generator=generator)
     positions = torch.arange(length)
@@ -183,51 +177,3 @@ def test_suits_only_what_the_kernels_can_do() -> None:
     assert suits(replace(CONFIG_345M, intermediate_size=2048), BF16)
     assert not suits(replace(CONFIG_345M, intermediate_size=3072), BF16)
     assert not suits(replace(CONFIG_345M, intermediate_size=8192), BF16)
-
-
-def lone(dtype: torch.dtype = BF16, cache_dtype: torch.dtype | None = None) -> GPT2:
-    weights = Plain(dtype, cache_dtype=cache_dtype)
-    return gpt2_345m(lambda _, shape: torch.empty(shape, dtype=dtype, device="meta"), num_layers=1, weights=weights)
-
-
-@pytest.mark.parametrize(
-    ("capability", "processors", "raised", "level", "said"),
-    [
-        ((8, 0), 132, None, logging.INFO, "no CUDA kernels: they are for Hopper GPUs"),
-        ((9, 0), 78, None, logging.INFO, "no CUDA kernels: they were measured with 128 .* here are 78"),
-        ((9, 0), 132, CompilerError("x.cu"), logging.WARNING, "no CUDA kernels, Triton's instead: x.cu"),
-        ((9, 0), 132, ImportError("cuda"), logging.WARNING, "no CUDA kernels, Triton's instead: cuda"),
-        ((9, 0), 132, OSError("unreadable"), logging.WARNING, "no CUDA kernels, Triton's instead: unreadable"),
-        ((9, 0), 132, RuntimeError("driver"), logging.WARNING, "no CUDA kernels, Triton's instead: driver"),
-    ],
-)
-def test_where_the_kernels_cannot_be_had_the_log_says_why(
-    capability: tuple[int, int],
-    processors: int,
-    raised: Exception | None,
-    level: int,
-    said: str,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    def load(*_: object, **__: object) -> None:
-        assert raised is not None
-        raise raised
-
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    properties = SimpleNamespace(multi_processor_count=processors)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
-    monkeypatch.setattr(chain, "load_chains", load)
-    with caplog.at_level(logging.INFO):
-        assert chain_for(lone(), block_size=BLOCK_SIZE, folder=None) is None
-    assert [level] == [record.levelno for record in caplog.records]
-    assert re.search(said, caplog.text)
-
-
-def test_another_shape_needs_no_word_and_other_keys_do(caplog: pytest.LogCaptureFixture) -> None:
-    """Neither needs a GPU."""
-    with caplog.at_level(logging.INFO):
-        assert chain_for(lone(torch.float32), block_size=BLOCK_SIZE, folder=None) is None
-        assert not caplog.records
-        assert chain_for(lone(cache_dtype=torch.float8_e4m3fn), block_size=BLOCK_SIZE, folder=None) is None
-    assert "they read no keys in 8 bits" in caplog.text

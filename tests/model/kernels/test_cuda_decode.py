@@ -1,9 +1,7 @@
 """Attention of single tokens by the CUDA kernel without a GPU, against plain operators: see test_cuda.py."""
 
-import logging
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +12,10 @@ from bench.random_model import gpt2_345m
 from service.model.attention import KVCache, LayerCache
 from service.model.formats import Plain
 from service.model.fused import FusedGPT2, StepTensors
-from service.model.kernels import plans
+from service.model.kernels import attention, plans
 from service.model.kernels.cuda.compiler import Source
-from service.model.kernels.cuda.decode import DecodeKernels, decode_for, sources, suits
+from service.model.kernels.cuda.decode import DecodeKernels, sources, suits
+from service.model.kernels.cuda.hopper import CudaKernels
 from service.model.kernels.plan import CudaDecode, Decode, Library, Plan, Product, Tiled
 from service.model.kernels.plans import plan_for
 from tests.model.kernels import twins
@@ -109,7 +108,7 @@ def test_rows_of_every_kind_of_length(
     """In one launch; whatever stands in the cache and in tables beside them. Rows that do not decode are left alone.
 
     New keys and values beside the queries are put into their slots, and nothing else of the cache changes. Counters
-    are 0 again afterwards: the same once more.
+    are 0 again afterwards: the same once more, as behind a prompt's attention, when all is there before it.
     """
     rows = Rows(shape.splits, beside=beside, cache_dtype=cache_dtype)
     source = source_of(shape, cache_dtype=cache_dtype)
@@ -118,8 +117,10 @@ def test_rows_of_every_kind_of_length(
     num_rows = torch.tensor([count], dtype=torch.int32)
     places = () if beside else tuple(side[slot] for side in rows.cache for slot in rows.slots)
     launch = kernels.kernels[shape.warps, shape.passes]
-    kernels.kernels = {(shape.warps, shape.passes): lambda *a, **k: launch(*a, late=(rows.q, *places), **k)}
-    for _ in range(2):
+    late = (rows.q, *places)
+    kernels.kernels = {(shape.warps, shape.passes): lambda *a, **k: launch(*a, late=late, **k)}
+    for together in (False, True):
+        late = () if together else late
         rows.out.fill_(torch.nan)
         kernels(
             shape,
@@ -132,6 +133,7 @@ def test_rows_of_every_kind_of_length(
             (rows.parts, rows.stats, rows.arrived),
             scale=0.3,
             stride=rows.q.shape[1],
+            together=together,
             pdl=True,
         )
         expected = rows.expected(0.3)
@@ -152,14 +154,20 @@ def test_large_scores_do_not_overflow(emulate: Callable[[Source], Run]) -> None:
     num_rows = torch.tensor([len(LENGTHS)], dtype=torch.int32)
     arguments = (rows.q, LayerCache(*rows.cache), rows.tables, rows.lengths, num_rows, rows.out)
     split = (rows.parts, rows.stats, rows.arrived)
-    kernels(shape, *arguments, split, scale=300.0, stride=HIDDEN, pdl=True)
+    kernels(shape, *arguments, split, scale=300.0, stride=HIDDEN, together=False, pdl=True)
     expected = rows.expected(300.0)
     assert ((rows.out[: len(LENGTHS)].double() - expected).abs() <= 2e-2 * expected.abs().max()).all()
 
 
+@pytest.mark.parametrize("prompt", [False, True])
 @pytest.mark.parametrize("qkv", [Library(), Tiled(16, 32, 128, 1, 4, 1)], ids=["library", "tiled"])
-def test_a_step_with_it_is_the_step_with_tritons(emulate: Callable[[Source], Run], qkv: Product) -> None:
-    """As the body launches them: with a product that puts keys and values into the cache, and one that leaves it."""
+def test_a_step_with_it_is_the_step_with_tritons(
+    emulate: Callable[[Source], Run], qkv: Product, prompt: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the body launches them: with a product that puts keys and values into the cache, and one that leaves it.
+
+    With a prompt beside single tokens, one of which reads the block that the prompt fills.
+    """
     generator = torch.Generator().manual_seed(7)
 
     def make(name: str, shape: tuple[int, ...]) -> Tensor:
@@ -168,43 +176,54 @@ def test_a_step_with_it_is_the_step_with_tritons(emulate: Callable[[Source], Run
     model = gpt2_345m(make, num_layers=1)
     shape = CudaDecode(2, 4, splits=2)
     decode = DecodeKernels({(2, 4): emulate(source_of(shape, heads=16))}, num_heads=16)
-    lengths = [1, 21, 50]
-    filled = torch.randn(2, 8, BLOCK_SIZE, 16, HEAD, generator=generator).to(BF16)
-    tables = torch.tensor([[5, 0, 0, 0], [3, 1, 0, 0], [2, 7, 4, 6]], dtype=torch.int32)
+    tokens, lengths, positions = [17, 300, 4000], [1, 21, 50], [0, 20, 49]
+    tables = [[5, 0, 0, 0], [3, 1, 0, 0], [2, 7, 4, 6]]
     slots = [
-        int(row[(n - 1) // BLOCK_SIZE]) * BLOCK_SIZE + (n - 1) % BLOCK_SIZE
-        for row, n in zip(tables, lengths, strict=True)
+        tables[row][position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
+        for row, position in enumerate(positions)
     ]
+    filled = torch.randn(2, 8, BLOCK_SIZE, 16, HEAD, generator=generator).to(BF16)
 
     def ints(*values: int) -> Tensor:
         return torch.tensor(values, dtype=torch.int32)
 
+    tiles: dict[str, Tensor] = {}
+    if prompt:
+        tokens, positions = [*tokens, 5, 6, 7, 8, 9], [*positions, 0, 1, 2, 3, 4]
+        lengths, tables = [*lengths, 5], [*tables, [7, 0, 0, 0]]
+        slots += range(7 * BLOCK_SIZE, 7 * BLOCK_SIZE + 5)
+        tiles = {"query_starts": ints(0, 1, 2, 3, 8), "tile_sequences": ints(3), "tile_starts": ints(0)}
+        tiles["num_tiles"] = ints(1)
     step = StepTensors(
-        token_ids=ints(17, 300, 4000),
-        sources=ints(-1, -1, -1),
-        positions=ints(*(length - 1 for length in lengths)),
+        token_ids=ints(*tokens),
+        sources=ints(*[-1] * len(tokens)),
+        positions=ints(*positions),
         slots=ints(*slots),
-        tables=tables,
+        tables=torch.tensor(tables, dtype=torch.int32),
         lengths=ints(*lengths),
         num_decodes=ints(3),
         turn=ints(0),
         num_turns=3,
+        **tiles,
     )
     plan = Plan(qkv, Library(), Library(), Library(), Decode(16, 1, 1, cuda=shape), pdl=False)
     found = []
-    for kernels in (decode, None):
+    for kernels in (CudaKernels(decode=decode), None):
         cache = KVCache(**model._cache_sizes(num_blocks=8, block_size=BLOCK_SIZE), dtype=BF16, device=model.device)
         cache._cache.copy_(filled)
-        fused = FusedGPT2(model, cache, max_tokens=3, block_size=BLOCK_SIZE, pdl=False, decode=kernels)
+        fused = FusedGPT2(model, cache, max_tokens=len(tokens), block_size=BLOCK_SIZE, pdl=False, cuda=kernels)
         fused._mixed.fill_(torch.nan)
+        if kernels is not None:
+            monkeypatch.setattr(attention, "decode_attention", None)
         fused.body(step, ints(0), plan)
+        monkeypatch.undo()
         found.append((fused._mixed.float(), fused.x, cache._cache.float()))
     for got, expected in zip(*found, strict=True):
         assert ((got - expected).abs() <= 1e-2 * expected.abs().max()).all()
 
 
 def test_plans_have_it_where_it_is_the_faster_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not in steps with prompts, where both kinds of attention run at once, nor in fp32; on a rank of several, too."""
+    """Not in fp32; on a rank of several, too. A step with prompts counts as a third of its tokens."""
     small, large = CudaDecode(8, 4, splits=2), CudaDecode(4, 4)
     monkeypatch.setattr(plans, "CUDA_DECODES", ((8, small), (64, large)))
     common: dict[str, Any] = {"narrow": False, "head_size": HEAD, "shared_memory": 2**18}
@@ -217,7 +236,7 @@ def test_plans_have_it_where_it_is_the_faster_one(monkeypatch: pytest.MonkeyPatc
     assert found(1) is None  # all of the layer is in CUDA
     assert found(1, split=True) == found(8, torch.float16, split=True) == small
     assert found(8, torch.float32) is None
-    assert found(8, decodes_only=False) is None
+    assert [small, large, None] == [found(number, decodes_only=False) for number in (26, 27, 195)]
 
 
 def test_suits_only_what_the_kernel_can_do() -> None:
@@ -231,37 +250,8 @@ def test_suits_only_what_the_kernel_can_do() -> None:
     assert not suits(narrow)
 
 
-@pytest.mark.parametrize(
-    ("capability", "level", "said"),
-    [
-        ((8, 0), logging.INFO, "no attention in CUDA: it is for Hopper GPUs"),
-        ((9, 0), logging.WARNING, "no attention in CUDA, Triton's instead: "),  # here is no driver
-    ],
-)
-def test_where_the_kernels_cannot_be_had_the_log_says_why(
-    capability: tuple[int, int],
-    level: int,
-    said: str,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    tmp_path: Path,
-) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    with caplog.at_level(logging.INFO):
-        assert decode_for(tiny(), SHAPES, block_size=BLOCK_SIZE, folder=tmp_path) is None
-    assert [level] == [record.levelno for record in caplog.records]
-    assert said in caplog.text
-
-
 def test_of_keys_in_8_bits_there_are_twice_as_many_passes() -> None:
     """Which are as many bytes."""
     shape = CudaDecode(4, 2)
     passes = [dict(source_of(shape, cache_dtype=dtype).defines)["PASSES"] for dtype in (BF16, torch.float8_e4m3fn)]
     assert [2, 4] == passes
-
-
-def test_what_is_not_wanted_needs_no_word(caplog: pytest.LogCaptureFixture) -> None:
-    """Nor a GPU: with no shapes, or of another model's."""
-    assert decode_for(tiny(), [], block_size=BLOCK_SIZE, folder=None) is None
-    assert decode_for(tiny(torch.float32), SHAPES, block_size=BLOCK_SIZE, folder=None) is None
-    assert not caplog.records

@@ -15,6 +15,7 @@ from service.model.fused import FusedGPT2, StepTensors
 from service.model.kernels import plans
 from service.model.kernels.cuda.chain import BLOCKS, ChainKernels, sources
 from service.model.kernels.cuda.compiler import Source
+from service.model.kernels.cuda.hopper import CudaKernels
 from service.model.kernels.plan import Chain, Plan
 from service.model.kernels.plans import plan_for
 from tests.model.kernels import twins
@@ -145,7 +146,7 @@ def test_layers_of_tokens_are_those_of_the_model(
     )
     plan = chained_plan(num_tokens, Chain(splits=splits, ahead=1 if num_tokens < 8 else 2), monkeypatch)
     kernels = {name: emulate(source) for name, source in named(num_tokens, splits).items()}
-    cuda = {num_tokens: ChainKernels(**{"attention": None} | kernels, splits=splits)}
+    cuda = CudaKernels({num_tokens: ChainKernels(**{"attention": None} | kernels, splits=splits)})
     fused = FusedGPT2(model, cache, max_tokens=num_tokens, block_size=BLOCK_SIZE, pdl=False, cuda=cuda)
     lengths = [37, 1, 16, 17, 50][:num]
     tables = torch.randperm(num_blocks, generator=generator).view(num, width)
@@ -188,8 +189,8 @@ def test_layers_of_tokens_are_those_of_the_model(
 def test_only_steps_of_single_tokens_have_a_chain() -> None:
     """Of as many tokens as there are kernels for; what a step without them does is of its size alone."""
     sizes: dict[str, Any] = {"dtype": BF16, "narrow": False, "split": False, "head_size": HEAD, "shared_memory": 2**18}
-    with_chain = plan_for(8, decodes_only=True, **sizes)
-    assert with_chain.chain == plans.CHAINS[8]
-    without = replace(with_chain, chain=None, decode=replace(with_chain.decode, cuda=None))
-    assert without == plan_for(8, decodes_only=False, **sizes)
+    plans_of_8 = [plan_for(8, decodes_only=decodes_only, **sizes) for decodes_only in (True, False)]
+    assert [plans.CHAINS[8], None] == [plan.chain for plan in plans_of_8]
+    one, other = (replace(plan, chain=None, decode=replace(plan.decode, cuda=None)) for plan in plans_of_8)
+    assert one == other
     assert plan_for(5, decodes_only=True, **sizes).chain is None

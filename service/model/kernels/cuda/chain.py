@@ -1,6 +1,5 @@
-"""The kernels of few tokens' layers: what each is compiled for, and whether they can be had. Called by memory.py."""
+"""The kernels of few tokens' layers: what each is compiled for, and how it is loaded. Called by hopper.py."""
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,14 +8,9 @@ from typing import Any
 import torch
 
 from service.model.config import ModelConfig
-from service.model.gpt2 import GPT2
-from service.model.kernels.cuda.compiler import CompilerError, Source, Target, compile_all
+from service.model.kernels.cuda.compiler import Source, Target, compile_all
 from service.model.kernels.plan import Chain
-from service.model.kernels.plans import CHAIN, CHAINS
 from service.model.kernels.products import ACTIVATIONS
-from service.model.parallel import ParallelGPT2
-
-log = logging.getLogger(__name__)
 
 BLOCKS = 128  # that share the rows of a matrix: no more than there are multiprocessors
 _HEAD = 64
@@ -76,31 +70,6 @@ def sources(
         "up": product(inner, hidden, _NORM, _ACTIVATE, KIND=ACTIVATIONS[config.activation]),
         "down": product(hidden, inner, _PLAIN, _RESIDUAL),
     }
-
-
-def chain_for(model: GPT2, *, block_size: int, folder: Path | None) -> dict[int, ChainKernels] | None:
-    """The kernels for `model` on its GPU, by how many tokens they are for.
-
-    None, with a line in the log, where they cannot be had there. `folder` keeps the code.
-    """
-    if isinstance(model, ParallelGPT2) or not suits(model.config, model.dtype):
-        return None  # weights in 8 bits suit: they are there in 16, too
-    if model.cache_dtype != model.dtype:
-        log.info("no CUDA kernels: they read no keys in 8 bits, so that one stream takes a third longer on Hopper GPUs")
-        return None
-    capability = torch.cuda.get_device_capability(model.device)
-    if capability != (9, 0):
-        log.info("no CUDA kernels: they are for Hopper GPUs (9.0), and this is of %d.%d", *capability)
-        return None
-    found = torch.cuda.get_device_properties(model.device).multi_processor_count
-    if found < BLOCKS:
-        log.info("no CUDA kernels: they were measured with %d multiprocessors or more, and here are %d", BLOCKS, found)
-        return None
-    try:
-        return load_chains(model.config, model.dtype, {1: CHAIN} | CHAINS, block_size=block_size, folder=folder)
-    except (CompilerError, ImportError, OSError, RuntimeError) as error:  # the last are the driver's
-        log.warning("no CUDA kernels, Triton's instead: %s", error)
-        return None
 
 
 def load_chains(

@@ -79,9 +79,12 @@ __device__ __forceinline__ void attend(Softmax& softmax, const Pair& pair, const
 // here. tables [rows, table_width]; lengths [rows], the new token included, of which *num_rows say something; out
 // [rows, H]. With several splits: parts [rows, splits, H], of each split not divided by its mass; stats
 // [rows, splits, HEADS], its largest score and its mass; arrived [rows, HEADS] of 0, which it is again afterwards.
+// `together`: the kernel before is prefill_attention, both run at once, and a row may read what others write in this
+// step: all that is there before this begins, and the wait is for the sake of what follows.
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) decode(
     const Number* q, Kept* keys, Kept* values, const int* tables, const int* lengths, const int* num_rows,
-    Number* out, float* parts, float2* stats, int* arrived, float scale, int stride, int table_width, int splits) {
+    Number* out, float* parts, float2* stats, int* arrived, float scale, int stride, int table_width, int splits,
+    int together) {
     __shared__ float sums[WARPS][HEAD];
     __shared__ float best[WARPS], mass[WARPS];
     __shared__ bool last;
@@ -100,7 +103,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) decode(
     Pair ring[PASSES / 2];
     load<PASSES>(ring, keys, values, table, start, end, column);
     const size_t own = (size_t)slot_of(table, cached) * H + column;
-    wait_predecessor();
+    if (!together || !decodes) wait_predecessor();
     if (!decodes) return;
 
     const bool newest = split == 0 && thread < 32;
@@ -136,6 +139,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) decode(
         }
     }
 
+    if (together) wait_predecessor();
     gather(softmax, sums, best, mass);
     __syncthreads();
     Number* to = out + (size_t)row * H + head * HEAD + thread;

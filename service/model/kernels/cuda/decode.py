@@ -1,6 +1,5 @@
-"""Attention of single tokens by a CUDA kernel: what it is compiled for, and how it is launched. Made by memory.py."""
+"""Attention of single tokens by a CUDA kernel: what it is compiled for, and how it is launched. Made by hopper.py."""
 
-import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,8 @@ from torch import Tensor
 
 from service.model.attention import LayerCache
 from service.model.gpt2 import GPT2
-from service.model.kernels.cuda.compiler import CompilerError, Source, Target, compile_all
+from service.model.kernels.cuda.compiler import Source, Target, compile_all
 from service.model.kernels.plan import CudaDecode
-
-log = logging.getLogger(__name__)
 
 _HEAD = 64
 _MOST_SPLITS = 8  # as in decode.cu
@@ -42,10 +39,12 @@ class DecodeKernels:
         *,
         scale: float,
         stride: int,
+        together: bool,
         pdl: bool,
     ) -> None:
         """Into `out` what the first `num_rows` [1] of `q` [rows, stride] attend to, as `decode_attention` does.
 
+        `together`: launched behind `prefill_attention`, in one step with it (BESIDE there).
         `split` are its parts and stats, fp32 with room for [rows, splits, heads * 64] and [rows, splits, heads, 2], and
         the counters of who has arrived.
         """
@@ -53,7 +52,7 @@ class DecodeKernels:
         self.kernels[plan.warps, plan.passes](
             (self._num_heads * plan.splits, len(q), 1),
             *(q, cache.keys, cache.values, tables, lengths, num_rows, out, *split),
-            *(float(scale), stride, tables.shape[1], plan.splits),
+            *(float(scale), stride, tables.shape[1], plan.splits, int(together)),
             pdl=pdl,
         )
 
@@ -81,34 +80,14 @@ def sources(model: GPT2, shapes: Iterable[CudaDecode], *, block_size: int) -> di
     }
 
 
-def decode_for(
-    model: GPT2, shapes: Iterable[CudaDecode], *, block_size: int, folder: Path | None
-) -> DecodeKernels | None:
-    """The kernels of `shapes` for `model`, on its GPU; None, with a line in the log, where they cannot be had there.
-
-    `folder` keeps the code.
-    """
-    named = sources(model, shapes, block_size=block_size) if suits(model) else {}
-    if not named:
-        return None
-    capability = torch.cuda.get_device_capability(model.device)
-    if capability != (9, 0):
-        log.info("no attention in CUDA: it is for Hopper GPUs (9.0), and this is of %d.%d", *capability)
-        return None
-    try:
-        return load_decode(named, num_heads=model.attention_width // _HEAD, folder=folder)
-    except (CompilerError, ImportError, OSError, RuntimeError) as error:  # the last are the driver's
-        log.warning("no attention in CUDA, Triton's instead: %s", error)
-        return None
-
-
-def load_decode(named: Mapping[Shape, Source], *, num_heads: int, folder: Path | None) -> DecodeKernels:
-    """What `sources` names, on the current device. Raises CompilerError, ImportError, RuntimeError."""
+def load_decode(model: GPT2, shapes: Iterable[CudaDecode], *, block_size: int, folder: Path | None) -> DecodeKernels:
+    """Those of `shapes`, on the current device. Raises CompilerError, ImportError, OSError, RuntimeError."""
     from service.model.kernels.cuda.launch import Kernel, driver_version  # cuda-bindings is only where CUDA is
 
+    named = sources(model, shapes, block_size=block_size)
     cubins = compile_all(list(named.values()), Target("sm_90a", driver_version()), folder=folder)
     kernels = {
         (warps, passes): Kernel(cubin, "decode", threads=32 * warps, shared=0)
         for (warps, passes), cubin in zip(named, cubins, strict=True)
     }
-    return DecodeKernels(kernels, num_heads=num_heads)
+    return DecodeKernels(kernels, num_heads=model.attention_width // _HEAD)

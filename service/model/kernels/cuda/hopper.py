@@ -1,0 +1,61 @@
+"""What of a model is computed in CUDA on its GPU, and what is said of the rest. Called by model/memory.py."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from service.model.gpt2 import GPT2
+from service.model.kernels.cuda import chain, decode
+from service.model.kernels.cuda.chain import BLOCKS, ChainKernels, load_chains
+from service.model.kernels.cuda.compiler import CompilerError
+from service.model.kernels.cuda.decode import DecodeKernels, load_decode
+from service.model.kernels.plan import Chain
+from service.model.kernels.plans import CHAIN, CHAINS, CUDA_DECODES
+from service.model.parallel import ParallelGPT2
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class CudaKernels:
+    """Loaded for a model and a block size; Triton's do what there is none for."""
+
+    chains: Mapping[int, ChainKernels] = field(default_factory=dict)  # by how many single tokens they are for
+    decode: DecodeKernels | None = None
+
+
+def kernels_for(model: GPT2, *, block_size: int, folder: Path | None) -> CudaKernels:
+    """Those of plans.py that can be had for `model` on its GPU. A line in the log says what cannot, and why.
+
+    `folder` keeps the code.
+    """
+    chains: dict[int, Chain] = {}
+    if not isinstance(model, ParallelGPT2) and chain.suits(model.config, model.dtype):
+        chains = {1: CHAIN} | CHAINS  # with weights in 8 bits, too, which are there in 16
+    attends = decode.suits(model)
+    if not chains and not attends:
+        return CudaKernels()
+    capability = torch.cuda.get_device_capability(model.device)
+    if capability != (9, 0):
+        log.info("no CUDA kernels: they are for Hopper GPUs (9.0), and this is of %d.%d", *capability)
+        return CudaKernels()
+    found = torch.cuda.get_device_properties(model.device).multi_processor_count
+    if chains and model.cache_dtype != model.dtype:
+        log.info("no CUDA kernels of whole layers, which read no keys in 8 bits: up to 8 streams take longer")
+        chains = {}
+    elif chains and found < BLOCKS:
+        log.info("no CUDA kernels of whole layers, which are for %d multiprocessors, and here are %d", BLOCKS, found)
+        chains = {}
+    try:
+        return CudaKernels(
+            load_chains(model.config, model.dtype, chains, block_size=block_size, folder=folder),
+            load_decode(model, (shape for _, shape in CUDA_DECODES), block_size=block_size, folder=folder)
+            if attends
+            else None,
+        )
+    except (CompilerError, ImportError, OSError, RuntimeError) as error:  # the last are the driver's
+        log.warning("no CUDA kernels, Triton's instead: %s", error)
+        return CudaKernels()
