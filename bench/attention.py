@@ -313,8 +313,8 @@ def main() -> None:
                 job.result()
             print(f"Triton's are compiled, {passed()}", flush=True)
             good = feed(model, kernels, 8, CudaDecode(4, 4, splits=4), 300)
-            good = feed(model, kernels, 64, CudaDecode(2, 8), 100) and good
-            good = feed(model, kernels, 256, CudaDecode(4, 4), 40) and good
+            good = feed(model, kernels, 64, CudaDecode(4, 2), 100) and good
+            good = feed(model, kernels, 256, CudaDecode(2, 2), 40) and good
             for num, context in arguments.steps:
                 if time.perf_counter() - began > arguments.seconds:
                     print(f"{num}@{context} is left out, {passed()}", flush=True)

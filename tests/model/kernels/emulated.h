@@ -216,6 +216,7 @@ static int launch(int grid_x, int grid_y, int grid_z, int count, int shared, std
     std::unique_ptr<unsigned char[]> stacks(new unsigned char[count * STACK]);
     kernel = call;
     stuck = false;
+    bool some_waited = false;
     for (int block = 0; block < grid_x * grid_y * grid_z && !stuck; ++block) {
         blockIdx = {block % grid_x, block / grid_x % grid_y, block / (grid_x * grid_y)};
         threads = std::vector<Thread>(count);
@@ -243,11 +244,12 @@ static int launch(int grid_x, int grid_y, int grid_z, int count, int shared, std
             if (!copies.empty()) arrive_one();
             if (idle > 4 * count) stuck = true;
         }
-        if (!waited) stuck = true;  // the next kernel relies on it
+        if (!waited && !late.empty()) stuck = true;
+        some_waited |= waited;
         copies.clear();
     }
     late.clear();
-    return stuck;
+    return stuck || !some_waited;  // the next kernel relies on it
 }
 
 template <typename... Types, size_t... Numbers>

@@ -103,7 +103,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) decode(
     Pair ring[PASSES / 2];
     load<PASSES>(ring, keys, values, table, start, end, column);
     const size_t own = (size_t)slot_of(table, cached) * H + column;
-    if (!together || !decodes) wait_predecessor();
+    if (!together || (!decodes && row == 0)) wait_predecessor();  // of idle rows one is enough, and others make room
     if (!decodes) return;
 
     const bool newest = split == 0 && thread < 32;
