@@ -1,18 +1,24 @@
-"""The layers of one token, or two to eight, as a chain of CUDA kernels, five a layer. Called by model/fused.py."""
+"""The layers of one token, or two to 32, as a chain of CUDA kernels. Called by model/fused.py.
+
+Five a layer; seven of more than eight tokens: norms are then kernels of their own, which the caller has.
+"""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from service.model.attention import KVCache
-from service.model.gpt2 import GPT2
+from service.model.gpt2 import GPT2, LayerNorm
 from service.model.kernels.cuda.chain import BLOCKS, ChainKernels
 from service.model.matrix import Matrix
 
 Layer = tuple[Matrix, Matrix, Matrix, Matrix]  # qkv, out, up, down
+Sums = tuple[int, Tensor | None]  # of how many parts of a product `sums` is, and the product's bias
+Norm = Callable[[int, Tensor | None, LayerNorm], None]  # adds Sums to `x`, and norms it to `normed`
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,9 +29,12 @@ class Buffers:
     q: Tensor  # [T, H], these are in the served dtype
     mixed: Tensor  # [T, H]
     inner: Tensor  # [T, FFN]
+    normed: Tensor  # [T, H]
+    sums: Tensor  # fp32, of [parts of K, T, H]
 
     def of(self, num_tokens: int) -> "Buffers":
-        return Buffers(*(each[:num_tokens] for each in (self.x, self.q, self.mixed, self.inner)))
+        each = (self.x, self.q, self.mixed, self.inner, self.normed)
+        return Buffers(*(tensor[:num_tokens] for tensor in each), self.sums)
 
 
 class ChainedLayers:
@@ -46,40 +55,62 @@ class ChainedLayers:
         self._model, self._cache, self._kernels = model, cache, kernels
         self._weights, self._num_tokens = weights, num_tokens
         self.layers = layers
-        self._biases = [(out.bias.float(), down.bias.float()) for _, out, _, down in layers]
+        self._biases = [tuple(matrix.bias.float() for matrix in layer) for layer in layers]
         self.buffers = buffers.of(num_tokens)
         # Of each split of the context: what it attends to, and of each head's scores the largest and the mass.
         shape = num_tokens, kernels.splits
         self.parts = torch.zeros(*shape, config.hidden_size, dtype=model.dtype, device=device)
         self.stats = torch.zeros(*shape, config.num_heads, 2, dtype=torch.float32, device=device)
 
-    def run(
-        self, *, slots: Tensor, tables: Tensor, lengths: Tensor, num: Tensor, attend: Callable[[int], None], pdl: bool
-    ) -> None:
-        """Of tokens whose keys and values go to `slots`, of the first `num` [1] sequences of `tables`.
+    @property
+    def left(self) -> Sums:
+        """What the last layer leaves to be added to `x`."""
+        return self._kernels.down_splits, self.layers[-1][3].bias
 
-        Of those `lengths` tell the tokens, the new one included. `attend` does a layer's attention, from `q` to
-        `mixed`, if these kernels have none.
-        """
-        for _, launch in self.launches(slots=slots, tables=tables, lengths=lengths, num=num, attend=attend, pdl=pdl):
+    def run(self, **given: Any) -> None:
+        """What `launches` makes."""
+        for _, launch in self.launches(**given):
             launch()
 
     def launches(
-        self, *, slots: Tensor, tables: Tensor, lengths: Tensor, num: Tensor, attend: Callable[[int], None], pdl: bool
+        self,
+        *,
+        slots: Tensor,
+        tables: Tensor,
+        lengths: Tensor,
+        num: Tensor,
+        attend: Callable[[int], None],
+        norm: Norm,
+        pdl: bool,
     ) -> Iterator[tuple[str, Callable[[], None]]]:
-        """The same, one kernel at a time, by the names of ChainKernels' fields."""
+        """The kernels in their order, by the names of ChainKernels' fields, and "norm".
+
+        Of tokens whose keys and values go to `slots`, of the first `num` [1] sequences of `tables`. Of those `lengths`
+        tell the tokens, the new one included. `attend` does a layer's attention, from `q` to `mixed`, if these kernels
+        have none.
+        """
         kernels, x, q, inner = self._kernels, self.buffers.x, self.buffers.q, self.buffers.inner
         grid, heads = (BLOCKS, 1, 1), (self._model.config.num_heads, kernels.splits, self._num_tokens)
         merged = (self.parts, self.stats)
         mixed = merged if kernels.splits else (self.buffers.mixed, None)
+        apart = kernels.down_splits > 0
+        normed, sums = self.buffers.normed, self.buffers.sums
+        left: Sums = (0, None)
         for number, (matrices, weights, biases) in enumerate(
             zip(self.layers, self._weights, self._biases, strict=True)
         ):
-            (qkv, _, up, _), (w_qkv, w_out, w_up, w_down), (out_bias, down_bias) = matrices, weights, biases
+            (qkv, out, up, down), (w_qkv, w_out, w_up, w_down) = matrices, weights
+            qkv_bias, out_bias, up_bias, down_bias = biases
             keys, values = self._cache.layer(number)
             # x, its statistics, weights, bias, those of a norm; y, where keys and values go; the norm's epsilon.
             places = (q, keys, values, slots)
-            yield "qkv", partial(kernels.qkv, grid, x, None, w_qkv, *_norm(qkv), *places, _epsilon(qkv), pdl=pdl)
+            if apart:
+                yield "norm", partial(norm, *left, qkv.norm)
+                given = (normed, None, w_qkv, qkv_bias, None, None)
+                yield "qkv", partial(kernels.qkv, grid, *given, *places, 0.0, pdl=pdl)
+            else:
+                given = (x, None, w_qkv, *_norm(qkv))
+                yield "qkv", partial(kernels.qkv, grid, *given, *places, _epsilon(qkv), pdl=pdl)
             if kernels.splits:
                 scale = float(self._model.attention_scale(number))
                 reads = (q, keys, values, tables, lengths)
@@ -87,11 +118,21 @@ class ChainedLayers:
                 yield "attention", partial(kernels.attention, heads, *reads, *merged, scale, *rows, pdl=pdl)
             else:
                 yield "attention", partial(attend, number)
-            rest = (None, None, x, None, None, None, 0.0)
-            yield "out", partial(kernels.out, grid, *mixed, w_out, out_bias, *rest, pdl=pdl)
             nowhere = (None, None, None)
-            yield "up", partial(kernels.up, grid, x, None, w_up, *_norm(up), inner, *nowhere, _epsilon(up), pdl=pdl)
-            yield "down", partial(kernels.down, grid, inner, None, w_down, down_bias, *rest, pdl=pdl)
+            if apart:
+                rest = (None, None, None, sums, *nowhere, 0.0)
+                yield "out", partial(kernels.out, _shared(kernels.out_splits), *mixed, w_out, *rest, pdl=pdl)
+                yield "norm", partial(norm, kernels.out_splits, out.bias, up.norm)
+                given = (normed, None, w_up, up_bias, None, None)
+                yield "up", partial(kernels.up, grid, *given, inner, *nowhere, 0.0, pdl=pdl)
+                yield "down", partial(kernels.down, _shared(kernels.down_splits), inner, None, w_down, *rest, pdl=pdl)
+                left = (kernels.down_splits, down.bias)
+            else:
+                rest = (None, None, x, *nowhere, 0.0)
+                yield "out", partial(kernels.out, grid, *mixed, w_out, out_bias, *rest, pdl=pdl)
+                given = (x, None, w_up, *_norm(up))
+                yield "up", partial(kernels.up, grid, *given, inner, *nowhere, _epsilon(up), pdl=pdl)
+                yield "down", partial(kernels.down, grid, inner, None, w_down, down_bias, *rest, pdl=pdl)
 
 
 def chained_layers(
@@ -111,6 +152,11 @@ def packed(weight: Tensor) -> Tensor:
     """[N, K] as [N / 8, K / 32] tiles of [8 rows, 32 columns], what few.cu reads."""
     size, depth = weight.shape
     return weight.view(size // 8, 8, depth // 32, 32).transpose(1, 2).contiguous()
+
+
+def _shared(splits: int) -> tuple[int, int, int]:
+    """The blocks of a product of which so many share a row."""
+    return BLOCKS // splits, splits, 1
 
 
 def _norm(matrix: Matrix) -> tuple[Tensor, Tensor, Tensor]:

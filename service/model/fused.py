@@ -104,7 +104,7 @@ class FusedGPT2:
         self._most_parts = max(max_tokens, _MOST_PARTS)
         self._parts = torch.zeros(self._most_parts * hidden, **single)
         self._stats = torch.zeros(_MOST_PARTS * 2 * hidden, **single)
-        buffers = Buffers(self.x, self._q, self._mixed, self._inner)
+        buffers = Buffers(self.x, self._q, self._mixed, self._inner, self.normed, self._parts)
         cuda = cuda or CudaKernels()
         self._chained = chained_layers(model, cache, self._layers, cuda.chains, buffers)
         self._decode = cuda.decode
@@ -160,11 +160,14 @@ class FusedGPT2:
         chain = self._chain(plan)
         chained.run(**self._chain_inputs(step, plan), pdl=chain["PDL"])
         if not plan.fused:
-            self._add_and_norm(len(step.token_ids), 0, None, self._model.final_norm, chain, buffer=0)
+            self._add_and_norm(len(step.token_ids), *chained.left, self._model.final_norm, chain, buffer=0)
 
     def _chain_inputs(self, step: StepTensors, plan: Plan) -> dict[str, Any]:
         def attend(number: int) -> None:
             self._attend(self._cache.layer(number), self._model.attention_scale(number), step, plan)
+
+        def norm(splits: int, bias: Tensor | None, of: LayerNorm) -> None:
+            self._add_and_norm(len(step.token_ids), splits, bias, of, self._chain(plan), buffer=0)
 
         return {
             "slots": step.slots,
@@ -172,6 +175,7 @@ class FusedGPT2:
             "lengths": step.lengths,
             "num": step.num_decodes,
             "attend": attend,
+            "norm": norm,
         }
 
     def _chain(self, plan: Plan) -> dict[str, bool]:

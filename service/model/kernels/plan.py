@@ -80,16 +80,19 @@ class Prefill:
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """The layers of one to eight tokens by the CUDA kernels (kernels/cuda/chain.py)."""
+    """The layers of one to 32 tokens by the CUDA kernels (kernels/cuda/chain.py)."""
 
-    splits: int  # of the context; 0, of two tokens or more: attention is the plan's
+    splits: int  # of the context; 0, of two tokens or more: attention is the plan's; of more than eight tokens 0 or 1
     # Only of two tokens or more, but for `pdl`.
     pieces: int = 4  # that a block's rows of a matrix are copied in
     ahead: int = 1  # copies of a block under way at once
     resident: int = 4  # blocks on a multiprocessor that registers are to leave room for
-    hand: int = 8  # tiles of activations that a lane asks for at once, a power of two
+    hand: int = 8  # tiles of activations (eight tokens) that a lane asks for at once, a power of two
     room: int = 0  # bytes of shared memory that a block asks for if it needs less
     pdl: bool = True
+    # Of more than eight tokens: of K in `out` and `down`, whose sums a kernel of its own adds up and norms.
+    out_splits: int = 1
+    down_splits: int = 4
 
 
 @dataclass(frozen=True, slots=True)

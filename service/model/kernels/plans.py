@@ -24,6 +24,9 @@ CHAINS = {
     2: Chain(splits=2, resident=3, room=_ROOM),
     4: Chain(splits=4, resident=3, room=_ROOM),
     8: Chain(splits=2, resident=3, room=_ROOM),
+    16: Chain(splits=1, resident=3, out_splits=4),
+    24: Chain(splits=1, resident=2, out_splits=4),
+    32: Chain(splits=1, resident=2, out_splits=4),
 }
 # Attention of up to so many single tokens (bench/attention.py); a step that has prompts, too, counts as a third of its
 # tokens, as under a steady load. The kernels are compiled as the engine starts, one for each pair of warps and passes.

@@ -161,14 +161,14 @@ def test_every_source_compiles_and_stays_in_registers(activation: str, dtype: to
 def test_sources_of_few_tokens_use_tensor_cores_and_whole_words(
     dtype: torch.dtype, num_tokens: int, tmp_path: Path
 ) -> None:
-    """Two products a tile of 32 columns, for 16 rows of the matrix or what there is of them."""
+    """Two products a tile of 32 columns and eight tokens, for 16 rows of the matrix or what there is of them."""
     named = sources(CONFIG_345M, dtype, CHAINS[num_tokens], block_size=16, num_tokens=num_tokens)
     for name, (registers, code) in compiled(named, tmp_path).items():
         assert registers <= (80 if name == "attention" else 2**16 // 256 // CHAINS[num_tokens].resident), name
         if name != "attention":
-            tiles = {"down": 16}.get(name, 4)  # of a warp
-            groups = {"qkv": 3, "up": 4}.get(name, 1)
-            assert code.count("HMMA.16816.F32") == 2 * tiles * -(-groups // 2), name
+            shape = dict(named[name].defines)
+            tiles, groups = shape["K"] // 256, shape["ROWS"] // 8  # tiles of a warp
+            assert code.count("HMMA.16816.F32") == 2 * tiles * -(-groups // 2) * -(-num_tokens // 8), name
             assert code.count("LDS.128") >= tiles * groups, name
 
 

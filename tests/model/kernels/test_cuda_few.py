@@ -1,4 +1,4 @@
-"""The CUDA kernels of two to eight tokens without a GPU, as test_cuda.py does those of one."""
+"""The CUDA kernels of two to 32 tokens without a GPU, as test_cuda.py does those of one."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,7 +13,7 @@ from service.model.attention import KVCache, PagedAttention, Prefill
 from service.model.chained import packed
 from service.model.fused import FusedGPT2, StepTensors
 from service.model.kernels import plans
-from service.model.kernels.cuda.chain import BLOCKS, ChainKernels, sources
+from service.model.kernels.cuda.chain import BLOCKS, loaded, normed_apart, sources
 from service.model.kernels.cuda.compiler import Source
 from service.model.kernels.cuda.hopper import CudaKernels
 from service.model.kernels.plan import Chain, Plan
@@ -29,9 +29,16 @@ GRID = (BLOCKS, 1, 1)
 Emulate = Callable[[Source], Run]
 
 
+def chain_of(num_tokens: int, splits: int = 2) -> Chain:
+    if normed_apart(num_tokens):
+        splits = min(splits, 1)
+    return Chain(splits=splits, ahead=1 if num_tokens < 8 else 2, out_splits=2 if num_tokens == 16 else 4)
+
+
 def named(num_tokens: int, splits: int = 2) -> dict[str, Source]:
-    chain = Chain(splits=splits, ahead=1 if num_tokens < 8 else 2)
-    return sources(CONFIG_345M, BF16, chain, block_size=BLOCK_SIZE, num_tokens=num_tokens)
+    return sources(
+        CONFIG_345M, BF16, chain_of(num_tokens, splits), block_size=BLOCK_SIZE, num_tokens=num_tokens
+    )
 
 
 def test_a_packed_matrix_is_of_tiles() -> None:
@@ -42,26 +49,32 @@ def test_a_packed_matrix_is_of_tiles() -> None:
     assert torch.equal(tiles[1, 1], weight[8:16, 32:])
 
 
-@pytest.mark.parametrize("num_tokens", [2, 4, 8])
+@pytest.mark.parametrize("num_tokens", [2, 4, 8, 16])
 def test_qkv_norms_and_puts_keys_and_values_into_their_slots(emulate: Emulate, num_tokens: int) -> None:
     """And writes nothing else of the cache. Up to four tokens are normed as in fp32, though far from their mean."""
     x = normal(num_tokens, HIDDEN, deviation=2, mean=0.5) * torch.linspace(0.1, 10, num_tokens)[:, None]
     weight, bias = normal(3 * HIDDEN, HIDDEN, deviation=0.02).to(BF16), normal(3 * HIDDEN)
     gain, shift = normal(HIDDEN, mean=1), normal(HIDDEN)
+    normed = twins.layer_norm(x, gain, shift, 1e-5)
     q = torch.full((num_tokens, HIDDEN), torch.nan, dtype=BF16)
-    keys, values = (torch.full((16, HIDDEN), torch.nan, dtype=BF16) for _ in range(2))
-    slots = torch.tensor([5, 3, 12, 0, 15, 7, 8, 1], dtype=torch.int32)[:num_tokens]
-    offset, scaled = folded(weight, bias, gain, shift)
-    expected = twins.product(twins.layer_norm(x, gain, shift, 1e-5), weight, bias)
+    keys, values = (torch.full((40, HIDDEN), torch.nan, dtype=BF16) for _ in range(2))
+    slots = torch.randperm(40)[:num_tokens].int()
     run = emulate(named(num_tokens)["qkv"])
-    run(GRID, x, None, packed(weight), offset, scaled, gain, q, keys, values, slots, 1e-5, late=(x,))
+    places = (q, keys, values, slots)
+    if normed_apart(num_tokens):
+        normed = normed.to(BF16)
+        run(GRID, normed, None, packed(weight), bias, None, None, *places, 0.0, late=(normed,))
+    else:
+        offset, scaled = folded(weight, bias, gain, shift)
+        run(GRID, x, None, packed(weight), offset, scaled, gain, *places, 1e-5, late=(x,))
+    expected = twins.product(normed, weight, bias)
     check(torch.cat([q, keys[slots], values[slots]], 1), expected, 4e-3 if num_tokens <= 4 else 6e-3)
     for side in (keys, values):
         side[slots] = torch.nan
         assert side.isnan().all()
 
 
-@pytest.mark.parametrize("num_tokens", [2, 4, 8])
+@pytest.mark.parametrize("num_tokens", [2, 4, 8, 32])
 def test_up_norms_and_activates(emulate: Emulate, num_tokens: int) -> None:
     """A row that fills the step up may be no numbers: the others do not see it."""
     x = normal(num_tokens, HIDDEN, deviation=2, mean=0.5)
@@ -69,10 +82,16 @@ def test_up_norms_and_activates(emulate: Emulate, num_tokens: int) -> None:
     weight, bias = normal(INNER, HIDDEN, deviation=0.05).to(BF16), normal(INNER)
     gain, shift = normal(HIDDEN, mean=1), normal(HIDDEN)
     inner = torch.full((num_tokens, INNER), torch.nan, dtype=BF16)
-    offset, scaled = folded(weight, bias, gain, shift)
-    expected = twins.product(twins.layer_norm(x, gain, shift, 1e-5), weight, bias, "gelu_tanh")
+    normed = twins.layer_norm(x, gain, shift, 1e-5)
     run = emulate(named(num_tokens)["up"])
-    run(GRID, x, None, packed(weight), offset, scaled, gain, inner, None, None, None, 1e-5, late=(x,))
+    nowhere = (None, None, None)
+    if normed_apart(num_tokens):
+        normed = normed.to(BF16)
+        run(GRID, normed, None, packed(weight), bias, None, None, inner, *nowhere, 0.0, late=(normed,))
+    else:
+        offset, scaled = folded(weight, bias, gain, shift)
+        run(GRID, x, None, packed(weight), offset, scaled, gain, inner, *nowhere, 1e-5, late=(x,))
+    expected = twins.product(normed, weight, bias, "gelu_tanh")
     check(inner[:-1], expected[:-1], 4e-3 if num_tokens <= 4 else 6e-3)
     assert inner[-1].isnan().all()
 
@@ -101,6 +120,20 @@ def test_out_merges_splits_and_adds(emulate: Emulate, num_tokens: int, splits: i
     check(x, expected, 2e-3 if splits and num_tokens == 8 else 2e-5)
 
 
+@pytest.mark.parametrize(("num_tokens", "name"), [(16, "out"), (24, "out"), (16, "down"), (32, "down")])
+def test_sums_of_parts_of_k(emulate: Emulate, num_tokens: int, name: str) -> None:
+    """Each part's is of its own columns of the matrix and of what it multiplies; there is no bias yet."""
+    depth, chain = (HIDDEN, chain_of(num_tokens)) if name == "out" else (INNER, chain_of(num_tokens))
+    splits = chain.out_splits if name == "out" else chain.down_splits
+    x, weight = normal(num_tokens, depth).to(BF16), normal(HIDDEN, depth, deviation=0.02).to(BF16)
+    sums = torch.full((splits, num_tokens, HIDDEN), torch.nan)
+    expected = torch.stack([a.double() @ b.double().T for a, b in zip(x.chunk(splits, 1), weight.chunk(splits, 1))])
+    run = emulate(named(num_tokens)[name])
+    grid = (BLOCKS // splits, splits, 1)
+    run(grid, x, None, packed(weight), None, None, None, sums, None, None, None, 0.0, late=(x,))
+    check(sums, expected, 1e-5)
+
+
 @pytest.mark.parametrize("num_tokens", [2, 4, 8])
 def test_down_adds(emulate: Emulate, num_tokens: int) -> None:
     inner, weight = normal(num_tokens, INNER).to(BF16), normal(HIDDEN, INNER, deviation=0.02).to(BF16)
@@ -126,7 +159,7 @@ def chained_plan(num_tokens: int, chain: Chain, monkeypatch: pytest.MonkeyPatch)
     return plan
 
 
-@pytest.mark.parametrize(("num_tokens", "num", "splits"), [(2, 2, 0), (8, 5, 2)])
+@pytest.mark.parametrize(("num_tokens", "num", "splits"), [(2, 2, 0), (8, 5, 2), (16, 5, 1), (24, 5, 0)])
 def test_layers_of_tokens_are_those_of_the_model(
     emulate: Emulate, num_tokens: int, num: int, splits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -144,9 +177,10 @@ def test_layers_of_tokens_are_those_of_the_model(
     cache = KVCache(
         **model._cache_sizes(num_blocks=num_blocks + 1, block_size=BLOCK_SIZE), dtype=BF16, device=model.device
     )
-    plan = chained_plan(num_tokens, Chain(splits=splits, ahead=1 if num_tokens < 8 else 2), monkeypatch)
+    chain = chain_of(num_tokens, splits)
+    plan = chained_plan(num_tokens, chain, monkeypatch)
     kernels = {name: emulate(source) for name, source in named(num_tokens, splits).items()}
-    cuda = CudaKernels({num_tokens: ChainKernels(**{"attention": None} | kernels, splits=splits)})
+    cuda = CudaKernels({num_tokens: loaded(kernels, chain, num_tokens=num_tokens)})
     fused = FusedGPT2(model, cache, max_tokens=num_tokens, block_size=BLOCK_SIZE, pdl=False, cuda=cuda)
     lengths = [37, 1, 16, 17, 50][:num]
     tables = torch.randperm(num_blocks, generator=generator).view(num, width)

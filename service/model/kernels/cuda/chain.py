@@ -16,7 +16,7 @@ BLOCKS = 128  # that share the rows of a matrix: no more than there are multipro
 _HEAD = 64
 _THREADS = 256
 _NORM, _MERGE, _PLAIN = 1, 2, 0  # READ of product.cu
-_RESIDUAL, _ACTIVATE, _SCATTER = 0, 1, 2  # PUT
+_RESIDUAL, _ACTIVATE, _SCATTER, _SUMS = 0, 1, 2, 3  # PUT
 _HIDDEN = 1024  # an eighth of it is what half a warp reads at once, and each half makes one of a norm's statistics
 _TILES = 8 * 32  # of few.cu: columns that the warps of a block take at once
 _TILE = 64 * 1024  # bytes of weights that a block holds: more leave no room for the kernels that follow
@@ -32,6 +32,14 @@ class ChainKernels:
     up: Any
     down: Any
     splits: int  # of the context
+    # Of K, whose sums a kernel that is not of these adds up and norms; 0: the products add to x, and norm what they read.
+    out_splits: int = 0
+    down_splits: int = 0
+
+
+def normed_apart(num_tokens: int) -> bool:
+    """Whether layer norms are kernels of their own: every block reads all tokens, so many better in 16 bits."""
+    return num_tokens > 8
 
 
 def suits(config: ModelConfig, dtype: torch.dtype) -> bool:
@@ -52,22 +60,34 @@ def sources(
     hidden, inner = config.hidden_size, config.intermediate_size
     half = {"HALF": 1} if dtype == torch.float16 else {}
 
-    def product(size: int, depth: int, read: int, put: int, **more: int) -> Source:
-        shape = {"N": size, "K": depth, "ROWS": size // BLOCKS, "READ": read, "PUT": put} | more | half
+    def product(size: int, depth: int, read: int, put: int, parts: int = 1, **more: int) -> Source:
+        rows, depth = size // BLOCKS * parts, depth // parts
+        shape = {"N": size, "K": depth, "ROWS": rows, "READ": read, "PUT": put} | more | half
         if num_tokens == 1:
             return Source("product.cu", tuple(shape.items()))
-        shape |= {"TOKENS": num_tokens, "PIECES": chain.pieces, "AHEAD": chain.ahead, "RESIDENT": chain.resident}
-        shape |= {"HAND": min(chain.hand, depth // _TILES)}
+        pieces = chain.pieces if parts == 1 else rows // 8
+        shape |= {"TOKENS": num_tokens, "PIECES": pieces, "AHEAD": min(chain.ahead, pieces)}
+        most = max(1, chain.hand // -(-num_tokens // 8)).bit_length() - 1
+        shape |= {"PARTS": parts, "RESIDENT": chain.resident, "HAND": min(1 << most, depth // _TILES)}
         return Source("few.cu", tuple(shape.items()))
 
     attention = {"HEADS": hidden // _HEAD, "SPLITS": chain.splits, "BLOCK_SIZE": block_size} | half
     attention |= {} if num_tokens == 1 else {"MANY": 1}
+    kind = {"KIND": ACTIVATIONS[config.activation]}
+    attends = {"attention": Source("attention.cu", tuple(attention.items()))} if chain.splits else {}
+    if normed_apart(num_tokens):
+        assert chain.splits <= 1, "nothing merges the splits of a context"
+        return attends | {
+            "qkv": product(3 * hidden, hidden, _PLAIN, _SCATTER),
+            "out": product(hidden, hidden, _PLAIN, _SUMS, chain.out_splits),
+            "up": product(inner, hidden, _PLAIN, _ACTIVATE, **kind),
+            "down": product(hidden, inner, _PLAIN, _SUMS, chain.down_splits),
+        }
     read = {"read": _MERGE, "SPLITS": chain.splits} if chain.splits else {"read": _PLAIN}
-    return {
+    return attends | {
         "qkv": product(3 * hidden, hidden, _NORM, _SCATTER),
-        **({"attention": Source("attention.cu", tuple(attention.items()))} if chain.splits else {}),
         "out": product(hidden, hidden, put=_RESIDUAL, **read),
-        "up": product(inner, hidden, _NORM, _ACTIVATE, KIND=ACTIVATIONS[config.activation]),
+        "up": product(inner, hidden, _NORM, _ACTIVATE, **kind),
         "down": product(hidden, inner, _PLAIN, _RESIDUAL),
     }
 
@@ -90,9 +110,15 @@ def load_chains(
         for name, source in sources(config, dtype, chain, block_size=block_size, num_tokens=num_tokens).items()
     }
     cubins = compile_all(list(wanted.values()), Target("sm_90a", driver_version()), folder=folder)
-    kernels: dict[int, dict[str, Any]] = {num_tokens: {"attention": None} for num_tokens in chains}
+    kernels: dict[int, dict[str, Any]] = {num_tokens: {} for num_tokens in chains}
     for ((num_tokens, name), source), cubin in zip(wanted.items(), cubins, strict=True):
         shape = dict(source.defines)
         shared = max(2 * shape["ROWS"] * shape["K"], chains[num_tokens].room) if "ROWS" in shape else 0
         kernels[num_tokens][name] = Kernel(cubin, Path(source.file).stem, threads=_THREADS, shared=shared)
-    return {num: ChainKernels(**named, splits=chains[num].splits) for num, named in kernels.items()}
+    return {num: loaded(named, chains[num], num_tokens=num) for num, named in kernels.items()}
+
+
+def loaded(named: Mapping[str, Any], chain: Chain, *, num_tokens: int) -> ChainKernels:
+    """Of kernels by the names of `sources`."""
+    rest = {"out_splits": chain.out_splits, "down_splits": chain.down_splits} if normed_apart(num_tokens) else {}
+    return ChainKernels(**{"attention": None} | dict(named), splits=chain.splits, **rest)
