@@ -1,6 +1,6 @@
-"""A step of one to eight tokens by the CUDA kernels: right, against plain operators, and how fast, against Triton's.
+"""A step of one to 32 tokens by the CUDA kernels: right, against plain operators, and how fast, against Triton's.
 
-python -m bench.chain [--batches 1,2,4,8] [--dtype float16] [--points 1:256,2:256,8:512] [--steps 1000]
+python -m bench.chain [--batches 1,2,4,8,16,32] [--dtype float16] [--points 1:256,8:512,16:256] [--steps 1000]
 """
 
 import argparse
@@ -22,14 +22,15 @@ from bench.step import BLOCK_SIZE, Step, replay_ms
 from service.model.attention import Decodes, LayerCache, PagedAttention
 from service.model.chained import ChainedLayers
 from service.model.gpt2 import GPT2
-from service.model.kernels.cuda.chain import ChainKernels, load_chains
+from service.model.kernels.cuda.chain import ChainKernels, load_chains, normed_apart
 from service.model.kernels.cuda.hopper import CudaKernels
 from service.model.kernels.plan import Chain, Plan, Product
 from service.model.kernels.plans import CHAIN, CHAINS, head_for, plan_for
+from service.model.matrix import Matrix
 
 ROUNDS = 5
 SHARED_MEMORY = 232448
-NAMES = ("qkv", "attention", "out", "up", "down")
+NAMES = ("qkv", "attention", "out", "up", "down", "norm")
 # What is tried of a chain, one after the other.
 SPLITS: list[dict[str, Any]] = [
     {"splits": 0},  # attention by Triton
@@ -48,6 +49,16 @@ SETTINGS: list[dict[str, Any]] = [
     {"hand": 16, "resident": 2},
     {"room": 0},
     {"room": 80 * 1024},
+]
+# Of more than eight tokens, whose splits of a context nothing merges.
+APART: list[dict[str, Any]] = [
+    {"splits": 0},
+    {"splits": 1},
+    {"pdl": False},
+    {"out_splits": 1},
+    {"out_splits": 2},
+    {"out_splits": 4},
+    {"down_splits": 2},
 ]
 
 
@@ -119,10 +130,13 @@ def check_kernels(model: GPT2, num: int, chain: Chain, context: int) -> bool:
     chained = layers_of(step)
     x, q, mixed, inner = (getattr(chained.buffers, name) for name in ("x", "q", "mixed", "inner"))
     slots, heads = step.step.slots.long(), model.config.num_heads
+    apart, layer = normed_apart(num), -1
+    normed, sums = chained.buffers.normed, chained.buffers.sums
+    previous, added = "", torch.zeros_like(x)  # what a norm adds to x
     worst: dict[str, float] = {}
     x.normal_(0, 1)
-    for number, (name, launch) in enumerate(launches(step, plan_of(model, num, chain))):
-        layer = number // 5
+    for name, launch in launches(step, plan_of(model, num, chain)):
+        layer += previous in ("", "down")
         qkv, out, up, down = chained.layers[layer]
         cache = step.cache.layer(layer)
         keys, values = (side.flatten(0, 1).flatten(1) for side in cache)
@@ -130,7 +144,9 @@ def check_kernels(model: GPT2, num: int, chain: Chain, context: int) -> bool:
         if name == "qkv":
             q.fill_(torch.nan)
             keys[slots] = values[slots] = torch.nan
-        for tensor in {"attention": [chained.parts, chained.stats, mixed], "up": [inner]}.get(name, []):
+        poisoned = {"attention": [chained.parts, chained.stats, mixed], "up": [inner], "norm": [normed]}
+        poisoned |= {"out": [sums], "down": [sums]} if apart else {}
+        for tensor in poisoned.get(name, []):
             tensor.fill_(torch.nan)
         launch()
         try:
@@ -140,9 +156,8 @@ def check_kernels(model: GPT2, num: int, chain: Chain, context: int) -> bool:
             raise
         if name in ("qkv", "up"):
             matrix = qkv if name == "qkv" else up
-            assert matrix.norm is not None
-            normed = F.layer_norm(before, before.shape[1:], matrix.norm.weight, matrix.norm.bias, matrix.norm.epsilon)
-            expected = F.linear(normed, matrix.weight.float(), matrix.bias.float())
+            read = normed.float() if apart else _normed(before, matrix)
+            expected = F.linear(read, matrix.weight.float(), matrix.bias.float())
             got = torch.cat([q, keys[slots], values[slots]], 1) if name == "qkv" else inner
             expected = expected if name == "qkv" else model.activation(expected)
         elif name == "attention":
@@ -159,10 +174,18 @@ def check_kernels(model: GPT2, num: int, chain: Chain, context: int) -> bool:
             query = q.float().view(num, heads, 64)
             expected = attend(query, key, value, single, scale=scale, upcast=False).flatten(1)
             merged = got
+        elif name == "norm":
+            expected = torch.cat([x, _normed(x, up if previous == "out" else qkv)], 1)
+            expected[:, : x.shape[1]] = before + added
+            got = torch.cat([x, normed.float()], 1)
         else:
             matrix, read = (out, merged) if name == "out" else (down, inner.float())
             expected = F.linear(read, matrix.weight.float(), matrix.bias.float())
             got = x - before
+            if apart:
+                splits = chain.out_splits if name == "out" else chain.down_splits
+                added = got = sums[: splits * x.numel()].view(splits, *x.shape).sum(0) + matrix.bias.float()
+        previous = name
         rows = (got.float() - expected).norm(dim=1) / expected.norm(dim=1)
         if not bool((rows <= 1e-2).all()):  # NaN, too
             close = torch.isclose(got.float(), expected, rtol=0.05, atol=0.02 * float(expected.abs().max()))
@@ -189,9 +212,10 @@ def check_steps(model: GPT2, num: int, chain: Chain, context: int) -> bool:
     filled = step.cache._cache.clone()
     found = {}
     for name, plan in (("chain", plan_of(model, num, chain)), ("triton", plan_of(model, num, None))):
-        for tensor in (buffers.x, buffers.q, buffers.mixed, buffers.inner, chained.parts, chained.stats):
+        for tensor in (buffers.x, buffers.q, buffers.mixed, buffers.inner, buffers.normed, buffers.sums):
             tensor.fill_(torch.nan)
-        step.fused.normed.fill_(torch.nan)
+        for tensor in (chained.parts, chained.stats):
+            tensor.fill_(torch.nan)
         step.cache._cache.copy_(filled)
         found[name] = step.run(plan, head).clone()
         torch.cuda.synchronize()
@@ -212,6 +236,11 @@ def check_steps(model: GPT2, num: int, chain: Chain, context: int) -> bool:
         flush=True,
     )
     return errors["chain"] < 2e-2 and gap < 0.1
+
+
+def _normed(x: Tensor, matrix: Matrix) -> Tensor:
+    assert matrix.norm is not None
+    return F.layer_norm(x, x.shape[1:], matrix.norm.weight, matrix.norm.bias, matrix.norm.epsilon)
 
 
 def _float(model: GPT2, name: str) -> Tensor:
@@ -270,7 +299,8 @@ def compare(model: GPT2, num: int, context: int, changes: list[dict[str, Any]], 
     graphs["without head and sampling"] = captured(body)
     graphs["layers alone"] = captured(partial(_run, step, plan, ""))
     for name in NAMES:
-        graphs[f"layers without {name}"] = captured(partial(_run, step, plan, name))
+        if name != "norm" or normed_apart(num):
+            graphs[f"layers without {name}"] = captured(partial(_run, step, plan, name))
     times = turns(graphs, seconds)
     better: dict[str, Any] = {}
     for name in sorted(changed, key=times.__getitem__):
@@ -364,7 +394,8 @@ def main() -> None:
             for num, context in points:
                 if good and number == 0 and num in batches:
                     settings = [] if num == 1 or num in timed else SETTINGS  # once are enough
-                    changes = [each for each in SPLITS if num > 1 or each.get("splits", 4) >= 4]
+                    changes = APART if normed_apart(num) else SPLITS
+                    changes = [each for each in changes if num > 1 or each.get("splits", 4) >= 4]
                     compare(model, num, context, [*changes, *settings], arguments.seconds)
                     timed.add(num)
             for num in batches:

@@ -32,9 +32,9 @@ class Buffers:
     normed: Tensor  # [T, H]
     sums: Tensor  # fp32, of [parts of K, T, H]
 
-    def of(self, num_tokens: int) -> "Buffers":
-        each = (self.x, self.q, self.mixed, self.inner, self.normed)
-        return Buffers(*(tensor[:num_tokens] for tensor in each), self.sums)
+    def of(self, num: int) -> "Buffers":
+        """For `num` tokens."""
+        return Buffers(self.x[:num], self.q[:num], self.mixed[:num], self.inner[:num], self.normed[:num], self.sums)
 
 
 class ChainedLayers:
@@ -94,7 +94,15 @@ class ChainedLayers:
         merged = (self.parts, self.stats)
         mixed = merged if kernels.splits else (self.buffers.mixed, None)
         apart = kernels.down_splits > 0
-        normed, sums = self.buffers.normed, self.buffers.sums
+
+        def reads(matrix: Matrix, weight: Tensor, bias: Tensor) -> tuple[Tensor | None, ...]:
+            """x, its statistics, weights, bias, those of a norm."""
+            return (self.buffers.normed, None, weight, bias, None, None) if apart else (x, None, weight, *_norm(matrix))
+
+        def adds(bias: Tensor) -> tuple[Tensor | float | None, ...]:
+            """Bias, those of a norm; y, where keys and values go; the norm's epsilon."""
+            return None if apart else bias, None, None, self.buffers.sums if apart else x, None, None, None, 0.0
+
         left: Sums = (0, None)
         for number, (matrices, weights, biases) in enumerate(
             zip(self.layers, self._weights, self._biases, strict=True)
@@ -102,37 +110,29 @@ class ChainedLayers:
             (qkv, out, up, down), (w_qkv, w_out, w_up, w_down) = matrices, weights
             qkv_bias, out_bias, up_bias, down_bias = biases
             keys, values = self._cache.layer(number)
-            # x, its statistics, weights, bias, those of a norm; y, where keys and values go; the norm's epsilon.
-            places = (q, keys, values, slots)
             if apart:
+                assert qkv.norm is not None
                 yield "norm", partial(norm, *left, qkv.norm)
-                given = (normed, None, w_qkv, qkv_bias, None, None)
-                yield "qkv", partial(kernels.qkv, grid, *given, *places, 0.0, pdl=pdl)
-            else:
-                given = (x, None, w_qkv, *_norm(qkv))
-                yield "qkv", partial(kernels.qkv, grid, *given, *places, _epsilon(qkv), pdl=pdl)
+            given = reads(qkv, w_qkv, qkv_bias)
+            yield "qkv", partial(kernels.qkv, grid, *given, q, keys, values, slots, _epsilon(qkv), pdl=pdl)
             if kernels.splits:
                 scale = float(self._model.attention_scale(number))
-                reads = (q, keys, values, tables, lengths)
+                cached = (q, keys, values, tables, lengths)
                 rows = (num, tables.shape[1])
-                yield "attention", partial(kernels.attention, heads, *reads, *merged, scale, *rows, pdl=pdl)
+                yield "attention", partial(kernels.attention, heads, *cached, *merged, scale, *rows, pdl=pdl)
             else:
                 yield "attention", partial(attend, number)
-            nowhere = (None, None, None)
+            yield "out", partial(kernels.out, _grid(kernels.out_splits), *mixed, w_out, *adds(out_bias), pdl=pdl)
             if apart:
-                rest = (None, None, None, sums, *nowhere, 0.0)
-                yield "out", partial(kernels.out, _shared(kernels.out_splits), *mixed, w_out, *rest, pdl=pdl)
+                assert up.norm is not None
                 yield "norm", partial(norm, kernels.out_splits, out.bias, up.norm)
-                given = (normed, None, w_up, up_bias, None, None)
-                yield "up", partial(kernels.up, grid, *given, inner, *nowhere, 0.0, pdl=pdl)
-                yield "down", partial(kernels.down, _shared(kernels.down_splits), inner, None, w_down, *rest, pdl=pdl)
-                left = (kernels.down_splits, down.bias)
-            else:
-                rest = (None, None, x, *nowhere, 0.0)
-                yield "out", partial(kernels.out, grid, *mixed, w_out, out_bias, *rest, pdl=pdl)
-                given = (x, None, w_up, *_norm(up))
-                yield "up", partial(kernels.up, grid, *given, inner, *nowhere, _epsilon(up), pdl=pdl)
-                yield "down", partial(kernels.down, grid, inner, None, w_down, down_bias, *rest, pdl=pdl)
+            given = reads(up, w_up, up_bias)
+            yield "up", partial(kernels.up, grid, *given, inner, None, None, None, _epsilon(up), pdl=pdl)
+            yield (
+                "down",
+                partial(kernels.down, _grid(kernels.down_splits), inner, None, w_down, *adds(down_bias), pdl=pdl),
+            )
+            left = kernels.down_splits, down.bias
 
 
 def chained_layers(
@@ -154,9 +154,9 @@ def packed(weight: Tensor) -> Tensor:
     return weight.view(size // 8, 8, depth // 32, 32).transpose(1, 2).contiguous()
 
 
-def _shared(splits: int) -> tuple[int, int, int]:
-    """The blocks of a product of which so many share a row."""
-    return BLOCKS // splits, splits, 1
+def _grid(splits: int) -> tuple[int, int, int]:
+    """Of a product of which so many blocks share a row; 0: as 1."""
+    return BLOCKS // max(splits, 1), max(splits, 1), 1
 
 
 def _norm(matrix: Matrix) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""One to eight tokens by the CUDA kernels, as the runner uses them, against plain operators: on a Hopper GPU."""
+"""One to 32 tokens by the CUDA kernels, as the runner uses them, against plain operators: on a Hopper GPU."""
 
 from pathlib import Path
 
@@ -59,20 +59,24 @@ def test_a_lone_token_of_any_length(dtype: torch.dtype, sharper: float, toleranc
 
 
 @KINDS
-def test_few_tokens_of_any_lengths(dtype: torch.dtype, sharper: float, tolerance: float, tmp_path: Path) -> None:
-    """As many as a bucket has room for and fewer, down to one, of lengths as above; token after token, three times."""
-    places = [PLACES * number for number in range(8)]
+@pytest.mark.parametrize(("most", "counts"), [(8, (8, 5, 4, 3, 2, 1)), (32, (32, 27, 24, 20, 16, 9))])
+def test_few_tokens_of_any_lengths(
+    dtype: torch.dtype, sharper: float, tolerance: float, most: int, counts: tuple[int, ...], tmp_path: Path
+) -> None:
+    """As many as a bucket has room for and fewer, of lengths as above; token after token, three times."""
+    places = [PLACES * number for number in range(most)]
     num_blocks = PLACES * MOST_BLOCKS * len(places)
-    kernels, plain = runners(dtype, sharper=sharper, folder=tmp_path, num_blocks=num_blocks, most=8)
+    kernels, plain = runners(dtype, sharper=sharper, folder=tmp_path, num_blocks=num_blocks, most=most)
     vocab_size = kernels.model.config.vocab_size
     random = np.random.default_rng(8)
-    contexts = [random.integers(vocab_size, size=length).tolist() for length in (0, 3, 8, 63, 129, 300, 600, 1000)]
+    lengths = [0, 3, 8, 63, 129, 300, 600, 1000, *random.integers(2, 400, size=most)][:most]
+    contexts = [random.integers(vocab_size, size=length).tolist() for length in lengths]
     for tokens, place in zip(contexts, places, strict=True):
         if tokens:
             check_step(kernels, plain, score_all(Part(tokens, place=place)), tolerance=tolerance)
-    for count in (8, 5, 4, 3, 2, 1):
-        for first in (0, 8 - count):
-            for _ in range(3 if count in (2, 4, 8) else 1):
+    for count in counts:
+        for first in (0, most - count):
+            for _ in range(3 if count in CHAINS else 1):
                 parts = []
                 for number in range(first, first + count):
                     contexts[number].append(int(random.integers(vocab_size)))

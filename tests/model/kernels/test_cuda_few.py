@@ -36,9 +36,7 @@ def chain_of(num_tokens: int, splits: int = 2) -> Chain:
 
 
 def named(num_tokens: int, splits: int = 2) -> dict[str, Source]:
-    return sources(
-        CONFIG_345M, BF16, chain_of(num_tokens, splits), block_size=BLOCK_SIZE, num_tokens=num_tokens
-    )
+    return sources(CONFIG_345M, BF16, chain_of(num_tokens, splits), block_size=BLOCK_SIZE, num_tokens=num_tokens)
 
 
 def test_a_packed_matrix_is_of_tiles() -> None:
@@ -127,7 +125,8 @@ def test_sums_of_parts_of_k(emulate: Emulate, num_tokens: int, name: str) -> Non
     splits = chain.out_splits if name == "out" else chain.down_splits
     x, weight = normal(num_tokens, depth).to(BF16), normal(HIDDEN, depth, deviation=0.02).to(BF16)
     sums = torch.full((splits, num_tokens, HIDDEN), torch.nan)
-    expected = torch.stack([a.double() @ b.double().T for a, b in zip(x.chunk(splits, 1), weight.chunk(splits, 1))])
+    left, right = (each.double().view(len(each), splits, -1) for each in (x, weight))
+    expected = torch.einsum("tsk,nsk->stn", left, right)
     run = emulate(named(num_tokens)[name])
     grid = (BLOCKS // splits, splits, 1)
     run(grid, x, None, packed(weight), None, None, None, sums, None, None, None, 0.0, late=(x,))

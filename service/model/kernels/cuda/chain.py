@@ -32,7 +32,7 @@ class ChainKernels:
     up: Any
     down: Any
     splits: int  # of the context
-    # Of K, whose sums a kernel that is not of these adds up and norms; 0: the products add to x, and norm what they read.
+    # Of K, whose sums a kernel that is not of these adds up and norms; 0: products add to x, and norm what they read.
     out_splits: int = 0
     down_splits: int = 0
 
