@@ -59,6 +59,8 @@ APART: list[dict[str, Any]] = [
     {"out_splits": 2},
     {"out_splits": 4},
     {"down_splits": 2},
+    {"resident": 3, "hand": 4},
+    {"resident": 4, "hand": 4},
 ]
 
 
