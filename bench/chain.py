@@ -39,6 +39,10 @@ SPLITS: list[dict[str, Any]] = [
     {"splits": 4},
     {"splits": 8},
     {"pdl": False},
+    {"ring": 4},
+    {"ring": 6},
+    {"ring": 8},
+    {"ring": 8, "splits": 1},
 ]
 SETTINGS: list[dict[str, Any]] = [
     {"ahead": 2},
@@ -55,6 +59,8 @@ APART: list[dict[str, Any]] = [
     {"splits": 0},
     {"splits": 1},
     {"pdl": False},
+    {"ring": 4},
+    {"ring": 8},
     {"out_splits": 1},
     {"out_splits": 2},
     {"out_splits": 4},

@@ -83,6 +83,7 @@ class Chain:
     """The layers of one to 32 tokens by the CUDA kernels (kernels/cuda/chain.py)."""
 
     splits: int  # of the context; 0, of two tokens or more: attention is the plan's; of more than eight tokens 0 or 1
+    ring: int = 0  # passes of keys and values that shared memory has room for; 0: they are in registers
     # Only of two tokens or more, but for `pdl`.
     pieces: int = 4  # that a block's rows of a matrix are copied in
     ahead: int = 1  # copies of a block under way at once

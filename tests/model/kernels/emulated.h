@@ -115,6 +115,22 @@ static void arrive_one() {
     idle = 0;
 }
 
+// A thread's own copies, which are made when it waits for them.
+struct Asked {
+    void* to;
+    uint4 words;
+};
+static std::vector<std::vector<std::vector<Asked>>> asked;  // by thread, groups of which the last is open
+
+static void ask_words(void* to, const void* from) { asked[current].back().push_back({to, *(const uint4*)from}); }
+static void close_group() { asked[current].emplace_back(); }
+template <int LATER>
+static void await_groups() {
+    auto& groups = asked[current];
+    for (; groups.size() > LATER + 1; groups.erase(groups.begin()))
+        for (const auto& each : groups.front()) *(uint4*)each.to = each.words;
+}
+
 static uint4 load_words(const void* at) { return *(const uint4*)at; }
 static uint2 load_two_words(const void* at) { return *(const uint2*)at; }
 static uint4 load_words_if(const void* at, bool there) { return there ? *(const uint4*)at : uint4{}; }
@@ -223,6 +239,7 @@ static int launch(int grid_x, int grid_y, int grid_z, int count, int shared, std
         block_meeting = {};
         warp_meetings = std::vector<Meeting>(count / 32);
         given[0] = given[1] = std::vector<Words>(count);
+        asked.assign(count, {{}});
         tile = std::vector<unsigned char>(shared + 1, 0xff);  // no numbers
         for (auto& each : late) memset(each.seen, 0xff, each.bytes);
         waited = false;

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from service.model.kernels.cuda import compiler
+from service.model.kernels.cuda.chain import shared_memory
 from service.model.kernels.cuda.compiler import Source
 
 FOLDER = Path(compiler.__file__).parent
@@ -43,7 +44,6 @@ def built(source: Source, folder: Path, header: Path) -> Run:
     command = [*COMPILE, *options, "-I", header, "-shared", "-o", "kernel.so", "kernel.cpp"]
     subprocess.run(command, cwd=folder, check=True)
     library = ctypes.CDLL(str(folder / "kernel.so"))
-    shape = dict(source.defines)
 
     def run(grid: tuple[int, int, int], *arguments: Any, late: tuple[Tensor, ...] = (), pdl: bool = True) -> None:
         """`late` are arguments that the kernel before writes: nothing may read them before the wait."""
@@ -53,7 +53,7 @@ def built(source: Source, folder: Path, header: Path) -> Run:
             library.expect_late(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_void_p(copy.data_ptr()), size)
         values = [_value(argument) for argument in arguments]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
-        shared = 2 * shape["ROWS"] * shape["K"] if "ROWS" in shape else 0
+        shared = shared_memory(source)
         assert 0 == library.start(*grid, shared, pointers), "threads wait for ever, or not for the kernel before"
 
     return run

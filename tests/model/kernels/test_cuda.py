@@ -28,10 +28,14 @@ BF16 = torch.bfloat16
 
 
 def named(
-    dtype: torch.dtype = BF16, activation: str = "gelu_tanh", splits: int = SPLITS, block_size: int = BLOCK_SIZE
+    dtype: torch.dtype = BF16,
+    activation: str = "gelu_tanh",
+    splits: int = SPLITS,
+    ring: int = 0,
+    block_size: int = BLOCK_SIZE,
 ) -> dict[str, Source]:
     config = replace(CONFIG_345M, activation=activation)
-    return sources(config, dtype, Chain(splits=splits), block_size=block_size)
+    return sources(config, dtype, Chain(splits=splits, ring=ring), block_size=block_size)
 
 
 def test_qkv_norms_and_puts_keys_and_values_into_their_slot(emulate: Callable[[Source], Run]) -> None:
@@ -90,10 +94,14 @@ def test_down_adds(emulate: Callable[[Source], Run]) -> None:
     check(x, expected, 1e-5)
 
 
-@pytest.mark.parametrize(("splits", "block_size"), [(4, 16), (8, 16), (4, 7), (4, 256)])
-def test_attention_of_every_kind_of_length(emulate: Callable[[Source], Run], splits: int, block_size: int) -> None:
+@pytest.mark.parametrize(
+    ("splits", "block_size", "ring"), [(4, 16, 0), (8, 16, 0), (4, 7, 0), (4, 256, 0), (4, 16, 4), (1, 7, 6)]
+)
+def test_attention_of_every_kind_of_length(
+    emulate: Callable[[Source], Run], splits: int, block_size: int, ring: int
+) -> None:
     """Of the token alone, of a part of a pass, and of more passes than are asked for early. The rest is NaN."""
-    run = emulate(named(splits=splits, block_size=block_size)["attention"])
+    run = emulate(named(splits=splits, block_size=block_size, ring=ring)["attention"])
     num_blocks = -(-1024 // block_size)
     table = torch.randperm(num_blocks).to(torch.int32)
     for length in (1, 2, 31, 34, 130, 257, 700, 1024):

@@ -69,9 +69,28 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention(
     const int share = (cached + SPLITS * AT_ONCE - 1) / (SPLITS * AT_ONCE) * AT_ONCE;
     int start = split * share;
     const int end = min(start + share, cached);
+#ifdef RING
+    uint4* ring = (uint4*)dynamic_shared() + thread;  // [RING / 2 pairs][keys, values of two passes][THREADS]
+    const auto ask_pair = [&](int number) {
+        uint4* to = ring + number % (RING / 2) * (4 * THREADS);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int token = start + number * BLOCK + i * AT_ONCE + group;
+            if (token < end) {
+                const size_t at = (size_t)(table[token / BLOCK_SIZE] * BLOCK_SIZE + token % BLOCK_SIZE) * (HEADS * HEAD);
+                ask_words(to + 2 * i * THREADS, keys + at + column);
+                ask_words(to + (2 * i + 1) * THREADS, values + at + column);
+            }
+        }
+        close_group();
+    };
+#pragma unroll
+    for (int i = 0; i < RING / 2; ++i) ask_pair(i);
+#else
     Pair even = load(keys, values, table, start, end, group, column);
     Pair odd = {};
     if (start + BLOCK < end) odd = load(keys, values, table, start + BLOCK, end, group, column);
+#endif
     const bool newest = split == 0 && warp == 0;
     const size_t own = ((size_t)table[cached / BLOCK_SIZE] * BLOCK_SIZE + cached % BLOCK_SIZE) * (HEADS * HEAD) + column;
     wait_predecessor();
@@ -84,6 +103,18 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention(
 #pragma unroll
     for (int i = 0; i < 8; ++i) query[i] *= scale * 1.4426950408889634f;
     Softmax softmax = {LARGEST_NEGATIVE, 0.0f, {}};
+#ifdef RING
+    for (int number = 0; start + number * BLOCK < end; ++number) {
+        await_groups<RING / 2 - 1>();
+        const uint4* from = ring + number % (RING / 2) * (4 * THREADS);
+        Pair pair;
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+            pair.keys[i] = from[2 * i * THREADS], pair.values[i] = from[(2 * i + 1) * THREADS];
+        attend(softmax, pair, query, start + number * BLOCK, end, group);
+        ask_pair(number + RING / 2);
+    }
+#else
     for (;;) {
         attend(softmax, even, query, start, end, group);
         if (start + 2 * BLOCK < end) even = load(keys, values, table, start + 2 * BLOCK, end, group, column);
@@ -94,6 +125,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention(
         start += BLOCK;
         if (start >= end) break;
     }
+#endif
     if (newest) {
         const float own_score = score(own_key, query);
         if (group == 0) {

@@ -73,6 +73,7 @@ def sources(
 
     attention = {"HEADS": hidden // _HEAD, "SPLITS": chain.splits, "BLOCK_SIZE": block_size} | half
     attention |= {} if num_tokens == 1 else {"MANY": 1}
+    attention |= {"RING": chain.ring} if chain.ring else {}
     kind = {"KIND": ACTIVATIONS[config.activation]}
     attends = {"attention": Source("attention.cu", tuple(attention.items()))} if chain.splits else {}
     if normed_apart(num_tokens):
@@ -112,10 +113,17 @@ def load_chains(
     cubins = compile_all(list(wanted.values()), Target("sm_90a", driver_version()), folder=folder)
     kernels: dict[int, dict[str, Any]] = {num_tokens: {} for num_tokens in chains}
     for ((num_tokens, name), source), cubin in zip(wanted.items(), cubins, strict=True):
-        shape = dict(source.defines)
-        shared = max(2 * shape["ROWS"] * shape["K"], chains[num_tokens].room) if "ROWS" in shape else 0
+        shared = shared_memory(source)
+        if name != "attention":
+            shared = max(shared, chains[num_tokens].room)
         kernels[num_tokens][name] = Kernel(cubin, Path(source.file).stem, threads=_THREADS, shared=shared)
     return {num: loaded(named, chains[num], num_tokens=num) for num, named in kernels.items()}
+
+
+def shared_memory(source: Source) -> int:
+    """Bytes that a block needs at its launch: of its rows, or of keys and values of the passes in its ring."""
+    shape = dict(source.defines)
+    return 2 * shape["ROWS"] * shape["K"] if "ROWS" in shape else 2 * 16 * _THREADS * shape.get("RING", 0)
 
 
 def loaded(named: Mapping[str, Any], chain: Chain, *, num_tokens: int) -> ChainKernels:

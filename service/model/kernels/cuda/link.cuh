@@ -60,6 +60,24 @@ __device__ __forceinline__ void await(Barrier* barrier, unsigned parity) {
     }
 }
 
+// --- Copies into shared memory that each thread asks for, and waits for, itself
+
+// 16 bytes, from global to shared memory.
+__device__ __forceinline__ void ask_words(void* to, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)),
+                 "l"(__cvta_generic_to_global(from))
+                 : "memory");
+}
+
+// What was asked for since the last of these is a group.
+__device__ __forceinline__ void close_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// All groups but the last LATER are there.
+template <int LATER>
+__device__ __forceinline__ void await_groups() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(LATER) : "memory");
+}
+
 // --- Loads of what a kernel of the chain wrote: from the L2 cache
 
 __device__ __forceinline__ uint4 load_words(const void* at) {
