@@ -55,7 +55,7 @@ def vectors(narrow: bool, down: bool = False) -> list[Product]:
     return [Vector(n, k, w, p) for n, k, w in shapes for p in (False, True)]
 
 
-def tiles(rows: int, split: bool, narrow: bool) -> list[Product]:
+def tiles(rows: int, split: bool) -> list[Product]:
     times = [max(rows, 16)] if rows <= 64 else [64, 128]
     if split:
         shapes = [
@@ -66,6 +66,8 @@ def tiles(rows: int, split: bool, narrow: bool) -> list[Product]:
             (16, 128, 4, 4, 4),
             (64, 64, 4, 4, 4),
             (16, 256, 4, 4, 3),
+            (64, 128, 4, 8, 3),
+            (128, 64, 4, 8, 4),
         ]
     else:
         shapes = [
@@ -75,6 +77,7 @@ def tiles(rows: int, split: bool, narrow: bool) -> list[Product]:
             (16, 256, 1, 4, 3),
             (32, 256, 1, 4, 2),
             (128, 64, 1, 8, 4),
+            (64, 128, 1, 8, 3),
         ]
     return [
         Tiled(t, n, k, s, w, st, p)
@@ -132,10 +135,10 @@ def searches(rows: int, *, prompt: bool, narrow: bool) -> Iterator[Candidates]:
     if rows > 1:
         library = [Library()] if rows >= 128 else []
         yield {
-            "qkv": [*tiles(rows, False, narrow), *library],
-            "out": [*tiles(rows, True, narrow), *library],
-            "up": [*tiles(rows, False, narrow), *library],
-            "down": [*tiles(rows, True, narrow), *library],
+            "qkv": [*tiles(rows, False), *library],
+            "out": [*tiles(rows, True), *library],
+            "up": [*tiles(rows, False), *library],
+            "down": [*tiles(rows, True), *library],
             "decode": decodes,
             "prefill": prefills,
             "head": heads,

@@ -1,4 +1,4 @@
-"""The plan of a step and the head's product, by size: what bench/tune.py found best on an H100. Read by graphs.py."""
+"""The plan of a step and the head's product, by size: what was fastest on an H100 or an H200. Read by graphs.py."""
 
 from dataclasses import replace
 
@@ -63,8 +63,8 @@ _UP_TO_32 = Plan(
 _UP_TO_64 = Plan(
     qkv=Tiled(64, 16, 128, 1, 4, 4),
     out=Tiled(64, 16, 256, 2, 4, 3),
-    up=Tiled(64, 16, 128, 1, 4, 4, prefetch=True),
-    down=Tiled(64, 16, 256, 2, 4, 3),
+    up=Tiled(64, 32, 128, 1, 4, 4),
+    down=Tiled(64, 32, 128, 4, 4, 4),
     decode=Decode(32, 1, 1),
 )
 _UP_TO_128 = Plan(
@@ -81,6 +81,7 @@ _UP_TO_256 = Plan(
     down=Tiled(128, 64, 64, 4, 4, 4),
     decode=Decode(32, 1, 1),
 )
+_UP_TO_192 = replace(_UP_TO_256, down=Tiled(64, 64, 64, 4, 4, 4))  # three tiles, where two of 128 would be 256
 _UP_TO_1024 = Plan(qkv=Library(), out=Library(), up=Library(), down=Library(), decode=Decode(32, 1, 1))
 _MORE = Plan(
     qkv=Library(),
@@ -100,6 +101,7 @@ _BY_SIZE = (
     (32, _UP_TO_32),
     (64, _UP_TO_64),
     (128, _UP_TO_128),
+    (192, _UP_TO_192),
     (256, _UP_TO_256),
     (1024, _UP_TO_1024),
 )
