@@ -20,10 +20,9 @@ import torch
 from torch import Tensor
 from triton.runtime import driver
 
-from bench.chain import captured, sharp_345m
 from bench.decode import parse_steps
 from bench.random_model import gpt2_345m
-from bench.step import BLOCK_SIZE, TABLE, Step, replay_ms
+from bench.step import BLOCK_SIZE, TABLE, Step, captured, replay_ms, sharp_345m
 from service.model.attention import LayerCache
 from service.model.formats import Plain
 from service.model.gpt2 import GPT2

@@ -18,14 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.random_model import gpt2_345m
-from bench.step import BLOCK_SIZE, Step, replay_ms
+from bench.step import BLOCK_SIZE, Step, captured, replay_ms, sharp_345m
 from service.model.attention import Decodes, LayerCache, PagedAttention
 from service.model.chained import ChainedLayers
 from service.model.gpt2 import GPT2
 from service.model.kernels.cuda.chain import ChainKernels, load_chains, normed_apart
 from service.model.kernels.cuda.hopper import CudaKernels
 from service.model.kernels.plan import Chain, Plan, Product
-from service.model.kernels.plans import CHAIN, CHAINS, head_for, plan_for
+from service.model.kernels.plans import CHAINS, head_for, plan_for
 from service.model.matrix import Matrix
 
 ROUNDS = 5
@@ -68,23 +68,6 @@ APART: list[dict[str, Any]] = [
     {"resident": 3, "hand": 4},
     {"resident": 4, "hand": 4},
 ]
-
-
-def sharp_345m(dtype: torch.dtype) -> GPT2:
-    """Random weights, in which attention looks somewhere: a token that is left out shows."""
-    generator = torch.Generator("cuda").manual_seed(7)
-
-    def make(name: str, shape: tuple[int, ...]) -> Tensor:
-        tensor = torch.empty(shape, device="cuda").normal_(float("norm.weight" in name), 0.02, generator=generator)
-        if "qkv.weight" in name:
-            tensor[: 2 * shape[1]] *= 3
-        return tensor.to(dtype)
-
-    return gpt2_345m(make, num_layers=24)
-
-
-def chain_of(num: int) -> Chain:
-    return CHAIN if num == 1 else CHAINS[num]
 
 
 def compiled(model: GPT2, num: int, chains: list[Chain], *, bounded: bool = False) -> list[ChainKernels]:
@@ -263,15 +246,6 @@ def _float(model: GPT2, name: str) -> Tensor:
     return tensor.float()
 
 
-def captured(work: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    work()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    return graph
-
-
 def turns(graphs: dict[str, torch.cuda.CUDAGraph], seconds: float) -> dict[str, float]:
     """Times them in turns, and prints the median and the range of each; the medians."""
     times: dict[str, list[float]] = {name: [] for name in graphs}
@@ -286,7 +260,7 @@ def turns(graphs: dict[str, torch.cuda.CUDAGraph], seconds: float) -> dict[str, 
 
 def compare(model: GPT2, num: int, context: int, changes: list[dict[str, Any]], seconds: float) -> None:
     """The chain of the table, with one thing changed, and without a kernel; Triton's. Then all at once that helps."""
-    base, head = chain_of(num), head_of(model, num)
+    base, head = CHAINS[num], head_of(model, num)
     chains, changed = {"chain": base}, {}
     for each in changes:
         other = replace(base, **each)
@@ -390,7 +364,7 @@ def main() -> None:
             model = sharp_345m(getattr(torch, dtype))
             print(f"{dtype}, {torch.cuda.get_device_name()}, {time.perf_counter() - began:.1f} s", flush=True)
             for num in batches:
-                chain = chain_of(num)
+                chain = CHAINS[num]
                 for context in (1, 257, 1024):
                     good = good and check_kernels(model, num, chain, context)
                 if num > 1 and number == 0:
@@ -407,7 +381,7 @@ def main() -> None:
                     compare(model, num, context, [*changes, *settings], arguments.seconds)
                     timed.add(num)
             for num in batches:
-                good = good and feed(model, num, chain_of(num), arguments.steps)
+                good = good and feed(model, num, CHAINS[num], arguments.steps)
     print(f"all right: {good}, {time.perf_counter() - began:.1f} s")
     raise SystemExit(not good)
 

@@ -221,15 +221,10 @@ def peer(arguments: argparse.Namespace, dtype: torch.dtype) -> transformers.GPT2
 
 def plain_ms(model: GPT2, num_sequences: int, context: int) -> float:
     """The model's plain operators in one CUDA graph, greedy, without sampling."""
-    from bench.step import Step, replay_ms  # needs Triton
+    from bench.step import Step, captured, replay_ms  # needs Triton
 
     step = Step(model, num=num_sequences, context=context, prompt=False)
-    step.plain()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step.plain().argmax(-1)
-    return replay_ms(graph, 0.2)
+    return replay_ms(captured(lambda: step.plain().argmax(-1)), 0.2)
 
 
 @torch.inference_mode()

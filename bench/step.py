@@ -1,15 +1,17 @@
 """One step of the model captured in a graph: by our kernels, as a plan shapes them, and by plain operators.
 
-Called by bench/tune.py and bench/decode.py.
+Called by the benchmarks of kernels.
 """
 
 import dataclasses
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from bench.random_model import gpt2_345m
 from service.model.attention import Decodes, PagedAttention
 from service.model.attention import Prefill as PlainPrefill
 from service.model.batch import SAMPLING
@@ -95,12 +97,7 @@ class Step:
 
     def milliseconds(self, plan: Plan, head: Product, *, seconds: float = 0.04) -> float:
         """Median of ten groups of replays back to back."""
-        self.run(plan, head)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.run(plan, head)
-        return replay_ms(graph, seconds)
+        return replay_ms(captured(lambda: self.run(plan, head)), seconds)
 
     def error(self, plan: Plan, head: Product) -> tuple[float, float]:
         """Relative error of the logits against plain operators on the same weights in fp32, and equal greedy picks."""
@@ -137,6 +134,28 @@ class Step:
         attention = PagedAttention(slots=step.slots.long(), decodes=decodes, prefills=prefills, block_size=BLOCK_SIZE)
         hidden = model.hidden(step.token_ids.long(), step.positions.long(), self.cache, attention)
         return model.logits(hidden[self.rows.indices.long()])
+
+
+def sharp_345m(dtype: torch.dtype) -> GPT2:
+    """Random weights, in which attention looks somewhere: a token that is left out shows."""
+    generator = torch.Generator("cuda").manual_seed(7)
+
+    def make(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        tensor = torch.empty(shape, device="cuda").normal_(float("norm.weight" in name), 0.02, generator=generator)
+        if "qkv.weight" in name:
+            tensor[: 2 * shape[1]] *= 3
+        return tensor.to(dtype)
+
+    return gpt2_345m(make, num_layers=24)
+
+
+def captured(work: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    work()  # kernels are compiled and loaded by their first call
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph
 
 
 def replay_ms(graph: torch.cuda.CUDAGraph, seconds: float) -> float:

@@ -135,7 +135,7 @@ class Settings(BaseSettings):
     kv_memory: Bytes | None = Field(
         None,
         description="Size of the KV cache, or of each rank's, such as 4GiB; by default from gpu_memory_utilization, "
-        "or 1GiB on a CPU.",
+        "or 1GiB on a CPU. Weights and what computes take theirs beside it.",
     )
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="Share of the GPU's memory to use in all.")
     cpu_threads: int | None = Field(

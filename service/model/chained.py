@@ -144,7 +144,6 @@ def chained_layers(
     return {
         num: ChainedLayers(model, cache, layers, plain if num == 1 else tiles, each, buffers, num)
         for num, each in kernels.items()
-        if num <= len(buffers.x)
     }
 
 

@@ -38,9 +38,5 @@ class ModelConfig:
     @property
     def is_345m(self) -> bool:
         """Whether the sizes are those of NVIDIA's MegatronGPT2 345M, which is the paper's."""
-        return self.sizes == SIZES_345M
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """What tells models of one architecture apart, as SIZES_345M has it."""
-        return (self.num_layers, self.hidden_size, self.num_heads, self.context_length, self.vocab_size)
+        sizes = (self.num_layers, self.hidden_size, self.num_heads, self.context_length, self.vocab_size)
+        return sizes == SIZES_345M

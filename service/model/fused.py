@@ -1,4 +1,4 @@
-"""GPT-2 as chains of Triton kernels over static buffers, to be captured in CUDA graphs. Called by model/graphs.py."""
+"""GPT-2 as chains of kernels over static buffers, to be captured in CUDA graphs. Called by model/graphs.py."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -73,7 +73,7 @@ class FusedGPT2:
             assert model.peers is not None, "`connect` comes first"
             assert max_tokens <= model.peers.most_rows
         self._sum_programs = peers.MOST_PROGRAMS
-        if model.device.type == "cuda":  # one each has room, whatever else is there
+        if self._peers is not None and model.device.type == "cuda":  # one each has room, whatever else is there
             found = torch.cuda.get_device_properties(model.device).multi_processor_count
             self._sum_programs = min(self._sum_programs, found)
 

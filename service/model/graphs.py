@@ -24,7 +24,7 @@ from service.model.gpt2 import GPT2
 from service.model.inputs import NUM_TURNS, AskedInputs, Shape, StepInputs
 from service.model.kernels.cuda.hopper import CudaKernels
 from service.model.kernels.plan import Plan, Product
-from service.model.kernels.plans import head_for, plan_for
+from service.model.kernels.plans import CHAINS, head_for, plan_for
 from service.model.logprobs import logprob_words, unpack_logprobs
 from service.model.parallel import ParallelGPT2
 from service.model.runner import to_host, translate
@@ -73,6 +73,17 @@ def _sizes(ladder: tuple[int, ...], most: int) -> list[int]:
     return [*below, *range(2 * top, most, top), most]
 
 
+def decode_sizes(max_num_seqs: int, max_num_batched_tokens: int) -> list[int]:
+    """How many single tokens the bodies of steps without prompts are for.
+
+    The most are rounded up to a size that kernels may be had for, which are for these alone.
+    """
+    assert max_num_seqs <= max_num_batched_tokens
+    *below, most = _sizes(_DECODE_TOKENS, max_num_seqs)
+    top = next((size for size in CHAINS if size >= most), most)
+    return [*below, top if top <= max_num_batched_tokens else most]
+
+
 class GraphRunner:
     """Computes batches of at most `max_num_seqs` sequences and `max_num_batched_tokens` tokens."""
 
@@ -100,10 +111,7 @@ class GraphRunner:
         pdl = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
         cache = model.new_cache(num_blocks=num_blocks + 1, block_size=block_size)  # the last for what fills buckets up
         max_tokens, max_rows = max_num_batched_tokens, most_rows(max_num_seqs)
-        decodes = [Shape(size, size) for size in _sizes(_DECODE_TOKENS, max_num_seqs)]
-        if cuda is not None:
-            used = {num: kernels for num, kernels in cuda.chains.items() if Shape(num, num) in decodes}
-            cuda = replace(cuda, chains=used)
+        decodes = [Shape(size, size) for size in decode_sizes(max_num_seqs, max_num_batched_tokens)]
         self._fused = FusedGPT2(model, cache, max_tokens=max_tokens, block_size=block_size, pdl=pdl, cuda=cuda)
         mixed = [
             Shape(size, min(size, max_num_seqs), self._plan(size).prefill.block_t)

@@ -83,10 +83,10 @@ def make_runner(
         return torch_runner
     from triton.errors import TritonError  # Triton is only where CUDA is
 
-    from service.model.graphs import GraphRunner
+    from service.model.graphs import GraphRunner, decode_sizes
     from service.model.kernels.cuda.hopper import kernels_for
 
-    cuda = kernels_for(model, block_size=block_size, folder=kernels)
+    cuda = kernels_for(model, decode_sizes(**limits), block_size=block_size, folder=kernels)
 
     def run_largest() -> None:
         probe = GraphRunner(model, num_blocks=1, block_size=block_size, **limits, cuda=cuda)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from service.model.graphs import GraphRunner
+from service.model.graphs import GraphRunner, decode_sizes
 from service.model.kernels.cuda.hopper import kernels_for
 from service.model.kernels.plans import CHAINS
 from tests.model.batches import BLOCK_SIZE, MOST_BLOCKS, Part, make_batch
@@ -14,6 +14,7 @@ from tests.model.test_gpu_kernels import PlainRunner, check_step, random_models,
 
 pytestmark = pytest.mark.gpu
 
+MOST_TOKENS = 1024
 PLACES = 8  # a sequence of more than 128 tokens has the room of several
 KINDS = pytest.mark.parametrize(
     ("dtype", "sharper", "tolerance"),
@@ -29,10 +30,16 @@ def runners(
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("no Hopper GPU")
     model, exact = random_models(dtype, sharper=sharper)
-    cuda = kernels_for(model, block_size=BLOCK_SIZE, folder=folder)
-    assert list(cuda.chains) == [1, *CHAINS]
+    sizes = decode_sizes(most, MOST_TOKENS)
+    cuda = kernels_for(model, sizes, block_size=BLOCK_SIZE, folder=folder)
+    assert list(cuda.chains) == sizes
     kernels = GraphRunner(
-        model, num_blocks=num_blocks, block_size=BLOCK_SIZE, max_num_seqs=most, max_num_batched_tokens=1024, cuda=cuda
+        model,
+        num_blocks=num_blocks,
+        block_size=BLOCK_SIZE,
+        max_num_seqs=most,
+        max_num_batched_tokens=MOST_TOKENS,
+        cuda=cuda,
     )
     kernels.capture()
     return kernels, [PlainRunner(each, num_blocks=num_blocks, block_size=BLOCK_SIZE) for each in (model, exact)]
@@ -46,7 +53,7 @@ def test_a_lone_token_of_any_length(dtype: torch.dtype, sharper: float, toleranc
     """
     num_blocks = PLACES * MOST_BLOCKS
     kernels, plain = runners(dtype, sharper=sharper, folder=tmp_path, num_blocks=num_blocks, most=1)
-    assert len(list(tmp_path.iterdir())) >= 5  # what is compiled is kept
+    assert list(tmp_path.iterdir())  # what is compiled is kept
     vocab_size = kernels.model.config.vocab_size
     random = np.random.default_rng(8)
     for length in (0, 8, 63, 200, 300, 600, 1018):
@@ -59,7 +66,7 @@ def test_a_lone_token_of_any_length(dtype: torch.dtype, sharper: float, toleranc
 
 
 @KINDS
-@pytest.mark.parametrize(("most", "counts"), [(8, (8, 5, 4, 3, 2, 1)), (32, (32, 27, 24, 20, 16, 9))])
+@pytest.mark.parametrize(("most", "counts"), [(8, (8, 5, 4, 3, 2, 1)), (27, (27, 24, 20, 16, 9))])
 def test_few_tokens_of_any_lengths(
     dtype: torch.dtype, sharper: float, tolerance: float, most: int, counts: tuple[int, ...], tmp_path: Path
 ) -> None:
@@ -75,7 +82,7 @@ def test_few_tokens_of_any_lengths(
         if tokens:
             check_step(kernels, plain, score_all(Part(tokens, place=place)), tolerance=tolerance)
     for count in counts:
-        for first in (0, most - count):
+        for first in sorted({0, most - count}):
             for _ in range(3 if count in CHAINS else 1):
                 parts = []
                 for number in range(first, first + count):

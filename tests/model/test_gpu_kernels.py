@@ -11,7 +11,7 @@ from torch import Tensor
 from bench.random_model import gpt2_345m
 from service.model.batch import Batch, Scored, StepOutput
 from service.model.gpt2 import GPT2
-from service.model.graphs import GraphRunner
+from service.model.graphs import GraphRunner, decode_sizes
 from service.model.kernels.cuda.hopper import kernels_for
 from service.model.runner import TorchRunner
 from tests.model.batches import BLOCK_SIZE, MOST_BLOCKS, Part, make_batch
@@ -119,7 +119,7 @@ def check_model(
         block_size=BLOCK_SIZE,
         max_num_seqs=len(places),
         max_num_batched_tokens=MOST_TOKENS,
-        cuda=kernels_for(model, block_size=BLOCK_SIZE, folder=None),
+        cuda=kernels_for(model, decode_sizes(len(places), MOST_TOKENS), block_size=BLOCK_SIZE, folder=None),
     )
     kernels.capture()
     random = np.random.default_rng(8)

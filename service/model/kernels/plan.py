@@ -1,4 +1,4 @@
-"""How the kernels of a step are shaped, by how many tokens it has: measured choices. Read by model/fused.py."""
+"""How the kernels of a step are shaped, by how many tokens it has: measured choices. Read by all that launch them."""
 
 from dataclasses import dataclass
 
@@ -50,7 +50,7 @@ Product = Vector | Tiled | Library
 
 @dataclass(frozen=True, slots=True)
 class CudaDecode:
-    """The same by the CUDA kernel (kernels/cuda/decode.py)."""
+    """Attention of single tokens by the CUDA kernel (kernels/cuda/decode.py)."""
 
     warps: int
     passes: int  # of 4 tokens a warp, in registers at once; of keys in 8 bits twice as many
@@ -59,7 +59,7 @@ class CudaDecode:
 
 @dataclass(frozen=True, slots=True)
 class Decode:
-    """Attention of single tokens."""
+    """The same by Triton's."""
 
     block: int  # tokens of context at once
     splits: int  # of the context, a power of two

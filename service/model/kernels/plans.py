@@ -1,4 +1,4 @@
-"""The plan of a step and the head's product, by size: what was fastest on an H100 or an H200. Read by graphs.py."""
+"""Which kernels a step takes, by its size: what was fastest on an H100 or an H200. Read by graphs.py, hopper.py."""
 
 from dataclasses import replace
 
@@ -17,10 +17,11 @@ from service.model.kernels.plan import (
     whole_tile,
 )
 
-CHAIN = Chain(splits=4)
-# Of a body of so many single tokens (bench/chain.py); weights are packed for them, 0.6 GB more of the 345M's.
+# Of a body of so many single tokens (bench/chain.py; 24 is taken as 32). For more than one weights are packed, 0.6 GB
+# more of the 345M's.
 _ROOM = 72 * 1024
 CHAINS = {
+    1: Chain(splits=4),
     2: Chain(splits=2, resident=3, room=_ROOM),
     4: Chain(splits=4, resident=3, room=_ROOM),
     8: Chain(splits=2, resident=3, room=_ROOM),
@@ -43,7 +44,6 @@ _ONE = Plan(
     up=Vector(16, 1024, 8),
     down=Vector(8, 4096, 16),
     decode=Decode(64, 4, 4, merged=False),
-    chain=CHAIN,
 )
 _UP_TO_16 = Plan(
     qkv=Tiled(16, 32, 128, 1, 4, 4),
@@ -61,7 +61,7 @@ _UP_TO_32 = Plan(
     decode=Decode(32, 1, 2),
 )
 _UP_TO_64 = Plan(
-    qkv=Tiled(64, 16, 128, 1, 4, 4),
+    qkv=Tiled(64, 16, 128, 1, 4, 4, prefetch=True),
     out=Tiled(64, 16, 256, 2, 4, 3),
     up=Tiled(64, 32, 128, 1, 4, 4),
     down=Tiled(64, 32, 128, 4, 4, 4),
@@ -128,8 +128,8 @@ def plan_for(
         plan = _NARROW_ONE if narrow else _ONE
     else:
         plan = next((plan for most, plan in _BY_SIZE if num_tokens <= most), _MORE)
-        if decodes_only:
-            plan = replace(plan, chain=CHAINS.get(num_tokens))
+    if decodes_only and dtype != torch.float32:
+        plan = replace(plan, chain=CHAINS.get(num_tokens))
     if split:
         plan = replace(plan, split=True, decode=replace(plan.decode, merged=True))
     if not plan.fused and dtype != torch.float32:

@@ -1,5 +1,5 @@
 // service/model/kernels/cuda/link.cuh for a processor, in its place: blocks run one after the other, the threads of one
-// as coroutines that change over where they would wait. bf16 only. Read by test_cuda.py.
+// as coroutines that change over where they would wait. bf16 only. Read by emulating.py.
 
 #include <math.h>
 #include <setjmp.h>

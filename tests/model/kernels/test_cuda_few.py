@@ -29,13 +29,12 @@ GRID = (BLOCKS, 1, 1)
 Emulate = Callable[[Source], Run]
 
 
-def chain_of(num_tokens: int, splits: int = 2) -> Chain:
-    if normed_apart(num_tokens):
-        splits = min(splits, 1)
-    return Chain(splits=splits, ahead=1 if num_tokens < 8 else 2, out_splits=2 if num_tokens == 16 else 4)
+def chain_of(num_tokens: int, splits: int | None = None) -> Chain:
+    served = plans.CHAINS[num_tokens]
+    return served if splits is None else replace(served, splits=splits, ahead=2)
 
 
-def named(num_tokens: int, splits: int = 2) -> dict[str, Source]:
+def named(num_tokens: int, splits: int | None = None) -> dict[str, Source]:
     return sources(CONFIG_345M, BF16, chain_of(num_tokens, splits), block_size=BLOCK_SIZE, num_tokens=num_tokens)
 
 
@@ -158,9 +157,9 @@ def chained_plan(num_tokens: int, chain: Chain, monkeypatch: pytest.MonkeyPatch)
     return plan
 
 
-@pytest.mark.parametrize(("num_tokens", "num", "splits"), [(2, 2, 0), (8, 5, 2), (16, 5, 1), (24, 5, 0)])
+@pytest.mark.parametrize(("num_tokens", "num", "splits"), [(2, 2, 0), (8, 5, None), (16, 5, None), (24, 5, 0)])
 def test_layers_of_tokens_are_those_of_the_model(
-    emulate: Emulate, num_tokens: int, num: int, splits: int, monkeypatch: pytest.MonkeyPatch
+    emulate: Emulate, num_tokens: int, num: int, splits: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a step's body launches them, with Triton's attention or theirs, over a cache that the model filled.
 

@@ -1,20 +1,22 @@
 """Which of the CUDA kernels a model gets, and what is said of the others: on no GPU."""
 
 import logging
-from collections.abc import Iterable
+import sys
+from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 
 from bench.random_model import gpt2_345m
-from service.model.formats import Plain
+from service.model.formats import Narrowed, Plain
 from service.model.gpt2 import GPT2
-from service.model.kernels.cuda import hopper
+from service.model.graphs import decode_sizes
+from service.model.kernels.cuda import compiler
 from service.model.kernels.cuda.compiler import CompilerError
 from service.model.kernels.cuda.hopper import CudaKernels, kernels_for
 from service.model.kernels.plans import CHAINS, CUDA_DECODES
+from service.model.parallel import ParallelGPT2
 
 BF16 = torch.bfloat16
 FP8 = torch.float8_e4m3fn
@@ -28,45 +30,103 @@ def model_of(dtype: torch.dtype = BF16, cache_dtype: torch.dtype | None = None) 
 
 
 @pytest.fixture
-def loads(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A GPU with `processors` of `capability`, on which loading gives what it was asked for, or raises `error`."""
-    gpu = SimpleNamespace(capability=(9, 0), processors=132, error=None)
+def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A GPU with `multi_processor_count` of `capability`, for which all compiles, or `error` is raised."""
+    gpu = SimpleNamespace(capability=(9, 0), multi_processor_count=132, error=None)
 
-    def load(asked: Iterable[Any]) -> Any:
+    def compiled(*_: object) -> bytes:
         if gpu.error is not None:
             raise gpu.error
-        return list(asked)
+        return b"code"
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: gpu.capability)
-    properties = SimpleNamespace(multi_processor_count=gpu.processors)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
-    monkeypatch.setattr(hopper, "load_chains", lambda config, dtype, chains, **_: load(chains))
-    monkeypatch.setattr(hopper, "load_decode", lambda model, shapes, **_: load(shapes))
-    gpu.properties = properties
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+    monkeypatch.setattr(compiler, "_library", SimpleNamespace)
+    monkeypatch.setattr(compiler, "_compiled", compiled)
+    driver = SimpleNamespace(Kernel=lambda code, name, **_: name, driver_version=lambda: 13000)
+    monkeypatch.setitem(sys.modules, "service.model.kernels.cuda.launch", driver)
     return gpu
 
 
-def test_a_model_of_the_345ms_shape_gets_all(loads: SimpleNamespace, caplog: pytest.LogCaptureFixture) -> None:
+def decodes_of(found: CudaKernels) -> list[tuple[int, int]]:
+    assert found.decode is not None
+    return list(found.decode.kernels)
+
+
+SIZES = decode_sizes(256, 2048)
+SHAPES = list(dict.fromkeys((shape.warps, shape.passes) for _, shape in CUDA_DECODES))
+
+
+def test_a_model_of_the_345ms_shape_gets_all(gpu: SimpleNamespace, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(INFO):
-        found = kernels_for(model_of(), block_size=16, folder=None)
-    assert [1, *CHAINS] == found.chains
-    assert [shape for _, shape in CUDA_DECODES] == found.decode
+        found = kernels_for(model_of(), SIZES, block_size=16, folder=None)
+    assert list(CHAINS) == list(found.chains)
+    assert all("attention" == kernels.attention for kernels in found.chains.values())
+    assert SHAPES == decodes_of(found)
     assert not caplog.records
 
 
-def test_keys_in_8_bits_and_few_multiprocessors_leave_attention(
-    loads: SimpleNamespace, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("max_num_seqs", "max_num_batched_tokens", "chains"),
+    [
+        (1, 2048, [1]),
+        (3, 2048, [1, 2, 4]),
+        (12, 16, [1, 2, 4, 8, 16]),
+        (20, 20, [1, 2, 4, 8, 16]),
+        (300, 2048, list(CHAINS)),
+    ],
+)
+def test_only_sizes_that_steps_have_are_loaded(
+    gpu: SimpleNamespace, max_num_seqs: int, max_num_batched_tokens: int, chains: list[int]
 ) -> None:
+    """The most sequences are rounded up to the next one, where a step may have so many tokens."""
+    sizes = decode_sizes(max_num_seqs, max_num_batched_tokens)
+    assert chains == list(kernels_for(model_of(), sizes, block_size=16, folder=None).chains)
+    assert max_num_seqs <= sizes[-1] <= max_num_batched_tokens
+    assert set(CHAINS) <= set(decode_sizes(256, 2048))
+
+
+def test_weights_in_8_bits_are_told_of_when_kernels_read_others(
+    gpu: SimpleNamespace, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = model_of()
+    model.format = Narrowed("int8", torch.int8, BF16)
     with caplog.at_level(INFO):
-        found = kernels_for(model_of(cache_dtype=FP8), block_size=16, folder=None)
-        loads.properties.multi_processor_count = 78
-        other = kernels_for(model_of(), block_size=16, folder=None)
-    assert found.chains == other.chains == []
-    assert found.decode
-    assert other.decode
-    assert [INFO, INFO] == [record.levelno for record in caplog.records]
-    assert "which read no keys in 8 bits" in caplog.records[0].getMessage()
-    assert "for 128 multiprocessors, and here are 78" in caplog.records[1].getMessage()
+        assert kernels_for(model, SIZES, block_size=16, folder=None).chains
+    assert "layers of up to 32 streams read weights in 16 bits" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("cache_dtype", "multi_processor_count", "said"),
+    [
+        (FP8, 132, "no CUDA kernels of whole layers, which read no keys in 8 bits: up to 32 streams take longer"),
+        (None, 114, "no CUDA kernels of whole layers, which are for 128 multiprocessors, and here are 114"),
+    ],
+)
+def test_keys_in_8_bits_and_few_multiprocessors_leave_attention(
+    cache_dtype: torch.dtype | None,
+    multi_processor_count: int,
+    said: str,
+    gpu: SimpleNamespace,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    gpu.multi_processor_count = multi_processor_count
+    with caplog.at_level(INFO):
+        found = kernels_for(model_of(cache_dtype=cache_dtype), SIZES, block_size=16, folder=None)
+    assert not found.chains
+    assert SHAPES == decodes_of(found)
+    assert [(INFO, said)] == [(record.levelno, record.getMessage()) for record in caplog.records]
+
+
+def test_another_shape_with_heads_of_64_gets_attention(gpu: SimpleNamespace, caplog: pytest.LogCaptureFixture) -> None:
+    """Which is all that there is for it, so that nothing is said."""
+    model = model_of()
+    model.config = replace(model.config, hidden_size=768, num_heads=12)
+    with caplog.at_level(INFO):
+        found = kernels_for(model, SIZES, block_size=16, folder=None)
+    assert not found.chains
+    assert SHAPES == decodes_of(found)
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(
@@ -84,16 +144,24 @@ def test_where_none_can_be_had_the_log_says_why(
     error: Exception | None,
     level: int,
     said: str,
-    loads: SimpleNamespace,
+    gpu: SimpleNamespace,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    loads.capability, loads.error = capability, error
+    gpu.capability, gpu.error = capability, error
     with caplog.at_level(INFO):
-        assert kernels_for(model_of(), block_size=16, folder=None) == CudaKernels()
+        assert kernels_for(model_of(), SIZES, block_size=16, folder=None) == CudaKernels()
     assert [(level, said)] == [(record.levelno, record.getMessage()) for record in caplog.records]
+
+
+def test_a_rank_of_several_gets_none(gpu: SimpleNamespace, caplog: pytest.LogCaptureFixture) -> None:
+    rank = ParallelGPT2.__new__(ParallelGPT2)
+    vars(rank).update(vars(model_of()), attention_width=512)
+    with caplog.at_level(INFO):
+        assert kernels_for(rank, SIZES, block_size=16, folder=None) == CudaKernels()
+    assert "split over ranks" in caplog.text
 
 
 def test_what_none_are_for_needs_no_word_and_no_gpu(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(INFO):
-        assert kernels_for(model_of(torch.float32), block_size=16, folder=None) == CudaKernels()
+        assert kernels_for(model_of(torch.float32), SIZES, block_size=16, folder=None) == CudaKernels()
     assert not caplog.records

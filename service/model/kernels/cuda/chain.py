@@ -19,7 +19,6 @@ _NORM, _MERGE, _PLAIN = 1, 2, 0  # READ of product.cu
 _RESIDUAL, _ACTIVATE, _SCATTER, _SUMS = 0, 1, 2, 3  # PUT
 _HIDDEN = 1024  # an eighth of it is what half a warp reads at once, and each half makes one of a norm's statistics
 _TILES = 8 * 32  # of few.cu: columns that the warps of a block take at once
-_TILE = 64 * 1024  # bytes of weights that a block holds: more leave no room for the kernels that follow
 
 
 @dataclass(frozen=True, slots=True)

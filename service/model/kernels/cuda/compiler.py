@@ -52,7 +52,7 @@ class Target:
 def compile_all(sources: Sequence[Source], target: Target, *, folder: Path | None) -> list[bytes]:
     """The cubin of each, from `folder` where it is there, which keeps it. Raises CompilerError."""
     nvrtc = _library()
-    with ThreadPoolExecutor(len(sources)) as threads:
+    with ThreadPoolExecutor(max(1, min(len(sources), os.cpu_count() or 1))) as threads:
         return list(threads.map(partial(_cubin, nvrtc, target=target, folder=folder), sources))
 
 

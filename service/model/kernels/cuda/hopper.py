@@ -1,19 +1,20 @@
 """What of a model is computed in CUDA on its GPU, and what is said of the rest. Called by model/memory.py."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+from service.model.formats import Narrowed
 from service.model.gpt2 import GPT2
 from service.model.kernels.cuda import chain, decode
 from service.model.kernels.cuda.chain import BLOCKS, ChainKernels, load_chains
 from service.model.kernels.cuda.compiler import CompilerError
 from service.model.kernels.cuda.decode import DecodeKernels, load_decode
 from service.model.kernels.plan import Chain
-from service.model.kernels.plans import CHAIN, CHAINS, CUDA_DECODES
+from service.model.kernels.plans import CHAINS, CUDA_DECODES
 from service.model.parallel import ParallelGPT2
 
 log = logging.getLogger(__name__)
@@ -27,28 +28,34 @@ class CudaKernels:
     decode: DecodeKernels | None = None
 
 
-def kernels_for(model: GPT2, *, block_size: int, folder: Path | None) -> CudaKernels:
+def kernels_for(model: GPT2, sizes: Iterable[int], *, block_size: int, folder: Path | None) -> CudaKernels:
     """Those of plans.py that can be had for `model` on its GPU. A line in the log says what cannot, and why.
 
-    `folder` keeps the code.
+    `sizes`: how many single tokens steps may have. `folder` keeps the code.
     """
     chains: dict[int, Chain] = {}
-    if not isinstance(model, ParallelGPT2) and chain.suits(model.config, model.dtype):
-        chains = {1: CHAIN} | CHAINS  # with weights in 8 bits, too, which are there in 16
+    if chain.suits(model.config, model.dtype):
+        chains = {num: CHAINS[num] for num in sizes if num in CHAINS}
     attends = decode.suits(model)
     if not chains and not attends:
-        return CudaKernels()
+        return CudaKernels()  # there are none for such a model
     capability = torch.cuda.get_device_capability(model.device)
     if capability != (9, 0):
         log.info("no CUDA kernels: they are for Hopper GPUs (9.0), and this is of %d.%d", *capability)
         return CudaKernels()
+    if isinstance(model, ParallelGPT2):
+        log.info("no CUDA kernels: no model that is split over ranks has run with them")
+        return CudaKernels()
     found = torch.cuda.get_device_properties(model.device).multi_processor_count
     if chains and model.cache_dtype != model.dtype:
-        log.info("no CUDA kernels of whole layers, which read no keys in 8 bits: up to 8 streams take longer")
+        most = max(chains)
+        log.info("no CUDA kernels of whole layers, which read no keys in 8 bits: up to %d streams take longer", most)
         chains = {}
     elif chains and found < BLOCKS:
         log.info("no CUDA kernels of whole layers, which are for %d multiprocessors, and here are %d", BLOCKS, found)
         chains = {}
+    if chains and isinstance(model.format, Narrowed):
+        log.info("layers of up to %d streams read weights in 16 bits, by CUDA kernels, not in 8", max(chains))
     try:
         return CudaKernels(
             load_chains(model.config, model.dtype, chains, block_size=block_size, folder=folder),
