@@ -134,7 +134,7 @@ static void await_groups() {
 static uint4 load_words(const void* at) { return *(const uint4*)at; }
 static uint2 load_two_words(const void* at) { return *(const uint2*)at; }
 static uint4 load_words_if(const void* at, bool there) { return there ? *(const uint4*)at : uint4{}; }
-static uint2 load_half_words_if(const void* at, bool there) { return there ? *(const uint2*)at : uint2{}; }
+static uint2 load_two_words_if(const void* at, bool there) { return there ? *(const uint2*)at : uint2{}; }
 static float2 load_pair(const float2* at) { return *at; }
 static float load_float(const float* at) { return *at; }
 

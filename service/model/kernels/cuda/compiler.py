@@ -52,8 +52,11 @@ class Target:
 def compile_all(sources: Sequence[Source], target: Target, *, folder: Path | None) -> list[bytes]:
     """The cubin of each, from `folder` where it is there, which keeps it. Raises CompilerError."""
     nvrtc = _library()
-    with ThreadPoolExecutor(max(1, min(len(sources), os.cpu_count() or 1))) as threads:
-        return list(threads.map(partial(_cubin, nvrtc, target=target, folder=folder), sources))
+    different = list(dict.fromkeys(sources))
+    with ThreadPoolExecutor(max(1, min(len(different), os.cpu_count() or 1))) as threads:
+        made = threads.map(partial(_cubin, nvrtc, target=target, folder=folder), different)
+        cubins = dict(zip(different, made, strict=True))
+    return [cubins[source] for source in sources]
 
 
 def _library() -> Any:

@@ -15,11 +15,11 @@ static_assert(PASSES % 2 == 0 && WARPS >= 2, "passes go in pairs, and a thread p
 typedef unsigned char Kept;
 typedef uint2 Eight;  // eight of a head's columns
 
-__device__ __forceinline__ Eight load_kept_if(const Kept* at, bool there) { return load_half_words_if(at, there); }
+__device__ __forceinline__ Eight load_kept_if(const Kept* at, bool there) { return load_two_words_if(at, there); }
 
 // From the cache, or from what stands `beside` the queries.
 __device__ __forceinline__ Eight load_own(const Kept* cached, const Number* beside, bool from_beside, bool wanted) {
-    if (!from_beside) return load_half_words_if(cached, wanted);
+    if (!from_beside) return load_two_words_if(cached, wanted);
     float v[8];
     unpack(load_words_if(beside, wanted), v);
     unsigned two[4];

@@ -33,12 +33,11 @@ def kernels_for(model: GPT2, sizes: Iterable[int], *, block_size: int, folder: P
 
     `sizes`: how many single tokens steps may have. `folder` keeps the code.
     """
+    if not decode.suits(model):
+        return CudaKernels()  # a chain, too, is of heads that it is for
     chains: dict[int, Chain] = {}
     if chain.suits(model.config, model.dtype):
         chains = {num: CHAINS[num] for num in sizes if num in CHAINS}
-    attends = decode.suits(model)
-    if not chains and not attends:
-        return CudaKernels()  # there are none for such a model
     capability = torch.cuda.get_device_capability(model.device)
     if capability != (9, 0):
         log.info("no CUDA kernels: they are for Hopper GPUs (9.0), and this is of %d.%d", *capability)
@@ -59,9 +58,7 @@ def kernels_for(model: GPT2, sizes: Iterable[int], *, block_size: int, folder: P
     try:
         return CudaKernels(
             load_chains(model.config, model.dtype, chains, block_size=block_size, folder=folder),
-            load_decode(model, (shape for _, shape in CUDA_DECODES), block_size=block_size, folder=folder)
-            if attends
-            else None,
+            load_decode(model, (shape for _, shape in CUDA_DECODES), block_size=block_size, folder=folder),
         )
     except (CompilerError, ImportError, OSError, RuntimeError) as error:  # the last are the driver's
         log.warning("no CUDA kernels, Triton's instead: %s", error)

@@ -111,7 +111,7 @@ __device__ __forceinline__ uint4 load_words_if(const void* at, bool there) {
     return w;
 }
 
-__device__ __forceinline__ uint2 load_half_words_if(const void* at, bool there) {
+__device__ __forceinline__ uint2 load_two_words_if(const void* at, bool there) {
     uint2 w = make_uint2(0, 0);
     asm volatile(
         "{.reg .pred p;\n"
