@@ -29,7 +29,7 @@ from service.model.gpt2 import GPT2
 from service.model.kernels import attention
 from service.model.kernels.cuda.decode import DecodeKernels, load_decode
 from service.model.kernels.cuda.hopper import CudaKernels
-from service.model.kernels.plan import CudaDecode, Plan, Product
+from service.model.kernels.plan import CudaDecode, Library, Plan, Product
 from service.model.kernels.plans import head_for, plan_for
 
 SHAPES = tuple(CudaDecode(warps, passes) for warps in (2, 4, 8) for passes in (2, 4))
@@ -175,7 +175,8 @@ def attend(step: Step, plan: Plan) -> None:
     """The attention of all layers."""
     for number in range(step.model.config.num_layers):
         layer = step.cache.layer(number)
-        step.fused._attend(layer, step.model.attention_scale(number), step.step, plan)
+        scale, whole = step.model.attention_scale(number), isinstance(plan.qkv, Library)
+        step.fused._attend(layer, scale, step.step, plan, whole=whole)
 
 
 @torch.inference_mode()

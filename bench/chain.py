@@ -23,6 +23,7 @@ from service.model.attention import Decodes, LayerCache, PagedAttention
 from service.model.chained import ChainedLayers
 from service.model.gpt2 import GPT2
 from service.model.kernels.cuda.chain import ChainKernels, load_chains, normed_apart
+from service.model.kernels.cuda.head import Ring, load_heads
 from service.model.kernels.cuda.hopper import CudaKernels
 from service.model.kernels.plan import Chain, Plan, Product
 from service.model.kernels.plans import CHAINS, head_for, plan_for
@@ -33,16 +34,11 @@ SHARED_MEMORY = 232448
 NAMES = ("qkv", "attention", "out", "up", "down", "norm")
 # What is tried of a chain, one after the other.
 SPLITS: list[dict[str, Any]] = [
-    {"splits": 0},  # attention by Triton
-    {"splits": 1},
-    {"splits": 2},
-    {"splits": 4},
-    {"splits": 8},
+    *({"splits": splits} for splits in (0, 1, 2, 4, 8)),  # 0: attention by Triton
     {"pdl": False},
-    {"ring": 4},
-    {"ring": 6},
-    {"ring": 8},
+    *({"ring": ring} for ring in (4, 6, 8)),
     {"ring": 8, "splits": 1},
+    *({"warps": 16, "splits": 1, "ring": ring} for ring in (4, 6, 8)),
 ]
 SETTINGS: list[dict[str, Any]] = [
     {"ahead": 2},
@@ -57,17 +53,15 @@ SETTINGS: list[dict[str, Any]] = [
 # Of more than eight tokens, whose splits of a context nothing merges.
 APART: list[dict[str, Any]] = [
     {"splits": 0},
-    {"splits": 1},
     {"pdl": False},
-    {"ring": 4},
-    {"ring": 8},
-    {"out_splits": 1},
-    {"out_splits": 2},
-    {"out_splits": 4},
+    *({"ring": ring} for ring in (4, 8)),
+    {"warps": 16, "ring": 4},
+    *({"out_splits": splits} for splits in (1, 2, 4)),
     {"down_splits": 2},
-    {"resident": 3, "hand": 4},
     {"resident": 4, "hand": 4},
+    {"resident": 3, "hand": 4, "room": 80 * 1024},
 ]
+RINGS = [Ring(), Ring(2, 2), Ring(4, 4), Ring(3, 1), Ring(3, 3)]  # of the head; the first is served
 
 
 def compiled(model: GPT2, num: int, chains: list[Chain], *, bounded: bool = False) -> list[ChainKernels]:
@@ -77,6 +71,11 @@ def compiled(model: GPT2, num: int, chains: list[Chain], *, bounded: bool = Fals
     with tempfile.TemporaryDirectory() as folder:
         place: dict[str, Any] = {"block_size": BLOCK_SIZE, "folder": Path(folder)}
         return [load_chains(model.config, model.dtype, {num: each}, **place, **asked)[num] for each in chains]
+
+
+def cuda_of(model: GPT2, num: int, kernels: ChainKernels, ring: Ring = RINGS[0]) -> CudaKernels:
+    found = torch.cuda.get_device_properties(model.device).multi_processor_count
+    return CudaKernels({num: kernels}, heads=load_heads(model, [num], multiprocessors=found, folder=None, ring=ring))
 
 
 def plan_of(model: GPT2, num: int, chain: Chain | None) -> Plan:
@@ -104,7 +103,7 @@ def layers_of(step: Step) -> ChainedLayers:
 def change(step: Step, kernels: ChainKernels) -> ChainedLayers:
     """The step's chain is of these kernels from now on; what is returned is to be kept as long as its graphs."""
     now, num = layers_of(step), len(step.counts)
-    args = (step.model, step.cache, now.layers, now._weights, kernels, now.buffers, num)
+    args = (step.model, step.cache, now.layers, now._weights, now._biases, kernels, now.buffers, num)
     step.fused._chained[num] = ChainedLayers(*args)
     return step.fused._chained[num]
 
@@ -197,18 +196,22 @@ def check_steps(model: GPT2, num: int, chain: Chain, context: int) -> bool:
     """A whole step by the chain and by Triton, both against plain fp32."""
     exact = gpt2_345m(lambda name, _: _float(model, name), num_layers=model.config.num_layers)
     (kernels,) = compiled(model, num, [chain], bounded=True)
-    step = Step(model, num=num, context=context, prompt=False, cuda=CudaKernels({num: kernels}))
+    step = Step(model, num=num, context=context, prompt=False, cuda=cuda_of(model, num, kernels))
     head = head_of(model, num)
     chained, buffers = layers_of(step), layers_of(step).buffers
     filled = step.cache._cache.clone()
     found = {}
-    for name, plan in (("chain", plan_of(model, num, chain)), ("triton", plan_of(model, num, None))):
+    by_triton = step.tail_of({})
+    for name, plan, tail in (
+        ("chain", plan_of(model, num, chain), step.tail),
+        ("triton", plan_of(model, num, None), by_triton),
+    ):
         for tensor in (buffers.x, buffers.q, buffers.mixed, buffers.inner, buffers.normed, buffers.sums):
             tensor.fill_(torch.nan)
         for tensor in (chained.parts, chained.stats):
             tensor.fill_(torch.nan)
         step.cache._cache.copy_(filled)
-        found[name] = step.run(plan, head).clone()
+        found[name] = step.run(plan, head, tail).clone()
         torch.cuda.synchronize()
     step.cache._cache.copy_(filled)
     step.model = exact
@@ -269,14 +272,20 @@ def compare(model: GPT2, num: int, context: int, changes: list[dict[str, Any]], 
             chains[name], changed[name] = other, each
     made = dict(zip(chains, compiled(model, num, list(chains.values())), strict=True))
     print(f"  {num} tokens at context {context}: {base}", flush=True)
-    step = Step(model, num=num, context=context, prompt=False, cuda=CudaKernels({num: made["chain"]}))
-    graphs = {"triton": captured(partial(step.run, plan_of(model, num, None), head))}
+    step = Step(model, num=num, context=context, prompt=False, cuda=cuda_of(model, num, made["chain"]))
+    by_triton = step.tail_of({})
+    graphs = {
+        "triton": captured(partial(step.run, plan_of(model, num, None), head, by_triton)),
+        "head by Triton": captured(partial(step.run, plan_of(model, num, base), head, by_triton)),
+    }
     kept = []
     for name, chain in chains.items():
         kept.append(change(step, made[name]))
         graphs[name] = captured(partial(step.run, plan_of(model, num, chain), head))
     kept.append(change(step, made["chain"]))
     plan = plan_of(model, num, base)
+    tails = {ring: step.tail_of(cuda_of(model, num, made["chain"], ring).heads) for ring in RINGS[1:]}
+    graphs |= {f"head by {ring}": captured(partial(step.run, plan, head, tail)) for ring, tail in tails.items()}
     body = partial(step.fused.body, step.step, step.tail.sampled, plan)
     graphs["without head and sampling"] = captured(body)
     graphs["layers alone"] = captured(partial(_run, step, plan, ""))
@@ -308,7 +317,7 @@ def feed(model: GPT2, num: int, chain: Chain, num_steps: int) -> bool:
     context = 1024
     head = head_of(model, num)
     (kernels,) = compiled(model, num, [chain])
-    step = Step(model, num=num, context=context, prompt=False, cuda=CudaKernels({num: kernels}))
+    step = Step(model, num=num, context=context, prompt=False, cuda=cuda_of(model, num, kernels))
     given = step.step
     filled = step.cache._cache.clone()
     step.rows.records[:, 0] = torch.tensor(1.0).view(torch.int32)  # temperature
@@ -368,7 +377,8 @@ def main() -> None:
                 for context in (1, 257, 1024):
                     good = good and check_kernels(model, num, chain, context)
                 if num > 1 and number == 0:
-                    good = good and check_kernels(model, num, replace(chain, splits=0), 257)
+                    for other in (replace(chain, splits=0), replace(chain, warps=16, splits=1, ring=4)):
+                        good = good and check_kernels(model, num, other, 257)
                 for context in (256, 1000):
                     good = good and check_steps(model, num, chain, context)
                 print(f"  checked: {good}, {time.perf_counter() - began:.1f} s", flush=True)

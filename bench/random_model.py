@@ -68,10 +68,12 @@ def gpt2_345m(
     *,
     num_layers: int,
     num_heads: int = 16,
+    vocab_size: int = CONFIG_345M.vocab_size,
     weights: Format | None = None,
 ) -> GPT2:
     """The 345M's shape in `num_layers`, of tensors that `make` gives for a name and a shape."""
-    config = replace(CONFIG_345M, num_layers=num_layers, num_heads=num_heads)
+    config = replace(CONFIG_345M, num_layers=num_layers, num_heads=num_heads, vocab_size=vocab_size)
+    config = replace(config, end_of_text_id=vocab_size - 1)
     hidden, inner = config.hidden_size, config.intermediate_size
     shapes: dict[str, tuple[int, ...]] = {
         "token_embedding.weight": (config.vocab_size, hidden),

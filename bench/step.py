@@ -6,7 +6,7 @@ Called by the benchmarks of kernels.
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from service.model.attention import Prefill as PlainPrefill
 from service.model.batch import SAMPLING
 from service.model.fused import FusedGPT2, StepTensors
 from service.model.gpt2 import GPT2
+from service.model.kernels.cuda.head import HeadKernel
 from service.model.kernels.cuda.hopper import CudaKernels
 from service.model.kernels.plan import Plan, Product
 from service.model.tail import RowTensors, Tail
@@ -85,14 +86,20 @@ class Step:
         records[:, 2] = torch.tensor(1.0).view(torch.int32)
         self.rows = RowTensors(ints(starts[1:] - 1), ints([context] * num), records)
         self.fused = FusedGPT2(model, self.cache, max_tokens=max(tokens, 16), block_size=BLOCK_SIZE, pdl=pdl, cuda=cuda)
-        self.tail = Tail(model, max_rows=num, turn=self.step.turn, num_turns=3, pdl=pdl)
+        self.tail = self.tail_of({} if cuda is None else cuda.heads, pdl=pdl)
         self.counts, self.context = counts, context
 
-    def run(self, plan: Plan, head: Product) -> torch.Tensor:
-        self.fused.body(self.step, self.tail.sampled, plan)
+    def tail_of(self, heads: Mapping[int, HeadKernel], *, pdl: bool = True) -> Tail:
+        most = len(self.rows.indices)
+        return Tail(self.model, max_rows=most, turn=self.step.turn, num_turns=3, pdl=pdl, heads=heads)
+
+    def run(self, plan: Plan, head: Product, tail: Tail | None = None) -> torch.Tensor:
+        """The logits, by another `tail` where it is given."""
+        tail = tail or self.tail
+        self.fused.body(self.step, tail.sampled, plan)
         normed = None if plan.fused or self.step.query_starts is not None else self.fused.normed
-        logits = self.tail.logits(self.fused.x, self.rows, head, normed=normed)
-        self.tail.sample(logits, self.rows, head=head)
+        logits = tail.logits(self.fused.x, self.rows, head, normed=normed)
+        tail.sample(logits, self.rows, head=head)
         return logits
 
     def milliseconds(self, plan: Plan, head: Product, *, seconds: float = 0.04) -> float:

@@ -1,6 +1,7 @@
-"""The layers of one token, or two to 32, as a chain of CUDA kernels. Called by model/fused.py.
+"""The layers of a step as a chain of CUDA kernels. Called by model/fused.py.
 
-Five a layer; seven of more than eight tokens: norms are then kernels of their own, which the caller has.
+Five a layer; seven of more than eight tokens: norms are then kernels of their own, which the caller has. Of more than
+32 attention is the caller's, too.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from service.model.attention import KVCache
 from service.model.gpt2 import GPT2, LayerNorm
-from service.model.kernels.cuda.chain import BLOCKS, ChainKernels
+from service.model.kernels.cuda.chain import ChainKernels, packed
 from service.model.matrix import Matrix
 
 Layer = tuple[Matrix, Matrix, Matrix, Matrix]  # qkv, out, up, down
@@ -38,7 +39,7 @@ class Buffers:
 
 
 class ChainedLayers:
-    """The layers of `model` for `num_tokens` single tokens, over `buffers`; rows that fill them up are any numbers."""
+    """The layers of `model` for `num_tokens` tokens, over `buffers`; rows that fill them up are any numbers."""
 
     def __init__(
         self,
@@ -46,18 +47,23 @@ class ChainedLayers:
         cache: KVCache,
         layers: list[Layer],
         weights: list[tuple[Tensor, ...]],
+        biases: list[tuple[Tensor, ...]],
         kernels: ChainKernels,
         buffers: Buffers,
         num_tokens: int,
     ) -> None:
-        """`weights` are those of `layers`, for more tokens than one as `packed` makes them."""
+        """`weights` are those of `layers`, for more tokens than one as `packed` makes them; `biases` are in fp32."""
         config, device = model.config, model.device
         self._model, self._cache, self._kernels = model, cache, kernels
-        self._weights, self._num_tokens = weights, num_tokens
+        self._weights, self._biases, self._num_tokens = weights, biases, num_tokens
         self.layers = layers
-        self._biases = [tuple(matrix.bias.float() for matrix in layer) for layer in layers]
         self.buffers = buffers.of(num_tokens)
-        # Of each split of the context: what it attends to, and of each head's scores the largest and the mass.
+        view = kernels.view or (lambda activations: activations)
+        self._normed, self._mixed, self._inner = map(
+            view, (self.buffers.normed, self.buffers.mixed, self.buffers.inner)
+        )
+        # Of each split of the context: what it attends to, and of each head's scores the largest and the mass. What
+        # rows that fill the step up have there is of a step before; a lone split's `parts` are read as they are.
         shape = num_tokens, kernels.splits
         self.parts = torch.zeros(*shape, config.hidden_size, dtype=model.dtype, device=device)
         self.stats = torch.zeros(*shape, config.num_heads, 2, dtype=torch.float32, device=device)
@@ -90,14 +96,15 @@ class ChainedLayers:
         have none.
         """
         kernels, x, q, inner = self._kernels, self.buffers.x, self.buffers.q, self.buffers.inner
-        grid, heads = (BLOCKS, 1, 1), (self._model.config.num_heads, kernels.splits, self._num_tokens)
+        heads = self._model.config.num_heads, kernels.splits, self._num_tokens
+        grid, out_grid, down_grid = (_grid(kernels, splits) for splits in (1, kernels.out_splits, kernels.down_splits))
         merged = (self.parts, self.stats)
-        mixed = merged if kernels.splits else (self.buffers.mixed, None)
+        mixed = merged if kernels.splits else (self._mixed, None)
         apart = kernels.down_splits > 0
 
         def reads(matrix: Matrix, weight: Tensor, bias: Tensor) -> tuple[Tensor | None, ...]:
             """x, its statistics, weights, bias, those of a norm."""
-            return (self.buffers.normed, None, weight, bias, None, None) if apart else (x, None, weight, *_norm(matrix))
+            return (self._normed, None, weight, bias, None, None) if apart else (x, None, weight, *_norm(matrix))
 
         def adds(bias: Tensor) -> tuple[Tensor | float | None, ...]:
             """Bias, those of a norm; y, where keys and values go; the norm's epsilon."""
@@ -122,40 +129,32 @@ class ChainedLayers:
                 yield "attention", partial(kernels.attention, heads, *cached, *merged, scale, *rows, pdl=pdl)
             else:
                 yield "attention", partial(attend, number)
-            yield "out", partial(kernels.out, _grid(kernels.out_splits), *mixed, w_out, *adds(out_bias), pdl=pdl)
+            yield "out", partial(kernels.out, out_grid, *mixed, w_out, *adds(out_bias), pdl=pdl)
             if apart:
                 assert up.norm is not None
                 yield "norm", partial(norm, kernels.out_splits, out.bias, up.norm)
             given = reads(up, w_up, up_bias)
             yield "up", partial(kernels.up, grid, *given, inner, None, None, None, _epsilon(up), pdl=pdl)
-            yield (
-                "down",
-                partial(kernels.down, _grid(kernels.down_splits), inner, None, w_down, *adds(down_bias), pdl=pdl),
-            )
+            yield "down", partial(kernels.down, down_grid, self._inner, None, w_down, *adds(down_bias), pdl=pdl)
             left = kernels.down_splits, down.bias
 
 
 def chained_layers(
     model: GPT2, cache: KVCache, layers: list[Layer], kernels: Mapping[int, ChainKernels], buffers: Buffers
 ) -> dict[int, ChainedLayers]:
-    """By how many tokens they are for: those of more than one share weights that are packed here."""
+    """By how many tokens they are for: they share biases, and those of more than one weights that are packed here."""
     plain = [tuple(matrix.weight for matrix in layer) for layer in layers]
     tiles = [tuple(map(packed, layer)) for layer in plain] if any(num > 1 for num in kernels) else plain
+    biases = [tuple(matrix.bias.float() for matrix in layer) for layer in layers if kernels]
     return {
-        num: ChainedLayers(model, cache, layers, plain if num == 1 else tiles, each, buffers, num)
+        num: ChainedLayers(model, cache, layers, plain if num == 1 else tiles, biases, each, buffers, num)
         for num, each in kernels.items()
     }
 
 
-def packed(weight: Tensor) -> Tensor:
-    """[N, K] as [N / 8, K / 32] tiles of [8 rows, 32 columns], what few.cu reads."""
-    size, depth = weight.shape
-    return weight.view(size // 8, 8, depth // 32, 32).transpose(1, 2).contiguous()
-
-
-def _grid(splits: int) -> tuple[int, int, int]:
+def _grid(kernels: ChainKernels, splits: int) -> tuple[int, int, int]:
     """Of a product of which so many blocks share a row; 0: as 1."""
-    return BLOCKS // max(splits, 1), max(splits, 1), 1
+    return kernels.blocks // max(splits, 1), max(splits, 1), kernels.token_blocks
 
 
 def _norm(matrix: Matrix) -> tuple[Tensor, Tensor, Tensor]:

@@ -124,7 +124,7 @@ class FusedGPT2:
             plan.decode.splits,
             plan.decode.cuda.splits if plan.decode.cuda else 1,
         )
-        assert num_tokens * max(splits) <= self._most_parts
+        assert num_tokens * max(*splits, chained.left[0] if chained is not None else 0) <= self._most_parts
         norms.embed[(num_tokens,)](
             step.token_ids,
             step.sources,
@@ -164,7 +164,7 @@ class FusedGPT2:
 
     def _chain_inputs(self, step: StepTensors, plan: Plan) -> dict[str, Any]:
         def attend(number: int) -> None:
-            self._attend(self._cache.layer(number), self._model.attention_scale(number), step, plan)
+            self._attend(self._cache.layer(number), self._model.attention_scale(number), step, plan, whole=False)
 
         def norm(splits: int, bias: Tensor | None, of: LayerNorm) -> None:
             self._add_and_norm(len(step.token_ids), splits, bias, of, self._chain(plan), buffer=0)
@@ -187,7 +187,7 @@ class FusedGPT2:
         size: dict[str, Any] = {"num_tokens": len(step.token_ids), "pdl": self._pdl and plan.pdl}
         norm, residual = NORM.value, RESIDUAL.value
         qkv.product(plan.qkv, self.x, self._q, read=norm, put=SCATTER.value, cache=cache, slots=step.slots, **size)
-        self._attend(cache, scale, step, plan)
+        self._attend(cache, scale, step, plan, whole=False)
         if plan.decode.merged or plan.decode.splits == 1:
             out.product(plan.out, self._mixed, self.x, put=residual, **size)
         else:
@@ -202,9 +202,10 @@ class FusedGPT2:
         size: dict[str, Any] = {"num_tokens": num_tokens, "pdl": self._pdl and plan.pdl}
         chain = self._chain(plan)
         layers = self._model.layers
+        whole = isinstance(plan.qkv, Library) and step.query_starts is None
         if isinstance(plan.qkv, Library):
             qkv.product(plan.qkv, self.normed, self._qkv, **size)
-            if step.query_starts is not None:
+            if not whole:
                 norms.write_kv[(num_tokens,)](
                     self._qkv,
                     self._q,
@@ -217,7 +218,7 @@ class FusedGPT2:
                 )
         else:
             qkv.product(plan.qkv, self.normed, self._q, put=SCATTER.value, cache=cache, slots=step.slots, **size)
-        self._attend(cache, scale, step, plan)
+        self._attend(cache, scale, step, plan, whole=whole)
         out.product(plan.out, self._mixed, self._parts, put=PARTIAL.value, **size)
         self._add_and_norm(num_tokens, plan.out.splits, out.bias, layers[number].mlp_norm, chain, buffer=0)
         up.product(plan.up, self.normed, self._inner, put=ACTIVATE.value, **size)
@@ -252,9 +253,10 @@ class FusedGPT2:
                 MOST_ROWS=received.shape[1],
             )
             return
-        norms.add_and_norm[(num_tokens,)](self.x, self._parts, *summed, **shape)
+        norms.add_and_norm[(num_tokens,)](self.x, self._parts, *summed, **shape, num_warps=8)
 
-    def _attend(self, cache: LayerCache, scale: float, step: StepTensors, plan: Plan) -> None:
+    def _attend(self, cache: LayerCache, scale: float, step: StepTensors, plan: Plan, *, whole: bool) -> None:
+        """From `_q` to `_mixed`; `whole`: from `_qkv`, whose keys and values it puts into the cache."""
         config, width = self._model.config, self._model.attention_width
         num_heads = width // config.head_size
         shape = {
@@ -289,7 +291,6 @@ class FusedGPT2:
         splits = plan.decode.splits
         num_rows = min(len(step.token_ids), len(step.lengths))
         together = step.query_starts is not None
-        whole = isinstance(plan.qkv, Library) and not together
         stride = (3 if whole else 1) * width
         if self._decode is not None and plan.decode.cuda is not None:
             self._decode(

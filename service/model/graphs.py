@@ -24,7 +24,7 @@ from service.model.gpt2 import GPT2
 from service.model.inputs import NUM_TURNS, AskedInputs, Shape, StepInputs
 from service.model.kernels.cuda.hopper import CudaKernels
 from service.model.kernels.plan import Plan, Product
-from service.model.kernels.plans import CHAINS, head_for, plan_for
+from service.model.kernels.plans import CHAINS, WIDES, head_for, plan_for
 from service.model.logprobs import logprob_words, unpack_logprobs
 from service.model.parallel import ParallelGPT2
 from service.model.runner import to_host, translate
@@ -76,11 +76,11 @@ def _sizes(ladder: tuple[int, ...], most: int) -> list[int]:
 def decode_sizes(max_num_seqs: int, max_num_batched_tokens: int) -> list[int]:
     """How many single tokens the bodies of steps without prompts are for.
 
-    The most are rounded up to a size that kernels may be had for, which are for these alone.
+    The most are rounded up to a size that CUDA kernels may be had for, which are for whole sizes.
     """
     assert max_num_seqs <= max_num_batched_tokens
     *below, most = _sizes(_DECODE_TOKENS, max_num_seqs)
-    top = next((size for size in CHAINS if size >= most), most)
+    top = next((size for size in (*CHAINS, *WIDES) if size >= most), most)
     return [*below, top if top <= max_num_batched_tokens else most]
 
 
@@ -97,7 +97,7 @@ class GraphRunner:
         max_num_batched_tokens: int,
         cuda: CudaKernels | None = None,
     ) -> None:
-        """Steps can be launched once `capture` has been called. `cuda` as in FusedGPT2."""
+        """Steps can be launched once `capture` has been called. `cuda` as in FusedGPT2, and for heads."""
         config, device = model.config, model.device
         self.num_blocks = num_blocks
         self.depth = 1
@@ -124,7 +124,8 @@ class GraphRunner:
             no_slot=num_blocks * block_size,
             device=device,
         )
-        self._tail = Tail(model, max_rows=max_rows, turn=self._inputs.turn, num_turns=NUM_TURNS, pdl=pdl)
+        heads = None if cuda is None else cuda.heads
+        self._tail = Tail(model, max_rows=max_rows, turn=self._inputs.turn, num_turns=NUM_TURNS, pdl=pdl, heads=heads)
         self._turn = 0  # of the next step, as `turn` on the device
         self._asked = AskedInputs(
             max_rows=max_num_seqs, vocab_size=config.vocab_size, context_length=config.context_length, device=device

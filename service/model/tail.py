@@ -1,5 +1,6 @@
 """From the residual stream to tokens: final norm, head, sampling, log-probabilities. Called by model/graphs.py."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +9,8 @@ from torch import Tensor
 from service.model.batch import SAMPLING_WORDS
 from service.model.gpt2 import GPT2, whole_tiles
 from service.model.kernels import adjusting, norms, peers, products, sampling
+from service.model.kernels.cuda.chain import packed
+from service.model.kernels.cuda.head import CHUNK, HeadKernel
 from service.model.kernels.plan import Product, Vector, power_of_two
 from service.model.matrix import Matrix
 from service.model.parallel import ParallelGPT2
@@ -44,8 +47,17 @@ class RowTensors:
 class Tail:
     """The head of `model` over buffers for `max_rows` rows; the tokens stay in `sampled`, -1 where there is none."""
 
-    def __init__(self, model: GPT2, *, max_rows: int, turn: Tensor, num_turns: int, pdl: bool) -> None:
-        """`turn` [1] counts steps, modulo `num_turns`."""
+    def __init__(
+        self,
+        model: GPT2,
+        *,
+        max_rows: int,
+        turn: Tensor,
+        num_turns: int,
+        pdl: bool,
+        heads: Mapping[int, HeadKernel] | None = None,
+    ) -> None:
+        """`turn` [1] counts steps, modulo `num_turns`. `heads` were made for `model`, by how many rows they are for."""
         self._model = model
         self._chain = {"PDL": pdl, "launch_pdl": pdl}
         config, device = model.config, model.device
@@ -61,8 +73,13 @@ class Tail:
         self._logits = self._own if self._peers is None else self._peers.logits.own
         self._adjusted = torch.zeros_like(self._logits)
         self._finite = torch.ones(max_rows, dtype=torch.int32, device=device)
+        # In place of whatever product is asked for; they read tiles.
+        self._heads = {num: kernel for num, kernel in (heads or {}).items() if num <= max_rows}
+        assert self._peers is None or not self._heads
+        self._packed = packed(head) if self._heads else head
         # Of each chunk of a row's logits: the largest, its id, what it weighs. A lone row may have small chunks.
         size = max(max_rows * -(-config.vocab_size // _CHUNK), len(head))
+        size = max(size, max(self._heads, default=0) * -(-config.vocab_size // CHUNK))
         self._scanned = tuple(
             torch.zeros(size, dtype=dtype, device=device) for dtype in (torch.float32, torch.int32, torch.float32)
         )
@@ -72,15 +89,29 @@ class Tail:
         self.sampled = torch.zeros(max_rows, dtype=torch.int32, device=device)
 
     def logits(self, x: Tensor, rows: RowTensors, head: Product, *, normed: Tensor | None = None) -> Tensor:
-        """fp32 [R, V] of the rows' tokens in the residual stream x; of a whole model a Vector has scanned them, too.
+        """fp32 [R, V] of the rows' tokens in the residual stream x, scanned where `_chunk` says so.
 
         `normed` [T, H] is the final norm of x, where it is there and the rows are the step's tokens in their order:
         then the layers have just made it, and nothing else has been gathered since.
         """
         config, num_rows = self._model.config, len(rows.indices)
         hidden, norm = config.hidden_size, self._model.final_norm
-        if self._scans(head):
-            assert isinstance(head, Vector)
+        if num_rows in self._heads:
+            if num_rows > 1:
+                x = self._norm(x, rows) if normed is None else normed
+            self._heads[num_rows](
+                x,
+                rows.indices,
+                norm,
+                self._packed,
+                self._logits,
+                rows.records,
+                rows.positions,
+                self._scanned,
+                end_of_text_id=config.end_of_text_id,
+                pdl=self._chain["PDL"],
+            )
+        elif isinstance(head, Vector) and self._peers is None:
             size = len(self._head.weight)
             products.vector_logits[(size // head.block_n,)](
                 x,
@@ -106,26 +137,33 @@ class Tail:
         else:
             follows = normed is not None
             if normed is None:
-                normed = self._normed
-                norms.gather_and_norm[(num_rows,)](
-                    x,
-                    rows.indices,
-                    norm.weight,
-                    norm.bias,
-                    normed,
-                    norm.epsilon,
-                    H=hidden,
-                    WIDTH=power_of_two(hidden),
-                    **self._chain,
-                )
+                normed = self._norm(x, rows)
             self._head.product(head, normed, self._own, num_tokens=num_rows, pdl=self._chain["PDL"])
             if self._peers is not None:
                 self._gather(self._peers, num_rows, follows=follows)
         return self._logits[:num_rows, : config.vocab_size]
 
-    def _scans(self, head: Product | None) -> bool:
-        """Whether it looks at logits as it makes them, which takes all of a row's."""
-        return isinstance(head, Vector) and self._peers is None
+    def _norm(self, x: Tensor, rows: RowTensors) -> Tensor:
+        """The final norm [R, H] of the rows' tokens, in a buffer that may be longer."""
+        norm, hidden = self._model.final_norm, self._model.config.hidden_size
+        norms.gather_and_norm[(len(rows.indices),)](
+            x,
+            rows.indices,
+            norm.weight,
+            norm.bias,
+            self._normed,
+            norm.epsilon,
+            H=hidden,
+            WIDTH=power_of_two(hidden),
+            **self._chain,
+        )
+        return self._normed
+
+    def _chunk(self, head: Product, num_rows: int) -> int | None:
+        """Ids of which it takes a first look at once as it makes their logits, if it has all of a row's."""
+        if num_rows in self._heads:
+            return CHUNK
+        return head.block_n if isinstance(head, Vector) and self._peers is None else None
 
     def _gather(self, ranks: Peers, num_rows: int, *, follows: bool) -> None:
         """Put the rows of `_own` into the logits of all ranks, and wait for theirs.
@@ -159,8 +197,8 @@ class Tail:
         The rows of `logits` are as far apart as in the buffer; `adjusted`: some are -inf.
         """
         config, num_rows = self._model.config, len(rows.indices)
-        scanned = self._scans(head)
-        chunk = head.block_n if isinstance(head, Vector) and scanned else _CHUNK
+        scanned = None if head is None else self._chunk(head, num_rows)
+        chunk = scanned or _CHUNK
         num_chunks = -(-config.vocab_size // chunk)
         shape = {
             "V": config.vocab_size,
@@ -170,7 +208,7 @@ class Tail:
             "WORDS": SAMPLING_WORDS,
             **self._chain,
         }
-        if not scanned:
+        if scanned is None:
             sampling.scan_logits[(num_chunks, num_rows)](
                 logits,
                 rows.records,

@@ -1,4 +1,4 @@
-"""One to 32 tokens by the CUDA kernels, as the runner uses them, against plain operators: on a Hopper GPU."""
+"""One to 128 tokens by the CUDA kernels, as the runner uses them, against plain operators: on a Hopper GPU."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import torch
 
 from service.model.graphs import GraphRunner, decode_sizes
 from service.model.kernels.cuda.hopper import kernels_for
-from service.model.kernels.plans import CHAINS
+from service.model.kernels.plans import CHAINS, WIDES
 from tests.model.batches import BLOCK_SIZE, MOST_BLOCKS, Part, make_batch
 from tests.model.test_gpu_kernels import PlainRunner, check_step, random_models, score_all
 
@@ -33,6 +33,7 @@ def runners(
     sizes = decode_sizes(most, MOST_TOKENS)
     cuda = kernels_for(model, sizes, block_size=BLOCK_SIZE, folder=folder)
     assert list(cuda.chains) == sizes
+    assert list(cuda.heads) == [size for size in sizes if size in CHAINS]
     kernels = GraphRunner(
         model,
         num_blocks=num_blocks,
@@ -66,7 +67,9 @@ def test_a_lone_token_of_any_length(dtype: torch.dtype, sharper: float, toleranc
 
 
 @KINDS
-@pytest.mark.parametrize(("most", "counts"), [(8, (8, 5, 4, 3, 2, 1)), (27, (27, 24, 20, 16, 9))])
+@pytest.mark.parametrize(
+    ("most", "counts"), [(8, (8, 5, 4, 3, 2, 1)), (27, (27, 24, 20, 16, 9)), (128, (128, 100, 75, 60, 40))]
+)
 def test_few_tokens_of_any_lengths(
     dtype: torch.dtype, sharper: float, tolerance: float, most: int, counts: tuple[int, ...], tmp_path: Path
 ) -> None:
@@ -83,7 +86,7 @@ def test_few_tokens_of_any_lengths(
             check_step(kernels, plain, score_all(Part(tokens, place=place)), tolerance=tolerance)
     for count in counts:
         for first in sorted({0, most - count}):
-            for _ in range(3 if count in CHAINS else 1):
+            for _ in range(3 if count in (*CHAINS, *WIDES) else 1):
                 parts = []
                 for number in range(first, first + count):
                     contexts[number].append(int(random.integers(vocab_size)))
@@ -91,3 +94,28 @@ def test_few_tokens_of_any_lengths(
                     parts.append(Part(list(tokens), start=len(tokens) - 1, place=places[number]))
                 parts.sort(key=lambda part: part.start)
                 check_step(kernels, plain, make_batch(*parts), tolerance=tolerance)
+
+
+@KINDS
+def test_prompts_beside_single_tokens(dtype: torch.dtype, sharper: float, tolerance: float, tmp_path: Path) -> None:
+    """In one step of 64 tokens: whole prompts, and the rest of one."""
+    most = 64
+    places = [PLACES * number for number in range(most)]
+    num_blocks = PLACES * MOST_BLOCKS * most
+    kernels, plain = runners(dtype, sharper=sharper, folder=tmp_path, num_blocks=num_blocks, most=most)
+    vocab_size = kernels.model.config.vocab_size
+    random = np.random.default_rng(8)
+    contexts = [random.integers(vocab_size, size=length).tolist() for length in range(2, 162, 4)]
+    for tokens, place in zip(contexts, places, strict=False):
+        check_step(kernels, plain, score_all(Part(tokens, place=place)), tolerance=tolerance)
+    for single, *prompts in ((40, (20, 0)), (40, (9, 0), (15, 0)), (1, (60, 0)), (30, (90, 60))):
+        parts = []
+        for number in range(single):
+            contexts[number].append(int(random.integers(vocab_size)))
+            parts.append(Part(list(contexts[number]), start=len(contexts[number]) - 1, place=places[number]))
+        for place, (size, start) in zip(reversed(places), prompts, strict=False):
+            tokens = random.integers(vocab_size, size=size).tolist()
+            if start:
+                check_step(kernels, plain, score_all(Part(tokens[:start], place=place)), tolerance=tolerance)
+            parts.append(Part(tokens, start=start, place=place))
+        check_step(kernels, plain, make_batch(*parts), tolerance=tolerance)

@@ -83,6 +83,7 @@ class Chain:
     """The layers of one to 32 tokens by the CUDA kernels (kernels/cuda/chain.py)."""
 
     splits: int  # of the context; 0, of two tokens or more: attention is the plan's; of more than eight tokens 0 or 1
+    warps: int = 8  # of a block of attention: a pass is of four tokens each
     ring: int = 0  # passes of keys and values that shared memory has room for; 0: they are in registers
     # Only of two tokens or more, but for `pdl`.
     pieces: int = 4  # that a block's rows of a matrix are copied in
@@ -97,6 +98,21 @@ class Chain:
 
 
 @dataclass(frozen=True, slots=True)
+class Wide:
+    """The products of a layer of 33 tokens or more by a CUDA kernel of warpgroups (kernels/cuda/wide.cu)."""
+
+    blocks: int = 128  # that share the rows of a matrix
+    groups: int = 1  # of 64 tokens in a block
+    step: int = 128  # columns of activations in a stage
+    stages: int = 5  # of a warpgroup's ring
+    ahead: int = 2  # copies of a block's rows under way at once; no more than there are
+    # Of K in `out` and `down`, whose sums a kernel of its own adds up and norms.
+    out_splits: int = 4
+    down_splits: int = 4
+    pdl: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """A step's layers. `qkv`, `out`, `up` and `down` are all Vector, or none is."""
 
@@ -108,7 +124,7 @@ class Plan:
     prefill: Prefill = Prefill(64, 64, 4, 2)
     pdl: bool = True
     split: bool = False  # over ranks, which sum between a product and the residual stream
-    chain: Chain | None = None  # in place of the others, where its kernels can be had
+    chain: Chain | Wide | None = None  # in place of the others, where its kernels can be had
 
     @property
     def fused(self) -> bool:

@@ -14,21 +14,24 @@ from service.model.kernels.plan import (
     Product,
     Tiled,
     Vector,
+    Wide,
     whole_tile,
 )
 
 # Of a body of so many single tokens (bench/chain.py; 24 is taken as 32). For more than one weights are packed, 0.6 GB
-# more of the 345M's.
+# more of the 345M's; for the head of up to 32 rows another 0.1.
 _ROOM = 72 * 1024
 CHAINS = {
     1: Chain(splits=4),
-    2: Chain(splits=2, resident=3, room=_ROOM),
-    4: Chain(splits=4, resident=3, room=_ROOM),
-    8: Chain(splits=2, resident=3, room=_ROOM),
-    16: Chain(splits=1, resident=3, out_splits=4),
-    24: Chain(splits=1, resident=2, out_splits=4),
-    32: Chain(splits=1, resident=2, out_splits=4),
+    2: Chain(splits=2, resident=3, hand=4, room=_ROOM),
+    4: Chain(splits=1, warps=16, ring=6, resident=3, hand=4, room=_ROOM),
+    8: Chain(splits=1, warps=16, ring=6, resident=3, hand=4, room=_ROOM),
+    16: Chain(splits=1, ring=8, resident=3, hand=4, out_splits=4),
+    24: Chain(splits=1, ring=4, resident=3, hand=4, out_splits=4),
+    32: Chain(splits=1, ring=4, resident=3, hand=4, out_splits=4),
 }
+# The same of more (bench/wide.py; 48 is taken as 64).
+WIDES = {48: Wide(), 64: Wide(), 96: Wide(blocks=64), 128: Wide(groups=2, step=256, stages=2)}
 # Attention of up to so many single tokens (bench/attention.py); a step that has prompts, too, counts as a third of its
 # tokens, as under a steady load. The kernels are compiled as the engine starts, one for each pair of warps and passes.
 CUDA_DECODES = (
@@ -129,7 +132,7 @@ def plan_for(
     else:
         plan = next((plan for most, plan in _BY_SIZE if num_tokens <= most), _MORE)
     if decodes_only and dtype != torch.float32:
-        plan = replace(plan, chain=CHAINS.get(num_tokens))
+        plan = replace(plan, chain=CHAINS.get(num_tokens) or WIDES.get(num_tokens))
     if split:
         plan = replace(plan, split=True, decode=replace(plan.decode, merged=True))
     if not plan.fused and dtype != torch.float32:

@@ -18,6 +18,7 @@
 #define __device__ static
 #define __forceinline__ inline
 #define __shared__ static
+#define __grid_constant__
 #define __launch_bounds__(...)
 #define __align__(bytes) __attribute__((aligned(bytes)))
 
@@ -73,9 +74,7 @@ typedef unsigned short Number;
 typedef unsigned long long Barrier;  // counts the copies that have arrived
 
 struct Copy {
-    unsigned char* to;
-    const unsigned char* from;
-    unsigned bytes;
+    std::function<void()> make;
     Barrier* barrier;
 };
 
@@ -95,12 +94,12 @@ static void wait_predecessor() {
         for (auto& each : late) memcpy(each.seen, each.written, each.bytes);
     waited = true;
 }
-static unsigned char* dynamic_shared() { return tile.data(); }
+static unsigned char* dynamic_shared() { return (unsigned char*)(((uintptr_t)tile.data() + 1023) / 1024 * 1024); }
 static void init_barrier(Barrier* barrier) { *barrier = 0; }
 static void fence_barriers() {}
 static void ask(void* to, const void* from, unsigned bytes, Barrier* barrier) {
     if (bytes % 16 || (uintptr_t)from % 16) stuck = true;
-    copies.push_back({(unsigned char*)to, (const unsigned char*)from, bytes, barrier});
+    copies.push_back({[=] { memcpy(to, from, bytes); }, barrier});
 }
 static void await(Barrier* barrier, unsigned parity) {
     while (*barrier % 2 == parity) change_over();
@@ -110,7 +109,7 @@ static void await(Barrier* barrier, unsigned parity) {
 static void arrive_one() {
     const Copy copy = copies.back();
     copies.pop_back();
-    memcpy(copy.to, copy.from, copy.bytes);
+    copy.make();
     ++*copy.barrier;
     idle = 0;
 }
@@ -224,6 +223,85 @@ static void multiply(
     }
 }
 
+// What is read there is read when the product begins, and again when it is waited for: it must not have changed.
+struct Tiles {
+    const unsigned char* at;
+    unsigned pitch, across;
+};
+struct Product {
+    std::function<void(float (*)[4])> add;
+    float (*sums)[4];
+    std::vector<float> first;
+};
+static std::vector<std::vector<std::vector<Product>>> begun;  // by thread, groups of which the last is open
+static std::vector<Meeting> warpgroup_meetings;
+template <int ACROSS>
+static Tiles tiles_at(const void* at, unsigned pitch) {
+    return {(const unsigned char*)at, pitch, ACROSS};
+}
+static Tiles further(Tiles tiles, unsigned bytes) { return {tiles.at + bytes, tiles.pitch, tiles.across}; }
+static unsigned two_of(Tiles tiles, int row, int k) {
+    const uintptr_t at = (uintptr_t)tiles.at + row / 8 * tiles.pitch + row % 8 * tiles.across + k * 2;
+    return *(const unsigned*)(at ^ (at >> 7) % (tiles.across / 16) << 4);
+}
+// Made by emulating.py.
+struct Tiled {
+    const Number* at;
+    int rows, columns, beside;
+};
+static void expect_tiled(const Tiled*) {}
+static void ask_tiles(void* to, const Tiled* matrix, int row, int tile, unsigned bytes, Barrier* barrier) {
+    const Tiled from = *matrix;
+    if (bytes != 64 * 128 * from.beside || (uintptr_t)to % 1024) stuck = true;
+    std::vector<uint4> pieces;  // as they are now: whoever asks must have waited for them
+    for (int i = 0; i < 64 * 8 * from.beside; ++i) {
+        const int at = row + i / 8 % 64, column = (tile + i / 512) * 64 + i % 8 * 8;
+        pieces.push_back(at < from.rows ? *(const uint4*)(from.at + (size_t)at * from.columns + column) : uint4{});
+    }
+    const auto make = [=] {
+        for (size_t i = 0; i < pieces.size(); ++i)
+            memcpy((unsigned char*)to + (i ^ i / 8 % 8) * 16, &pieces[i], 16);
+    };
+    copies.push_back({make, barrier});
+}
+static void meet_warpgroup(int number) { meet(warpgroup_meetings[number], 128); }
+static void begin_products() {}
+static void close_products() { begun[current].emplace_back(); }
+template <int LATER, int EIGHTHS>
+static void await_products(float (&)[EIGHTHS][4]) {
+    auto& groups = begun[current];
+    for (; groups.size() > LATER + 1; groups.erase(groups.begin())) {
+        for (const auto& each : groups.front()) {
+            std::vector<float> again(each.first.size());
+            each.add((float (*)[4])again.data());
+            if (memcmp(again.data(), each.first.data(), 4 * again.size())) stuck = true;
+            for (size_t i = 0; i < again.size(); ++i) each.sums[i / 4][i % 4] += again[i];
+        }
+    }
+}
+template <int EIGHTHS>
+static void multiply_tiles(float (&sums)[EIGHTHS][4], Tiles a, Tiles b) {
+    const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+    Product product = {
+        [=](float (*to)[4]) {
+            float left[2][16];
+            for (int i = 0; i < 32; i += 2) {
+                const unsigned two = two_of(a, warp * 16 + i / 16 * 8 + lane / 4, i % 16);
+                left[i / 16][i % 16] = low(two), left[i / 16][i % 16 + 1] = high(two);
+            }
+            for (int j = 0; j < 2 * EIGHTHS; ++j) {
+                for (int k = 0; k < 16; k += 2) {
+                    const unsigned two = two_of(b, j / 2 * 8 + lane % 4 * 2 + j % 2, k);
+                    for (int half = 0; half < 2; ++half)
+                        to[j / 2][half * 2 + j % 2] += left[half][k] * low(two) + left[half][k + 1] * high(two);
+                }
+            }
+        },
+        sums, std::vector<float>(4 * EIGHTHS)};
+    product.add((float (*)[4])product.first.data());
+    begun[current].back().push_back(std::move(product));
+}
+
 // --- A launch
 
 // 0; or 1 where threads wait for what never comes, or a copy is not of whole 16 bytes.
@@ -240,7 +318,9 @@ static int launch(int grid_x, int grid_y, int grid_z, int count, int shared, std
         warp_meetings = std::vector<Meeting>(count / 32);
         given[0] = given[1] = std::vector<Words>(count);
         asked.assign(count, {{}});
-        tile = std::vector<unsigned char>(shared + 1, 0xff);  // no numbers
+        begun.assign(count, {{}});
+        warpgroup_meetings = std::vector<Meeting>((count + 127) / 128);
+        tile = std::vector<unsigned char>(shared + 1024, 0xff);  // no numbers
         for (auto& each : late) memset(each.seen, 0xff, each.bytes);
         waited = false;
         for (int i = 0; i < count; ++i) {

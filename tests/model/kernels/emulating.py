@@ -59,7 +59,19 @@ def built(source: Source, folder: Path, header: Path) -> Run:
     return run
 
 
-def _value(argument: Tensor | float | None) -> Any:
+class Tiled(ctypes.Structure):
+    """What launch.py's tiled_map gives a kernel, for emulated.h."""
+
+    _fields_ = (("at", ctypes.c_void_p), ("rows", ctypes.c_int), ("columns", ctypes.c_int), ("beside", ctypes.c_int))
+
+
+def tiled(matrix: Tensor, step: int) -> Tiled:
+    return Tiled(matrix.data_ptr(), *matrix.shape, step // 64)
+
+
+def _value(argument: Tensor | Tiled | float | None) -> Any:
+    if isinstance(argument, Tiled):
+        return argument
     if isinstance(argument, float):
         return ctypes.c_float(argument)
     if isinstance(argument, int):

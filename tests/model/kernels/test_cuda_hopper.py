@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from bench.random_model import gpt2_345m
-from service.model.formats import Narrowed, Plain
+from service.model.formats import Narrow, Narrowed, Plain
 from service.model.gpt2 import GPT2
 from service.model.graphs import decode_sizes
 from service.model.kernels.cuda import compiler
 from service.model.kernels.cuda.compiler import CompilerError
 from service.model.kernels.cuda.hopper import CudaKernels, kernels_for
-from service.model.kernels.plans import CHAINS, CUDA_DECODES
+from service.model.kernels.plans import CHAINS, CUDA_DECODES, WIDES
 from service.model.parallel import ParallelGPT2
 
 BF16 = torch.bfloat16
@@ -43,7 +43,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
     monkeypatch.setattr(compiler, "_library", SimpleNamespace)
     monkeypatch.setattr(compiler, "_compiled", compiled)
-    driver = SimpleNamespace(Kernel=lambda code, name, **_: name, driver_version=lambda: 13000)
+    driver = SimpleNamespace(
+        Kernel=lambda code, name, **_: name, driver_version=lambda: 13000, tiled_map=lambda *_, **__: None
+    )
     monkeypatch.setitem(sys.modules, "service.model.kernels.cuda.launch", driver)
     return gpu
 
@@ -54,14 +56,17 @@ def decodes_of(found: CudaKernels) -> list[tuple[int, int]]:
 
 
 SIZES = decode_sizes(256, 2048)
+ALL = [*CHAINS, *WIDES]
 SHAPES = list(dict.fromkeys((shape.warps, shape.passes) for _, shape in CUDA_DECODES))
 
 
 def test_a_model_of_the_345ms_shape_gets_all(gpu: SimpleNamespace, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(INFO):
         found = kernels_for(model_of(), SIZES, block_size=16, folder=None)
-    assert list(CHAINS) == list(found.chains)
-    assert all("attention" == kernels.attention for kernels in found.chains.values())
+    assert list(found.chains) == ALL
+    assert list(found.heads) == list(CHAINS)
+    assert {("head", 131)} == {(head.kernel, head.num_blocks) for head in found.heads.values()}
+    assert all("attention" == found.chains[num].attention for num in CHAINS)
     assert SHAPES == decodes_of(found)
     assert not caplog.records
 
@@ -73,7 +78,8 @@ def test_a_model_of_the_345ms_shape_gets_all(gpu: SimpleNamespace, caplog: pytes
         (3, 2048, [1, 2, 4]),
         (12, 16, [1, 2, 4, 8, 16]),
         (20, 20, [1, 2, 4, 8, 16]),
-        (300, 2048, list(CHAINS)),
+        (100, 2048, ALL),
+        (300, 2048, ALL),
     ],
 )
 def test_only_sizes_that_steps_have_are_loaded(
@@ -81,9 +87,11 @@ def test_only_sizes_that_steps_have_are_loaded(
 ) -> None:
     """The most sequences are rounded up to the next one, where a step may have so many tokens."""
     sizes = decode_sizes(max_num_seqs, max_num_batched_tokens)
-    assert chains == list(kernels_for(model_of(), sizes, block_size=16, folder=None).chains)
+    found = kernels_for(model_of(), sizes, block_size=16, folder=None)
+    assert chains == list(found.chains)
+    assert list(found.heads) == [num for num in chains if num in CHAINS]
     assert max_num_seqs <= sizes[-1] <= max_num_batched_tokens
-    assert set(CHAINS) <= set(decode_sizes(256, 2048))
+    assert set(ALL) <= set(decode_sizes(256, 2048))
 
 
 def test_weights_in_8_bits_are_told_of_when_kernels_read_others(
@@ -93,19 +101,20 @@ def test_weights_in_8_bits_are_told_of_when_kernels_read_others(
     model.format = Narrowed("int8", torch.int8, BF16)
     with caplog.at_level(INFO):
         assert kernels_for(model, SIZES, block_size=16, folder=None).chains
-    assert "layers of up to 32 streams read weights in 16 bits" in caplog.text
+    assert "layers of up to 128 streams read weights in 16 bits" in caplog.text
 
 
 @pytest.mark.parametrize(
-    ("cache_dtype", "multi_processor_count", "said"),
+    ("cache_dtype", "multi_processor_count", "num_blocks", "said"),
     [
-        (FP8, 132, "no CUDA kernels of whole layers, which read no keys in 8 bits: up to 32 streams take longer"),
-        (None, 114, "no CUDA kernels of whole layers, which are for 128 multiprocessors, and here are 114"),
+        (FP8, 132, 131, "no CUDA kernels of layers, which read no keys in 8 bits: up to 128 streams take longer"),
+        (None, 114, 99, "no CUDA kernels of layers, which are for 128 multiprocessors, and here are 114"),
     ],
 )
-def test_keys_in_8_bits_and_few_multiprocessors_leave_attention(
+def test_keys_in_8_bits_and_few_multiprocessors_leave_attention_and_the_head(
     cache_dtype: torch.dtype | None,
     multi_processor_count: int,
+    num_blocks: int,
     said: str,
     gpu: SimpleNamespace,
     caplog: pytest.LogCaptureFixture,
@@ -115,7 +124,19 @@ def test_keys_in_8_bits_and_few_multiprocessors_leave_attention(
         found = kernels_for(model_of(cache_dtype=cache_dtype), SIZES, block_size=16, folder=None)
     assert not found.chains
     assert SHAPES == decodes_of(found)
+    assert list(CHAINS) == list(found.heads)
+    assert {num_blocks} == {head.num_blocks for head in found.heads.values()}
     assert [(INFO, said)] == [(record.levelno, record.getMessage()) for record in caplog.records]
+
+
+def test_a_head_in_8_bits_stays_tritons(gpu: SimpleNamespace) -> None:
+    """Which reads half the bytes."""
+    model = model_of()
+    assert model.padded_head is not None
+    model.padded_head = replace(model.padded_head, narrow=Narrow(torch.empty(1, dtype=FP8), torch.empty(1)))
+    found = kernels_for(model, SIZES, block_size=16, folder=None)
+    assert found.chains
+    assert not found.heads
 
 
 def test_another_shape_with_heads_of_64_gets_attention(gpu: SimpleNamespace, caplog: pytest.LogCaptureFixture) -> None:
@@ -125,6 +146,7 @@ def test_another_shape_with_heads_of_64_gets_attention(gpu: SimpleNamespace, cap
     with caplog.at_level(INFO):
         found = kernels_for(model, SIZES, block_size=16, folder=None)
     assert not found.chains
+    assert not found.heads
     assert SHAPES == decodes_of(found)
     assert not caplog.records
 

@@ -1,7 +1,8 @@
 // A token's attention over a paged cache [slots, HEADS, 64], its own key and value among them: a block for each of
 // HEADS heads, SPLITS splits of the context and, with MANY, tokens: of `num_rows` sequences, with tables of `width`.
-// Eight lanes share a token's key, and each such group keeps a softmax of its own until the end; the first four passes
-// of keys and values (BLOCK tokens each) are asked for before the wait. Scores are in powers of two.
+// Eight lanes share a token's key, and each such group keeps a softmax of its own until the end; the first passes of
+// keys and values (AT_ONCE tokens each), four or RING, are asked for before the wait. Scores are in powers of two. What
+// a split attends to is divided by its mass: of one split that is all, else who reads it merges them by `stats`.
 
 constexpr int BLOCK = 2 * AT_ONCE;  // tokens of one pair of passes
 
@@ -77,7 +78,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention(
         for (int i = 0; i < 2; ++i) {
             const int token = start + number * BLOCK + i * AT_ONCE + group;
             if (token < end) {
-                const size_t at = (size_t)(table[token / BLOCK_SIZE] * BLOCK_SIZE + token % BLOCK_SIZE) * (HEADS * HEAD);
+                const int slot = table[token / BLOCK_SIZE] * BLOCK_SIZE + token % BLOCK_SIZE;
+                const size_t at = (size_t)slot * (HEADS * HEAD);
                 ask_words(to + 2 * i * THREADS, keys + at + column);
                 ask_words(to + (2 * i + 1) * THREADS, values + at + column);
             }
@@ -92,7 +94,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention(
     if (start + BLOCK < end) odd = load(keys, values, table, start + BLOCK, end, group, column);
 #endif
     const bool newest = split == 0 && warp == 0;
-    const size_t own = ((size_t)table[cached / BLOCK_SIZE] * BLOCK_SIZE + cached % BLOCK_SIZE) * (HEADS * HEAD) + column;
+    const size_t own_slot = (size_t)table[cached / BLOCK_SIZE] * BLOCK_SIZE + cached % BLOCK_SIZE;
+    const size_t own = own_slot * (HEADS * HEAD) + column;
     wait_predecessor();
 
     const uint4 asked = load_words(q + column);

@@ -46,7 +46,7 @@ __device__ __forceinline__ int slot_of(const int* table, int token) {
     return table[(unsigned)token / BLOCK_SIZE] * BLOCK_SIZE + (unsigned)token % BLOCK_SIZE;
 }
 
-// Tokens `start` + group and AT_ONCE further on; zeros past `end`. All slots first: what asks for memory stays in order.
+// Tokens `start` + group and AT_ONCE further on; zeros past `end`. All slots first: what asks for memory is in order.
 template <int COUNT>
 __device__ __forceinline__ void load(
     Pair* pairs, const Kept* keys, const Kept* values, const int* table, int start, int end, int column) {

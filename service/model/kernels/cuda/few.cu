@@ -3,11 +3,12 @@
 // the matrix by 8 columns, which are tokens; or, of up to four, what the served dtype holds of their numbers and what
 // that leaves of them.
 //
-// The matrix is packed, [N / 8][PARTS * K / 32] tiles of [8 rows][32 columns]: a lane's operand is the 16 bytes of its
-// number, and of activations the same 8 columns. That their order in K is another than the tensor cores' does not show
-// in a sum. READ and PUT are those of product.cu, each for TOKENS tokens: x [TOKENS, PARTS * K], y [TOKENS, N], of 2 in
-// READ x [TOKENS, SPLITS, K] and stats [TOKENS, SPLITS, K / 64], and a slot each. Of more than eight tokens READ is 0,
-// and PUT may be 3: y [PARTS, TOKENS, N] fp32, the sums of each part, without a bias.
+// The matrix is packed, [N / 8][PARTS * K / 32] tiles of [8 rows][32 columns], as Tiles of link.cuh are: a lane's
+// operand is one piece of a row, and of activations the same 8 columns. That their order in K is another than the
+// tensor cores' does not show in a sum. READ and PUT are those of product.cu, each for TOKENS tokens:
+// x [TOKENS, PARTS * K], y [TOKENS, N], of 2 in READ x [TOKENS, SPLITS, K] and stats [TOKENS, SPLITS, K / 64], and a
+// slot each. Of more than eight tokens READ is 0, and PUT may be 3: y [PARTS, TOKENS, N] fp32, the sums of each part,
+// without a bias.
 // PIECES: copies that a block's rows come in. AHEAD: how many are under way at once. RESIDENT: blocks on a
 // multiprocessor that registers are to leave room for. HAND: tiles of activations that a lane asks for at once.
 
@@ -52,7 +53,7 @@ __device__ __forceinline__ void add_tile(
     float (*sums)[EIGHTS][4], const unsigned char* tile, int at, int lane, const uint4* x) {
 #pragma unroll
     for (int i = 0; i < PAIRS; ++i) {
-        const unsigned char* first = tile + (2 * i * (K / 32) + at) * TILE + lane * 16;
+        const unsigned char* first = tile + (2 * i * (K / 32) + at) * TILE + (lane ^ lane / 8) * 16;
         const uint4 a = *(const uint4*)first;
         uint4 b = make_uint4(0, 0, 0, 0);
         if (2 * i + 1 < GROUPS) b = *(const uint4*)(first + K / 32 * TILE);

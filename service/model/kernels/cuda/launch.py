@@ -9,7 +9,7 @@ from torch import Tensor
 
 _ATTRIBUTES = driver.CUfunction_attribute
 
-Argument = Tensor | int | float | None  # None: no address
+Argument = Any  # Tensor, driver.CUtensorMap, int, float; None: no address
 
 
 class LaunchError(RuntimeError):
@@ -54,11 +54,40 @@ class Kernel:
         _checked(driver.cuLaunchKernelEx(config, self._function, (values, types), 0))
 
 
+def tiled_map(matrix: Tensor, step: int) -> driver.CUtensorMap:
+    """What `ask_tiles` of link.cuh copies from: `matrix` [rows, columns] in 16 bits, `step` columns at once.
+
+    It is contiguous, and both are of whole 64s of columns. Raises LaunchError.
+    """
+    rows, columns = matrix.shape
+    assert matrix.is_contiguous()
+    assert matrix.itemsize == 2
+    assert columns % 64 == step % 64 == 0
+    words, longs = driver.cuuint32_t, driver.cuuint64_t
+    return _checked(
+        driver.cuTensorMapEncodeTiled(
+            driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT16,
+            3,
+            matrix.data_ptr(),
+            [longs(64), longs(rows), longs(columns // 64)],
+            [longs(2 * columns), longs(128)],  # bytes, of the second dimension on
+            [words(64), words(64), words(step // 64)],
+            [words(1)] * 3,
+            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+    )
+
+
 def driver_version() -> int:
     return int(_checked(driver.cuDriverGetVersion()))
 
 
-def _parameter(argument: Argument) -> tuple[int | float, Any]:
+def _parameter(argument: Argument) -> tuple[Any, Any]:
+    if isinstance(argument, driver.CUtensorMap):
+        return argument, None  # by value
     if argument is None:
         return 0, ctypes.c_void_p
     if isinstance(argument, Tensor):

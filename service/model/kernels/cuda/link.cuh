@@ -14,7 +14,7 @@ __device__ __forceinline__ void wait_predecessor() { asm volatile("griddepcontro
 // --- Copies into shared memory that one thread asks for
 
 __device__ __forceinline__ unsigned char* dynamic_shared() {
-    extern __shared__ __align__(128) unsigned char all_dynamic[];
+    extern __shared__ __align__(1024) unsigned char all_dynamic[];
     return all_dynamic;
 }
 
@@ -239,3 +239,126 @@ __device__ __forceinline__ void multiply(
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 #undef NUMBERS
 }
+
+// --- Products of a warpgroup (128 threads), both operands in shared memory
+
+// Rows of numbers there: tiles of 8 rows of ACROSS bytes, 64 or 128, those further down `pitch` bytes apart. Of a tile,
+// which begins at a multiple of its size, the 16 bytes that would be number i of it are at i ^ i / 8 % (ACROSS / 16): a
+// matrix descriptor by PTX, with a swizzle.
+typedef unsigned long long Tiles;
+
+template <int ACROSS>
+__device__ __forceinline__ Tiles tiles_at(const void* at, unsigned pitch) {
+    const Tiles swizzle = ACROSS == 64 ? 2 : 1;
+    return (Tiles)(shared_address(at) >> 4) | 1ull << 16 | (Tiles)(pitch >> 4) << 32 | swizzle << 62;
+}
+
+__device__ __forceinline__ Tiles further(Tiles tiles, unsigned bytes) { return tiles + (bytes >> 4); }
+
+// A matrix that tiles of 128 bytes across are copied from, 64 rows of some of them at once: CUtensorMap, by launch.py.
+struct __align__(64) Tiled {
+    unsigned long long words[16];
+};
+
+__device__ __forceinline__ void expect_tiled(const Tiled* matrix) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(matrix) : "memory");
+}
+
+// 64 rows from `row` on, of columns from 64 times `tile` on; `bytes` of them. What is past the last row is 0.
+__device__ __forceinline__ void ask_tiles(
+    void* to, const Tiled* matrix, int row, int tile, unsigned bytes, Barrier* barrier) {
+    const unsigned address = shared_address(barrier);
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address), "r"(bytes) : "memory");
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+        "[%0], [%1, {%2, %3, %4}], [%5];" ::"r"(shared_address(to)),
+        "l"(matrix), "r"(0), "r"(row), "r"(tile), "r"(address)
+        : "memory");
+}
+
+__device__ __forceinline__ void meet_warpgroup(int number) {
+    asm volatile("bar.sync %0, 128;" ::"r"(number + 1) : "memory");
+}
+
+// Before the first product, and where sums were written otherwise.
+__device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+// What was begun since the last of these is a group.
+__device__ __forceinline__ void close_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+// All groups but the last LATER are done.
+template <int LATER, int EIGHTHS>
+__device__ __forceinline__ void await_products(float (&sums)[EIGHTHS][4]) {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LATER) : "memory");
+#pragma unroll
+    for (int i = 0; i < EIGHTHS; ++i) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) asm volatile("" : "+f"(sums[i][j])::"memory");
+    }
+}
+
+// Begins: sums += 64 x 16 numbers (a) times 16 x 8 EIGHTHS (b), of rows of 16. A warp has 16 of the 64 rows, and a lane
+// of each eighth what mma.m16n8k16 would give it.
+#ifdef HALF
+#define NUMBERS "f16.f16"
+#else
+#define NUMBERS "bf16.bf16"
+#endif
+#define SUMS(i) "+f"(sums[i][0]), "+f"(sums[i][1]), "+f"(sums[i][2]), "+f"(sums[i][3])
+__device__ __forceinline__ void multiply_tiles(float (&sums)[1][4], Tiles a, Tiles b) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n8k16.f32." NUMBERS " {"
+        "%0, %1, %2, %3"
+        "}, %4, %5, 1, 1, 1, 0, 0;"
+        : SUMS(0)
+        : "l"(a), "l"(b));
+}
+__device__ __forceinline__ void multiply_tiles(float (&sums)[2][4], Tiles a, Tiles b) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n16k16.f32." NUMBERS " {"
+        "%0, %1, %2, %3, %4, %5, %6, %7"
+        "}, %8, %9, 1, 1, 1, 0, 0;"
+        : SUMS(0), SUMS(1)
+        : "l"(a), "l"(b));
+}
+__device__ __forceinline__ void multiply_tiles(float (&sums)[3][4], Tiles a, Tiles b) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n24k16.f32." NUMBERS " {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, "
+        "%8, %9, %10, %11"
+        "}, %12, %13, 1, 1, 1, 0, 0;"
+        : SUMS(0), SUMS(1), SUMS(2)
+        : "l"(a), "l"(b));
+}
+__device__ __forceinline__ void multiply_tiles(float (&sums)[4][4], Tiles a, Tiles b) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n32k16.f32." NUMBERS " {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, "
+        "%8, %9, %10, %11, %12, %13, %14, %15"
+        "}, %16, %17, 1, 1, 1, 0, 0;"
+        : SUMS(0), SUMS(1), SUMS(2), SUMS(3)
+        : "l"(a), "l"(b));
+}
+__device__ __forceinline__ void multiply_tiles(float (&sums)[6][4], Tiles a, Tiles b) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n48k16.f32." NUMBERS " {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, "
+        "%8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23"
+        "}, %24, %25, 1, 1, 1, 0, 0;"
+        : SUMS(0), SUMS(1), SUMS(2), SUMS(3), SUMS(4), SUMS(5)
+        : "l"(a), "l"(b));
+}
+__device__ __forceinline__ void multiply_tiles(float (&sums)[8][4], Tiles a, Tiles b) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32." NUMBERS " {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, "
+        "%8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, "
+        "%24, %25, %26, %27, %28, %29, %30, %31"
+        "}, %32, %33, 1, 1, 1, 0, 0;"
+        : SUMS(0), SUMS(1), SUMS(2), SUMS(3), SUMS(4), SUMS(5), SUMS(6), SUMS(7)
+        : "l"(a), "l"(b));
+}
+#undef SUMS
+#undef NUMBERS
